@@ -1,0 +1,257 @@
+"""From a DataConfig and a tokenizer to checked, encoded and tokenized splits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hf_lora.data.columns import choose_label_column, choose_text_columns, require_column
+from hf_lora.data.config import DataConfig
+from hf_lora.data.files import BADLY_ENCODED
+from hf_lora.data.labels import LabelScheme, are_hidden, learn_labels, read_labels
+from hf_lora.data.report import DataReport, SplitCounts, count_empty, leakage_warnings, length_counts
+from hf_lora.data.splits import ENCODED, SPLIT_NAMES, hold_out, load_splits, subset, without_hidden_test
+
+logger = logging.getLogger(__name__)
+
+_LENGTH = "__length__"
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Tokenized splits with everything that is known about them.
+
+    `splits` has the tokenizer's outputs and "labels": int64, a list of `len(labels)` float32 for multi-label,
+    or float32 for a regression. `texts` has the text and label columns of the same rows in the same order.
+    `labels` are names in id order; a regression has one, the name of its label column.
+    """
+
+    splits: datasets.DatasetDict
+    texts: datasets.DatasetDict
+    labels: tuple[str, ...]
+    problem_type: str
+    text_columns: tuple[str, ...]
+    max_length: int
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class _Columns:
+    texts: tuple[str, ...]
+    label: str
+
+
+def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
+    """Load, check, label, split and tokenize the data of a training run.
+
+    Label names come from the training split alone. Without a validation split one is held out, stratified by
+    label for single-label problems. A test split whose labels are all hidden (-1) is left out with a warning.
+
+    Raises:
+        ValueError: a mistake in the files, columns, labels or sizes; one line that says where.
+    """
+    raw = load_splits(config)
+    if "train" not in raw:
+        raise ValueError("there is no training split; give a train_file or a dataset_name that has one")
+    columns = _choose_columns(raw["train"], config, "the train split")
+    _check_max_length(config.max_length, tokenizer, pair=len(columns.texts) > 1)
+    raw, warnings = without_hidden_test(raw, columns.label, config)
+    scheme = learn_labels(raw["train"], columns.label, config.problem_type)
+    splits = {split: _encode(dataset, columns, scheme, split) for split, dataset in raw.items()}
+    if "validation" not in splits:
+        train, validation, held_out_warnings = hold_out(splits["train"], scheme, config)
+        splits = {**splits, "train": train, "validation": validation}
+        warnings += held_out_warnings
+    ordered = {split: splits[split] for split in SPLIT_NAMES if split in splits}
+    return _finish(ordered, columns, scheme, config, tokenizer, warnings)
+
+
+def prepare_test(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], problem_type: str
+) -> ClassificationData:
+    """Prepare the "test" split alone, with the labels of an existing classifier.
+
+    Raises:
+        ValueError: as `prepare_data`, and for a label that is hidden or that the classifier does not know.
+    """
+    if config.problem_type not in (None, problem_type):
+        raise ValueError(
+            f"problem_type is {config.problem_type!r}; the classifier was trained for {problem_type!r}"
+        )
+    raw = load_splits(config)
+    if "test" not in raw:
+        raise ValueError(f"there is no test split; got {', '.join(raw)}; give a test_file")
+    columns = _choose_columns(raw["test"], config, "the test split")
+    _check_max_length(config.max_length, tokenizer, pair=len(columns.texts) > 1)
+    if "-1" not in labels and are_hidden(raw["test"], columns.label):
+        raise ValueError(
+            "every label of the test split is -1: they are hidden; give a test_file that has labels"
+        )
+    scheme = LabelScheme(problem_type, tuple(labels))
+    splits = {"test": _encode(raw["test"], columns, scheme, "test")}
+    return _finish(splits, columns, scheme, config, tokenizer, ())
+
+
+def _choose_columns(dataset: datasets.Dataset, config: DataConfig, source: str) -> _Columns:
+    label = choose_label_column(dataset.column_names, config.label_column, source)
+    others = [name for name in dataset.column_names if name != label]
+    return _Columns(choose_text_columns(others, config.text_column, config.text_pair_column, source), label)
+
+
+def _check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, *, pair: bool) -> None:
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_length is {max_length}; the tokenizer's model takes at most {tokenizer.model_max_length}"
+        )
+    if max_length <= special:
+        raise ValueError(f"max_length is {max_length}; expected more than the {special} special tokens")
+
+
+def _encode(
+    dataset: datasets.Dataset, columns: _Columns, scheme: LabelScheme, split: str
+) -> datasets.Dataset:
+    """Keep the columns that matter, texts as strings, and add the encoded labels."""
+    for name in (*columns.texts, columns.label):
+        require_column(dataset.column_names, name, f"the {split} split")
+    encoded = scheme.encode(read_labels(dataset, columns.label), split)
+    marks = [BADLY_ENCODED] if BADLY_ENCODED in dataset.column_names else []
+    kept = _with_string_texts(
+        dataset.select_columns([*columns.texts, columns.label, *marks]), columns.texts, split
+    )
+    return kept.add_column(ENCODED, encoded, feature=scheme.working_feature)
+
+
+def _with_string_texts(
+    dataset: datasets.Dataset, text_columns: Sequence[str], split: str
+) -> datasets.Dataset:
+    """Turn nulls into empty texts and numbers into their digits; leave columns of strings as they are."""
+    changing = [name for name in text_columns if not _is_all_strings(dataset, name)]
+    for name in changing:
+        examples = (value for value in dataset[name] if value is not None)
+        if not isinstance(value := next(examples, ""), (str, int, float)):
+            raise ValueError(
+                f"column {name!r} of the {split} split holds {type(value).__name__} values, not text"
+            )
+    if not changing:
+        return dataset
+    features = datasets.Features({**dataset.features, **dict.fromkeys(changing, datasets.Value("string"))})
+    return dataset.map(
+        _stringify, batched=True, fn_kwargs={"columns": changing}, features=features, desc="Reading texts"
+    )
+
+
+def _is_all_strings(dataset: datasets.Dataset, column: str) -> bool:
+    is_string = getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
+    return is_string and dataset.data.column(column).null_count == 0
+
+
+def _stringify(batch: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[str]]:
+    return {name: ["" if value is None else str(value) for value in batch[name]] for name in columns}
+
+
+def _finish(
+    encoded: dict[str, datasets.Dataset],
+    columns: _Columns,
+    scheme: LabelScheme,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    warnings: tuple[str, ...],
+) -> ClassificationData:
+    """Cut the splits to size, tokenize and count them."""
+    kept = {split: subset(dataset, split, config) for split, dataset in encoded.items()}
+    tokenized = {
+        split: _tokenize(dataset, columns.texts, tokenizer, config.max_length, split)
+        for split, dataset in kept.items()
+    }
+    texts = datasets.DatasetDict(
+        {split: dataset.select_columns([*columns.texts, columns.label]) for split, dataset in kept.items()}
+    )
+    counts = {
+        split: _count(kept[split], tokenized[split], columns.texts, scheme, config.max_length)
+        for split in kept
+    }
+    report = DataReport.from_counts(counts, (*warnings, *leakage_warnings(texts, columns.texts)))
+    for warning in report.warnings:
+        logger.warning(warning)
+    splits = {
+        split: dataset.remove_columns(_LENGTH)
+        .cast_column(ENCODED, scheme.feature)
+        .rename_column(ENCODED, "labels")
+        for split, dataset in tokenized.items()
+    }
+    return ClassificationData(
+        splits=datasets.DatasetDict(splits),
+        texts=texts,
+        labels=scheme.names,
+        problem_type=scheme.problem_type,
+        text_columns=columns.texts,
+        max_length=config.max_length,
+        report=report,
+    )
+
+
+def _tokenize(
+    dataset: datasets.Dataset,
+    text_columns: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    split: str,
+) -> datasets.Dataset:
+    # The last call's truncation is part of a fast tokenizer, and so of the key that `map` caches under.
+    tokenizer("", truncation=False)
+    return dataset.map(
+        _tokenize_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "text_columns": text_columns, "max_length": max_length},
+        remove_columns=[name for name in dataset.column_names if name != ENCODED],
+        desc=f"Tokenizing {split}",
+    )
+
+
+def _tokenize_batch(
+    batch: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    text_columns: Sequence[str],
+    max_length: int,
+) -> dict[str, list[Any]]:
+    """Return the tokenizer's outputs, cut to `max_length`, and the length that each example had before.
+
+    Only examples that are too long are tokenized again, by the tokenizer itself: it knows how to cut a pair.
+    """
+    texts = [batch[name] for name in text_columns]
+    outputs = dict(tokenizer(*texts, truncation=False, verbose=False))
+    lengths = [len(ids) for ids in outputs["input_ids"]]
+    long = [row for row, length in enumerate(lengths) if length > max_length]
+    if long:
+        cut = tokenizer(
+            *([column[row] for row in long] for column in texts), truncation=True, max_length=max_length
+        )
+        for name, values in cut.items():
+            for row, value in zip(long, values, strict=True):
+                outputs[name][row] = value
+    return {**outputs, _LENGTH: lengths}
+
+
+def _count(
+    kept: datasets.Dataset,
+    tokenized: datasets.Dataset,
+    text_columns: tuple[str, ...],
+    scheme: LabelScheme,
+    max_length: int,
+) -> SplitCounts:
+    truncated, longest = length_counts(np.asarray(tokenized[_LENGTH][:]), max_length)
+    return SplitCounts(
+        examples=len(kept),
+        truncated=truncated,
+        empty_texts=count_empty(kept, text_columns),
+        longest=longest,
+        badly_encoded=sum(kept[BADLY_ENCODED]) if BADLY_ENCODED in kept.column_names else 0,
+        labels=scheme.count(kept[ENCODED][:]),
+    )

@@ -1,0 +1,256 @@
+"""Reading texts record by record: one table of formats, and errors that name the file and the line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from hf_lora.data.columns import choose_text_columns
+
+# A line number and what that line says, by column. Parquet has rows instead of lines.
+Record = tuple[int, dict[str, Any]]
+
+_BLOCK_BYTES = 1 << 20
+_MAX_FIELD_CHARACTERS = (1 << 31) - 1
+
+
+def iter_texts(
+    path_or_stream: str | Path | TextIO,
+    *,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    encoding: str = "utf-8",
+) -> Iterator[tuple[str, ...]]:
+    """Yield the text, or the pair of texts, of each example, reading no further than the caller has asked.
+
+    Takes .csv, .tsv, .json, .jsonl and .parquet files; .txt files and open text streams have one text per
+    line, in a column "text". Nulls become empty texts. A JSON array, unlike JSON lines, is read whole.
+
+    Raises:
+        ValueError: as `read_path`, when iteration arrives at the mistake.
+    """
+    if isinstance(path_or_stream, (str, Path)):
+        name, records = str(path_or_stream), read_records(Path(path_or_stream), encoding)
+    else:
+        name, records = "the input", _stream_records(path_or_stream)
+    columns: tuple[str, ...] = ()
+    for line, record in records:
+        columns = columns or choose_text_columns(tuple(record), text_column, text_pair_column, name)
+        for column in columns:
+            if column not in record:
+                _fail(name, line, f"no {column!r} here; expected it in every record")
+        yield tuple("" if record[column] is None else str(record[column]) for column in columns)
+
+
+def read_records(path: Path, encoding: str) -> Iterator[Record]:
+    """Yield the records of a file one by one, with their line numbers (from 1).
+
+    Raises:
+        ValueError: the file does not exist, is empty, has an unknown format, or holds a mistake.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is not a file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; expected at least one example")
+    try:
+        yield from format_of(path).records(path, codec_for(encoding))
+    except UnicodeDecodeError as error:
+        line = _first_undecodable_line(path, encoding)
+        _fail(
+            path,
+            line,
+            f"not valid {encoding} ({error.reason}); try --encoding latin-1, or save the file as UTF-8",
+        )
+
+
+def _csv_records(path: Path, encoding: str, *, delimiter: str) -> Iterator[Record]:
+    with path.open(encoding=encoding, newline="") as file:
+        rows = _csv_rows(file, path, delimiter)
+        header_line, header = next(rows, (1, []))
+        names = [name or f"Unnamed: {position}" for position, name in enumerate(header)]
+        for name in names:
+            if names.count(name) > 1:
+                _fail(path, header_line, f"the header names the column {name!r} more than once")
+        for line, fields in rows:
+            if len(fields) != len(names):
+                _fail(
+                    path,
+                    line,
+                    f"{len(fields)} fields; expected {len(names)} ({', '.join(names)}); "
+                    "put double quotes around a text that holds the separator",
+                )
+            yield line, dict(zip(names, fields, strict=True))
+
+
+def _csv_rows(lines: Iterable[str], path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not blank, each with the number of its first line."""
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # the default refuses texts over 128 KiB
+    ended = False
+
+    def tracked() -> Iterator[str]:
+        nonlocal ended
+        yield from lines
+        ended = True
+
+    reader = csv.reader(tracked(), delimiter=delimiter)
+    line = 1
+    try:
+        for fields in reader:
+            if ended:  # the reader asks for more after the last line only inside quotes
+                _fail(path, line, "a double quote is opened and never closed")
+            if fields and not (len(fields) == 1 and fields[0].isspace()):
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        _fail(path, line, str(error))
+
+
+def _json_records(path: Path, encoding: str) -> Iterator[Record]:
+    with path.open(encoding=encoding) as file:
+        first = next((line for line in file if line.strip()), "")
+        if first.lstrip().startswith("["):
+            examples = _parse_json(first + file.read(), path, 1)
+            yield from (
+                (number, _require_object(value, path, number)) for number, value in enumerate(examples, 1)
+            )
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _require_object(_parse_json(line.rstrip(), path, number), path, number)
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text, parse_constant=_reject_constant)
+    except json.JSONDecodeError as error:
+        _fail(path, first_line + error.lineno - 1, f"not valid JSON: {error.msg} (column {error.colno})")
+    except ValueError as error:
+        _fail(path, first_line, f"not valid JSON: {error}")
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _require_object(value: Any, path: Path, line: int) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _fail(path, line, 'not a JSON object; expected one like {"text": "...", "label": "..."}')
+    return value
+
+
+def _parquet_records(path: Path, encoding: str) -> Iterator[Record]:
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+    with table:
+        batches = table.iter_batches(batch_size=1024)
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+
+
+def _line_records(path: Path, encoding: str) -> Iterator[Record]:
+    with path.open(encoding=encoding) as file:
+        yield from _text_per_line(file)
+
+
+def _stream_records(stream: TextIO) -> Iterator[Record]:
+    line = 0
+    try:
+        for line, record in _text_per_line(stream):
+            yield line, record
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the input, after line {line}: not valid {error.encoding} ({error.reason})"
+        ) from None
+
+
+def _text_per_line(lines: Iterable[str]) -> Iterator[Record]:
+    return ((number, {"text": line.rstrip("\r\n")}) for number, line in enumerate(lines, 1))
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How one kind of file is read: whole by a builder of `datasets`, or record by record."""
+
+    records: Callable[[Path, str], Iterator[Record]]
+    builder: str | None = None  # None: the format has no place for labels
+    options: Callable[[tuple[str, ...], str], dict[str, Any]] = lambda columns, encoding: {}
+    written_by_hand: bool = True
+
+
+def _csv_options(columns: tuple[str, ...], encoding: str, *, delimiter: str) -> dict[str, Any]:
+    return {
+        "sep": delimiter,
+        "encoding": codec_for(encoding),
+        "header": 0,
+        "column_names": list(columns),
+        "features": datasets.Features({name: datasets.Value("string") for name in columns}),
+        "keep_default_na": False,
+        "na_filter": False,
+    }
+
+
+def _json_options(columns: tuple[str, ...], encoding: str) -> dict[str, Any]:
+    return {"encoding": encoding}
+
+
+def _delimited(delimiter: str) -> FileFormat:
+    return FileFormat(
+        partial(_csv_records, delimiter=delimiter), "csv", partial(_csv_options, delimiter=delimiter)
+    )
+
+
+_JSON = FileFormat(_json_records, "json", _json_options)
+
+FORMATS: dict[str, FileFormat] = {
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+    ".json": _JSON,
+    ".jsonl": _JSON,
+    ".parquet": FileFormat(_parquet_records, "parquet", written_by_hand=False),
+    ".txt": FileFormat(_line_records),
+}
+
+
+def format_of(path: Path) -> FileFormat:
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"{path} has the unknown suffix {suffix!r}; expected one of {', '.join(FORMATS)}")
+    return FORMATS[suffix]
+
+
+def codec_for(encoding: str) -> str:
+    """Return the codec that also skips the byte order mark that spreadsheets write in front of UTF-8."""
+    try:
+        name = codecs.lookup(encoding).name
+    except LookupError:
+        raise ValueError(f"unknown encoding; got {encoding!r}; expected such as utf-8 or latin-1") from None
+    return "utf-8-sig" if name == "utf-8" else encoding
+
+
+def _first_undecodable_line(path: Path, encoding: str) -> int:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line = 1
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            try:
+                line += decoder.decode(block).count("\n")
+            except UnicodeDecodeError as error:
+                return line + error.object[: error.start].count(b"\n")
+    return line
+
+
+def _fail(source: str | Path, line: int, problem: str) -> NoReturn:
+    raise ValueError(f"{source}, line {line}: {problem}")

@@ -1,0 +1,154 @@
+"""Which examples belong to which split: loading, holding out, and cutting to size."""
+
+from __future__ import annotations
+
+import math
+
+import datasets
+import numpy as np
+
+from hf_lora.data.config import DataConfig
+from hf_lora.data.files import read_path
+from hf_lora.data.labels import SINGLE, LabelScheme, are_hidden
+
+ENCODED = "__labels__"  # the column of encoded labels, while the raw label column is still there
+
+# What the splits of Hub datasets are called, best name first (MNLI has two validation splits).
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "validation_matched", "dev"),
+    "test": ("test",),
+}
+
+
+def load_splits(config: DataConfig) -> datasets.DatasetDict:
+    """Return the raw splits that the data has, under the names "train", "validation" and "test".
+
+    Raises:
+        ValueError: a file or dataset cannot be read, has no examples, or has no split of the expected name.
+    """
+    splits = _main_splits(config)
+    for split, path in (("validation", config.validation_file), ("test", config.test_file)):
+        if path:
+            splits[split] = _one_split(_read(path, config), split, path)
+    for split, dataset in splits.items():
+        if len(dataset) == 0:
+            raise ValueError(f"the {split} split is empty; expected at least one example")
+    return splits
+
+
+def _main_splits(config: DataConfig) -> datasets.DatasetDict:
+    if config.dataset_name:
+        return _known_splits(_load_from_hub(config))
+    if config.train_file:
+        found = _read(config.train_file, config)
+        return _known_splits(found) if isinstance(found, dict) else datasets.DatasetDict(train=found)
+    return datasets.DatasetDict()
+
+
+def _load_from_hub(config: DataConfig) -> datasets.DatasetDict:
+    try:
+        return datasets.load_dataset(
+            config.dataset_name,
+            config.dataset_config_name,
+            revision=config.dataset_revision,
+            token=config.token,
+            cache_dir=config.cache_dir,
+        )
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot load the dataset {config.dataset_name!r}: {reason}") from error
+
+
+def _read(path: str, config: DataConfig) -> datasets.Dataset | datasets.DatasetDict:
+    return read_path(path, encoding=config.encoding, cache_dir=config.cache_dir)
+
+
+def _known_splits(found: datasets.DatasetDict) -> datasets.DatasetDict:
+    names = {
+        split: next((name for name in names if name in found), None) for split, names in SPLIT_NAMES.items()
+    }
+    return datasets.DatasetDict({split: found[name] for split, name in names.items() if name is not None})
+
+
+def _one_split(found: datasets.Dataset | datasets.DatasetDict, split: str, path: str) -> datasets.Dataset:
+    if isinstance(found, datasets.Dataset):
+        return found
+    known = _known_splits(found)
+    if split in known:
+        return known[split]
+    if len(found) == 1:
+        return next(iter(found.values()))
+    raise ValueError(f"{path} has no {split} split; its splits are {', '.join(found)}")
+
+
+def without_hidden_test(
+    raw: datasets.DatasetDict, label: str, config: DataConfig
+) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
+    """Return the splits without a test split of the dataset's own whose labels are hidden, and a warning."""
+    test = raw.get("test")
+    if test is None or config.test_file or label not in test.column_names or not are_hidden(test, label):
+        return raw, ()
+    kept = datasets.DatasetDict({split: dataset for split, dataset in raw.items() if split != "test"})
+    return kept, (f"test: all {len(test):,} labels are hidden (-1); the split is left out",)
+
+
+def hold_out(
+    dataset: datasets.Dataset, scheme: LabelScheme, config: DataConfig
+) -> tuple[datasets.Dataset, datasets.Dataset, tuple[str, ...]]:
+    """Return train, validation and warnings; single labels are stratified.
+
+    The only example of a label stays in train.
+
+    Raises:
+        ValueError: a part would be too small to hold every label.
+    """
+    if scheme.problem_type != SINGLE:
+        return *_split(dataset, config, stratify_by_column=None), ()
+    encoded = np.asarray(dataset[ENCODED][:])
+    counts = np.bincount(encoded, minlength=len(scheme.names))
+    is_single = counts[encoded] == 1
+    _check_hold_out(int((~is_single).sum()), int((counts > 1).sum()), config.validation_fraction)
+    splittable = dataset.select(np.flatnonzero(~is_single)) if is_single.any() else dataset
+    train, validation = _split(splittable, config, stratify_by_column=ENCODED)
+    if not is_single.any():
+        return train, validation, ()
+    names = ", ".join(repr(scheme.names[index]) for index in np.flatnonzero(counts == 1)[:5])
+    warning = (
+        f"train: {int(is_single.sum()):,} labels have a single example, not held out for validation: {names}"
+    )
+    singles = dataset.select(np.flatnonzero(is_single))
+    return datasets.concatenate_datasets([train, singles]), validation, (warning,)
+
+
+def _split(
+    dataset: datasets.Dataset, config: DataConfig, *, stratify_by_column: str | None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    if len(dataset) < 2:
+        raise ValueError("the train split has one example; expected two or more, or a validation_file")
+    held_out = math.ceil(config.validation_fraction * len(dataset))
+    parts = dataset.train_test_split(held_out, seed=config.seed, stratify_by_column=stratify_by_column)
+    return parts["train"], parts["test"]
+
+
+def _check_hold_out(examples: int, classes: int, fraction: float) -> None:
+    held_out = math.ceil(fraction * examples)
+    if min(held_out, examples - held_out) < max(classes, 1):
+        raise ValueError(
+            f"validation_fraction {fraction} splits {examples:,} examples into {examples - held_out:,} and "
+            f"{held_out:,}; expected one or more for each of {classes:,} labels in both; change the "
+            "fraction or give a validation_file"
+        )
+
+
+def subset(dataset: datasets.Dataset, split: str, config: DataConfig) -> datasets.Dataset:
+    """Return the first examples up to the split's limit; those of the training split after a shuffle."""
+    limits = {
+        "train": config.max_train_samples,
+        "validation": config.max_eval_samples,
+        "test": config.max_test_samples,
+    }
+    limit = limits[split]
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return (dataset.shuffle(seed=config.seed) if split == "train" else dataset).select(range(limit))

@@ -1,0 +1,156 @@
+"""What is measured for each problem type, and the function that the Trainer calls for it.
+
+The metrics themselves are in `metric_classes` and need no network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction
+
+from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.metric_classes import (
+    F1,
+    METRICS,
+    Accuracy,
+    ClassErrors,
+    LocalMetric,
+    MatthewsCorrelation,
+    MeanSquaredError,
+    Pearson,
+    Precision,
+    Recall,
+    RocAuc,
+    Spearman,
+    UndefinedMetricError,
+    class_errors,
+)
+from hf_lora.registry import Registry
+
+__all__ = [
+    "EVALUATIONS",
+    "F1",
+    "METRICS",
+    "Accuracy",
+    "ClassErrors",
+    "Evaluation",
+    "LocalMetric",
+    "MatthewsCorrelation",
+    "MeanSquaredError",
+    "Pearson",
+    "Precision",
+    "Recall",
+    "RocAuc",
+    "Spearman",
+    "UndefinedMetricError",
+    "class_errors",
+    "compute_metrics",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def _single_inputs(logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return {
+        "predictions": logits.argmax(axis=1),
+        "prediction_scores": probabilities,
+        "references": references.astype(np.int64),
+    }
+
+
+def _multi_inputs(logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
+    given = logits > 0  # a probability above one half
+    return {
+        "predictions": given.astype(np.int64),
+        "prediction_scores": logits,
+        "references": references.astype(np.int64),
+    }
+
+
+def _regression_inputs(logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
+    return {"predictions": logits[:, 0], "references": references.astype(np.float64).reshape(-1)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured for a problem type, and how logits become the inputs of the metrics."""
+
+    metrics: tuple[str, ...]
+    inputs: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+
+
+EVALUATIONS: Registry[str, Evaluation] = Registry("problem type")
+EVALUATIONS.register(
+    SINGLE,
+    Evaluation(
+        (
+            "accuracy",
+            "f1_macro",
+            "f1_weighted",
+            "precision_macro",
+            "recall_macro",
+            "matthews_correlation",
+            "roc_auc",
+        ),
+        _single_inputs,
+    ),
+)
+EVALUATIONS.register(
+    MULTI,
+    Evaluation(
+        ("accuracy", "f1_macro", "f1_micro", "precision_micro", "recall_micro", "roc_auc"), _multi_inputs
+    ),
+)
+EVALUATIONS.register(REGRESSION, Evaluation(("pearson", "spearman", "mse"), _regression_inputs))
+
+
+def compute_metrics(problem_type: str, labels: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the function that the Trainer calls with logits `(examples, len(labels))` and label ids.
+
+    A metric that is undefined for some predictions, such as ROC AUC where a class is absent, is left out of
+    their results; the reason is logged once.
+
+    Raises:
+        ValueError: the problem type is unknown. The function raises it for logits that are not finite or
+            that have another number of columns.
+    """
+    evaluation = EVALUATIONS.get(problem_type)
+    metrics = {name: METRICS.get(name)() for name in evaluation.metrics}
+    explained: set[str] = set()
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        references = np.asarray(prediction.label_ids)
+        inputs = evaluation.inputs(_logits(prediction.predictions, len(references), len(labels)), references)
+        results: dict[str, float] = {}
+        for name, metric in metrics.items():
+            try:
+                results.update(metric.compute(**{key: inputs[key] for key in metric.input_names}))
+            except UndefinedMetricError as error:
+                if name not in explained:
+                    explained.add(name)
+                    logger.warning("%s is left out of the results: %s", name, error)
+        return results
+
+    return compute
+
+
+def _logits(predictions: Any, examples: int, outputs: int) -> np.ndarray:
+    """Return the logits as float64 `(examples, outputs)`: the first output, where a model has several."""
+    first = predictions[0] if isinstance(predictions, (tuple, list)) else predictions
+    logits = np.asarray(first, dtype=np.float64).reshape(examples, -1)
+    if logits.shape[1] != outputs:
+        raise ValueError(f"the logits have {logits.shape[1]} columns; expected {outputs}, one for each label")
+    bad = int((~np.isfinite(logits)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad:,} of {logits.size:,} logits are NaN or infinite; the training diverged; "
+            "try a lower learning rate"
+        )
+    return logits
