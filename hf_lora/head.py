@@ -1,0 +1,68 @@
+"""Which parts of a model are its classification head: found by structure, never by name.
+
+The head is every parameterised child outside `model.base_model` (`classifier`, but also DistilBERT's
+`pre_classifier` or DeBERTa's `pooler`), plus the modules inside it for which the checkpoint had no weights
+(the fresh pooler of a model that was pretrained without one). It is trained and saved with the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+# A checkpoint that lacks more of the encoder than this belongs to another architecture.
+MAX_FRESH_SHARE = 0.2
+
+
+def base_prefix(model: nn.Module) -> str:
+    """The dotted name of `model.base_model` inside `model`; "" for a bare encoder or any other module."""
+    base = getattr(model, "base_model", model)
+    return next((name for name, module in model.named_modules() if module is base), "")
+
+
+def find_head(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameterised children (and bare parameters) outside the encoder; () where there is none."""
+    prefix = base_prefix(model)
+    if not prefix:
+        return ()
+    encoder = prefix.partition(".")[0]
+    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    bare = [name for name, _ in model.named_parameters(recurse=False)]
+    return tuple(name for name in (*children, *bare) if name != encoder)
+
+
+def belongs_to(name: str, modules: Iterable[str]) -> bool:
+    """Whether the dotted `name` is one of `modules` or lies inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def fresh_modules(model: nn.Module, missing_keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules inside the encoder that a checkpoint left freshly initialised.
+
+    missing_keys: what `from_pretrained(..., output_loading_info=True)` reports.
+    Raises ValueError if so much of the encoder is missing that the checkpoint must be another model's.
+    """
+    prefix = base_prefix(model)
+    head = find_head(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    encoder = {name for name in sizes if not belongs_to(name, head)}
+    missing = {name for name in missing_keys if name in encoder}
+    if missing and sum(sizes[n] for n in missing) > MAX_FRESH_SHARE * sum(sizes[n] for n in encoder):
+        raise ValueError(
+            f"the checkpoint does not fit the model; got no weights for {len(missing)} of {len(encoder)} encoder "
+            f"tensors, such as {sorted(missing)[0]!r}; expected a checkpoint of a {type(model).__name__}"
+        )
+    fresh = (_highest_missing(name, missing, encoder, prefix) for name in sorted(missing))
+    return tuple(dict.fromkeys(fresh))
+
+
+def _highest_missing(parameter: str, missing: set[str], encoder: set[str], prefix: str) -> str:
+    """The largest module around `parameter`, inside the encoder, none of whose parameters were loaded."""
+    module = parameter.rpartition(".")[0]
+    while True:
+        parent = module.rpartition(".")[0]
+        inside = {name for name in encoder if name.startswith(f"{parent}.")}
+        if not parent or parent == prefix or not inside <= missing:
+            return module
+        module = parent

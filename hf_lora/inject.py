@@ -1,0 +1,242 @@
+"""Put LoRA into a model in place, take it out, merge it, switch it off, count it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_lora.config import LoRAConfig
+from hf_lora.head import belongs_to, find_head
+from hf_lora.initializers import INITIALIZERS
+from hf_lora.layers import LAYER_TYPES, LoRALayer
+from hf_lora.sidecar import AdapterInfo
+from hf_lora.targets import Target, find_targets
+
+_STATE = "_hf_lora"
+
+
+@dataclass
+class Injection:
+    """What was done to a model: kept on the model, so that it can be saved, counted and undone."""
+
+    config: LoRAConfig
+    targets: tuple[Target, ...]
+    head: tuple[str, ...]
+    required_grad: dict[str, bool]
+    frozen_biases: dict[str, Tensor] = field(default_factory=dict)
+    """The pretrained values of the biases that are trained (`bias` other than "none")."""
+    info: AdapterInfo | None = None
+    """The labels, task and base model, where `load_classifier` or `load_adapter` brought them."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters are trained, of how many; shared parameters count once."""
+
+    trainable: int
+    total: int
+    lora: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"trainable: {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f}%)"
+
+
+def inject_lora(model: nn.Module, config: LoRAConfig, *, head: Iterable[str] | None = None) -> list[str]:
+    """Adapt the modules that `config` selects, in place, and freeze everything else but the head.
+
+    head: dotted names of the head's modules; None: what `hf_lora.head.find_head` finds. `load_classifier`
+        adds the modules inside the encoder for which the checkpoint had no weights.
+    Returns the dotted names of the adapted modules.
+    Raises ValueError if the model is adapted already, or if the config selects nothing or something that
+    cannot be adapted; the model is then unchanged.
+    """
+    if is_injected(model):
+        raise ValueError("the model has LoRA layers already; call remove_lora(model) first")
+    head = find_head(model) if head is None else tuple(head)
+    targets = find_targets(model, config, head)
+    required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for target in targets:
+        _attach(model.get_submodule(target.name), target.name, config)
+    state = Injection(config, tuple(targets), head, required_grad)
+    setattr(model, _STATE, state)
+    _set_trainable(model, state)
+    return [target.name for target in targets]
+
+
+def is_injected(model: nn.Module) -> bool:
+    """Whether `inject_lora` or `load_adapter` was applied to the model."""
+    return hasattr(model, _STATE)
+
+
+def injection(model: nn.Module) -> Injection:
+    """What was injected. Raises ValueError for a model without LoRA."""
+    if not is_injected(model):
+        raise ValueError(
+            f"the model has no LoRA layers; got a plain {type(model).__name__}; call inject_lora or load_adapter first"
+        )
+    return cast(Injection, getattr(model, _STATE))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers by dotted name. Raises ValueError for a model without LoRA."""
+    return {
+        target.name: cast(LoRALayer, model.get_submodule(target.name)) for target in injection(model).targets
+    }
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every adapted layer by their dotted names in the model."""
+    return {
+        f"{name}.{which}": cast(nn.Parameter, getattr(layer, which))
+        for name, layer in lora_layers(model).items()
+        for which in ("lora_A", "lora_B")
+    }
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the classification head by their dotted names in the model."""
+    head = injection(model).head
+    return {name: parameter for name, parameter in model.named_parameters() if belongs_to(name, head)}
+
+
+def trainable_parameter_count(model: nn.Module) -> ParameterCount:
+    """Exact counts of the trained parameters, all parameters, those of LoRA and those of the head."""
+    parameters = list(model.parameters())
+    return ParameterCount(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        lora=sum(p.numel() for p in lora_parameters(model).values()),
+        head=sum(p.numel() for p in head_parameters(model).values()),
+    )
+
+
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The pretrained tensors under the adapter, by name: merged weights and trained biases as they were."""
+    state = injection(model)
+    lora = lora_parameters(model)
+    tensors: dict[str, Tensor] = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name not in lora and not belongs_to(name, state.head)
+    }
+    tensors.update(state.frozen_biases)
+    tensors.update(
+        {f"{name}.weight": layer.base_weight.detach() for name, layer in lora_layers(model).items()}
+    )
+    return tensors
+
+
+def merge_lora(model: nn.Module) -> list[str]:
+    """Add every update to its weight, computed in fp32; returns the names of the merged modules.
+
+    The model then runs at the speed of the plain one. `unmerge_lora` restores the weights bit for bit.
+    Raises ValueError if the model is merged already.
+    """
+    layers = lora_layers(model)
+    _check_merged(layers, expected=False, hint="unmerge_lora undoes it")
+    for layer in layers.values():
+        layer.merge()
+    return list(layers)
+
+
+def unmerge_lora(model: nn.Module) -> list[str]:
+    """Undo `merge_lora`, bit for bit. Raises ValueError if the model is not merged."""
+    layers = lora_layers(model)
+    _check_merged(layers, expected=True, hint="merge_lora does it")
+    for layer in layers.values():
+        layer.unmerge()
+    return list(layers)
+
+
+def remove_lora(model: nn.Module) -> list[str]:
+    """Take the LoRA layers out; returns their names.
+
+    A merged model keeps the merged weights and is then a plain fine-tuned model. Otherwise the encoder is
+    again the pretrained one, bit for bit. The head stays as it is. `requires_grad` is as before injection.
+    """
+    state = injection(model)
+    layers = lora_layers(model)
+    merged = any(layer.merged for layer in layers.values())
+    for layer in layers.values():
+        layer.detach()
+    parameters = dict(model.named_parameters())
+    if not merged:
+        _write(parameters, state.frozen_biases)
+    for name, required in state.required_grad.items():
+        parameters[name].requires_grad_(required)
+    delattr(model, _STATE)
+    return list(layers)
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the encoder computes what it computed before it was adapted; after, all is as before.
+
+    Works on merged models too. Trained biases are set back as well. The head is not touched.
+    """
+    layers = list(lora_layers(model).values())
+    biases = injection(model).frozen_biases
+    parameters = {name: p for name, p in model.named_parameters() if name in biases}
+    before = [layer.enabled for layer in layers]
+    trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        for layer in layers:
+            layer.enabled = False
+        _write(parameters, biases)
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+        _write(parameters, trained)
+
+
+def _attach(module: nn.Module, name: str, config: LoRAConfig) -> None:
+    LAYER_TYPES.get(type(module)).attach(
+        module,
+        rank=config.rank_of(name),
+        scaling=config.scaling_of(name),
+        dropout=config.dropout,
+        initializer=INITIALIZERS.get(config.init),
+    )
+
+
+def _set_trainable(model: nn.Module, state: Injection) -> None:
+    lora = lora_parameters(model)
+    biases = trained_biases(model, state)
+    for name, parameter in model.named_parameters():
+        is_head = belongs_to(name, state.head)
+        parameter.requires_grad_(name in lora or name in biases or (is_head and state.config.train_head))
+        if name in biases:
+            state.frozen_biases[name] = parameter.detach().clone()
+
+
+def trained_biases(model: nn.Module, state: Injection) -> set[str]:
+    """Names of the biases outside the head that the config's `bias` mode trains."""
+    adapted = {f"{target.name}.bias" for target in state.targets}
+    chosen = {"none": lambda name: False, "lora_only": adapted.__contains__, "all": _is_bias}[
+        state.config.bias
+    ]
+    return {name for name, _ in model.named_parameters() if chosen(name) and not belongs_to(name, state.head)}
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
+
+
+def _check_merged(layers: dict[str, LoRALayer], *, expected: bool, hint: str) -> None:
+    wrong = [name for name, layer in layers.items() if layer.merged is not expected]
+    if wrong:
+        state = "not merged" if expected else "merged already"
+        raise ValueError(f"the model is {state}; got {len(wrong)} such layers, first {wrong[0]!r}; {hint}")
+
+
+@torch.no_grad()
+def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

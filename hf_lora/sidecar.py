@@ -1,0 +1,76 @@
+"""`hf_lora.json`: what an adapter directory knows beyond PEFT's own two files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+FILE = "hf_lora.json"
+FORMAT_VERSION = 1
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The pretrained model an adapter was trained on: Hub id (or path), revision, digest of its weights."""
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """The sidecar's contents. `labels` are in the order of the head's outputs; `metrics` as measured."""
+
+    labels: tuple[str, ...]
+    problem_type: str = "single_label_classification"
+    max_length: int | None = None
+    text_columns: tuple[str, ...] = ()
+    projections: str | None = None
+    base_model: BaseModel = field(default_factory=BaseModel)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    hf_lora_version: str | None = None
+    transformers_version: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"unknown problem type; got {self.problem_type!r}; expected one of {PROBLEM_TYPES}"
+            )
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = FILE) -> AdapterInfo:
+        """Parse the file's text. Raises ValueError, naming `source`, for anything but what `to_json` writes."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} is not a JSON object; got {type(values).__name__}")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{source} has another format version; got {version!r}; expected {FORMAT_VERSION}; "
+                "upgrade hf_lora to read it"
+            )
+        unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise ValueError(f"{source} has unknown keys; got {unknown}")
+        labels = values.get("labels")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"{source} has no usable labels; got {labels!r}; expected a list of strings")
+        base = values.pop("base_model", None) or {}
+        try:
+            info = cls(**{**values, "base_model": BaseModel(**base)})
+        except TypeError as error:
+            raise ValueError(f"{source} cannot be read: {error}") from None
+        return replace(info, labels=tuple(labels), text_columns=tuple(info.text_columns or ()))

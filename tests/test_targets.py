@@ -1,0 +1,97 @@
+import pytest
+from conftest import tiny_classifier
+from torch import nn
+
+from hf_lora import LoRAConfig
+from hf_lora.head import find_head
+from hf_lora.targets import find_targets
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return tiny_classifier("bert")
+
+
+def names(model, **options):
+    return [target.name for target in find_targets(model, LoRAConfig(**options), find_head(model))]
+
+
+def layer(number):
+    return f"bert.encoder.layer.{number}.attention"
+
+
+def test_roles_come_in_the_models_order(bert):
+    expected = [f"{layer(n)}.{end}" for n in (0, 1) for end in ("self.query", "self.value", "output.dense")]
+    assert names(bert, projections="oqv") == expected
+
+
+def test_the_feed_forward_layer_is_not_the_output_projection(bert):
+    assert names(bert, projections="o") == [f"{layer(0)}.output.dense", f"{layer(1)}.output.dense"]
+
+
+def test_listed_names_are_whole_dotted_suffixes(bert):
+    assert names(bert, target_modules=["query"]) == [f"{layer(0)}.self.query", f"{layer(1)}.self.query"]
+    assert names(bert, target_modules=[f"{layer(1)}.self.key"]) == [f"{layer(1)}.self.key"]
+    with pytest.raises(ValueError, match="got 'uery'"):
+        names(bert, target_modules=["uery"])
+
+
+def test_an_expression_must_match_the_whole_name(bert):
+    assert names(bert, target_modules=r".*layer\.0\..*(query|key)") == [
+        f"{layer(0)}.self.query",
+        f"{layer(0)}.self.key",
+    ]
+    with pytest.raises(
+        ValueError, match=r"got the expression 'query', which must match a whole name; candidates: bert"
+    ):
+        names(bert, target_modules="query")
+
+
+def test_all_linear_leaves_the_head_out(bert):
+    linears = [n for n, m in bert.named_modules() if isinstance(m, nn.Linear) and n != "classifier"]
+    assert names(bert, target_modules="all-linear") == linears
+
+
+def test_the_head_is_never_a_target(bert):
+    with pytest.raises(ValueError, match="got 'classifier'"):
+        names(bert, target_modules=["classifier"])
+
+
+@pytest.mark.parametrize(("layers", "expected"), [([0], [0]), ([-1], [1]), ([1, 0, -1], [0, 1])])
+def test_layers_count_from_the_start_or_the_end(bert, layers, expected):
+    assert names(bert, projections="q", layers=layers) == [f"{layer(n)}.self.query" for n in expected]
+
+
+def test_a_block_that_is_not_there_is_an_error(bert):
+    with pytest.raises(ValueError, match=r"got \[2, -3\]; expected -2 to 1"):
+        names(bert, layers=[0, 2, -3])
+
+
+def test_names_of_another_architecture_list_candidates(bert):
+    with pytest.raises(
+        ValueError, match=r"does not have; got 'q_proj'; candidates: .*layer\.\*\.attention\.self\.query"
+    ):
+        names(bert, target_modules=["q_proj", "v_proj"])
+
+
+def test_a_role_that_matches_nothing_is_an_error():
+    model = tiny_classifier("bert")
+    for block in model.bert.encoder.layer:
+        block.attention.self.v = block.attention.self.value
+        del block.attention.self.value
+    with pytest.raises(
+        ValueError, match=r"the value projection matches nothing; .* attention\.self\.value; candidates"
+    ):
+        names(model, projections="qv")
+
+
+def test_an_unknown_model_type_and_a_plain_module_name_the_way_out(bert):
+    with pytest.raises(ValueError, match=r"needs a transformers model; got Sequential .* target_modules"):
+        names(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_layer_type_that_cannot_be_adapted_is_named(bert):
+    with pytest.raises(
+        ValueError, match=r"cannot adapt 'bert.embeddings.LayerNorm'; got a LayerNorm; expected one of Linear"
+    ):
+        names(bert, target_modules=["embeddings.LayerNorm"])
