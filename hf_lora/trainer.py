@@ -1,0 +1,238 @@
+"""LoRATrainer: transformers' Trainer that optimizes LoRA and head only and checkpoints only them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from hf_lora.atomic import write_text
+from hf_lora.checkpoint import TENSORS, adapter_info, load_tensors, read_adapter, save_adapter
+from hf_lora.inject import head_parameters, injection, lora_parameters, trainable_parameter_count
+from hf_lora.model_card import CardFacts, render_card
+
+# Prefixes that wrappers put into parameter names: FSDP1, torch.compile, DDP.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
+
+
+@dataclass
+class LoRATrainingArguments(TrainingArguments):
+    """TrainingArguments with what only LoRA classifiers need. Every new field is off by default."""
+
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the classification head; default: learning_rate."}
+    )
+    lora_plus_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of B over that of A, such as 16 (LoRA+, Hayou et al. 2024); default: 1."
+        },
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the loss: 'balanced' (inverse frequency in the training set) or "
+            "one number per label, separated by commas."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("head_learning_rate", "lora_plus_ratio"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is not usable; got {value!r}; expected a number above 0")
+
+
+class LoRATrainer(Trainer):
+    """Trainer for a model with LoRA: the same signature, adapter-only checkpoints, strict loading.
+
+    The optimizer holds LoRA, head and trained biases and nothing else. Losses under gradient accumulation
+    and on several processes are means over examples (stock Trainer multiplies them for classifiers).
+    `args` may be plain TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer
+    passed in that misses a trained parameter.
+    """
+
+    facts: CardFacts
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model=model, args=args, **kwargs)
+        injection(self.model)
+        # `forward` takes **kwargs, from which Trainer concludes that the loss is divided by
+        # `num_items_in_batch`; classification heads ignore it, and the loss would be counted once per step.
+        self.model_accepts_loss_kwargs = False
+        self.facts = CardFacts()
+        self._class_weights = self._resolve_class_weights()
+        if self.optimizer is not None:
+            self._check_optimizer(self.optimizer)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group for each (learning rate, weight decay) that LoRA+, head rate and decay give."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self._has_own_rates():
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(self._parameter_groups(model or self.model), **kwargs)
+        optimizer = super().create_optimizer(model)
+        self._check_optimizer(optimizer)
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss; with class weights, the weighted one, label smoothing included."""
+        if self._class_weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs["logits"]
+        weights = self._class_weights.to(logits.device, torch.float32)
+        if labels.is_floating_point():
+            loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), weight=weights)
+        else:
+            loss = F.cross_entropy(
+                logits.float(), labels, weight=weights, label_smoothing=self.args.label_smoothing_factor
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, **_: Any) -> None:
+        """Write `README.md` into the output directory from what was measured."""
+        if self.is_world_process_zero():
+            write_text(Path(self.args.output_dir) / "README.md", self._card())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class
+        save_adapter(
+            self.accelerator.unwrap_model(self.model),
+            output_dir or self.args.output_dir,
+            tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+            metrics=self.facts.metrics,
+            texts={"README.md": self._card()},
+            state_dict=state_dict,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_adapter_checkpoint(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_adapter_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_adapter_checkpoint(self, directory: str) -> None:
+        files = read_adapter(directory)
+        config = injection(self.model).config
+        for target in injection(self.model).targets:
+            saved, own = files.config.scaling_of(target.name), config.scaling_of(target.name)
+            if saved != own:
+                raise ValueError(
+                    f"the checkpoint {directory!r} has another scaling (alpha / rank) at {target.name!r}; "
+                    f"got {saved:g}; expected {own:g}; resume with the rank and alpha it was trained with"
+                )
+        load_tensors(self.model, files.tensors, source=str(Path(directory) / TENSORS))
+
+    def _card(self) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        return render_card(
+            adapter_info(model),
+            injection(model).config,
+            trainable_parameter_count(model),
+            facts=self.facts,
+            args=self.args,
+            log_history=self.state.log_history,
+        )
+
+    def _has_own_rates(self) -> bool:
+        return any(
+            getattr(self.args, name, None) is not None for name in ("head_learning_rate", "lora_plus_ratio")
+        )
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                decay = self.args.weight_decay if name in decayed else 0.0
+                groups.setdefault((self._learning_rate(name), decay), []).append(parameter)
+        return [
+            {"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()
+        ]
+
+    def _learning_rate(self, name: str) -> float:
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        rate = float(self.args.learning_rate)
+        if name in head_parameters(self.model):
+            return getattr(self.args, "head_learning_rate", None) or rate
+        if name in lora_parameters(self.model) and name.endswith(".lora_B"):
+            return rate * (getattr(self.args, "lora_plus_ratio", None) or 1.0)
+        return rate
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing trained may be missing from the optimizer: the head made after it is the classic case."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"the optimizer does not hold {len(missing)} trained parameters, first {missing[0]!r}; "
+                "make the optimizer after inject_lora and load_classifier, or let LoRATrainer make it"
+            )
+
+    def _resolve_class_weights(self) -> Tensor | None:
+        text = getattr(self.args, "class_weights", None)
+        if text is None:
+            return None
+        count, problem_type = self.model.config.num_labels, self.model.config.problem_type
+        if problem_type == "regression":
+            raise ValueError("class_weights cannot be used for regression, which has no classes")
+        if text == "balanced":
+            return balanced_weights(self.train_dataset, count)
+        try:
+            weights = [float(part) for part in text.split(",")]
+        except ValueError:
+            weights = []
+        if len(weights) != count or not all(weight >= 0 and math.isfinite(weight) for weight in weights):
+            raise ValueError(
+                f"class_weights is not usable; got {text!r}; expected 'balanced' or {count} numbers"
+            )
+        return torch.tensor(weights)
+
+
+def balanced_weights(dataset: Any, count: int) -> Tensor:
+    """Inverse class frequencies with mean 1 over the examples: n / (classes * n_class), shape `(count,)`.
+
+    For multi-label data a class's examples are those that carry the label.
+    """
+    labels = dataset["labels"]
+    counts: Mapping[int, int] = Counter(
+        index
+        for label in labels
+        for index in ([i for i, on in enumerate(label) if on] if isinstance(label, list) else [int(label)])
+    )
+    absent = [index for index in range(count) if counts[index] == 0]
+    if absent:
+        raise ValueError(
+            f"class_weights='balanced' needs examples of every label; got none of label {absent[0]}"
+        )
+    return torch.tensor([len(labels) / (count * counts[index]) for index in range(count)])

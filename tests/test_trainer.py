@@ -1,0 +1,315 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import randomize, tiny_batch, tiny_classifier
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from hf_lora import (
+    LoRAConfig,
+    LoRATrainer,
+    LoRATrainingArguments,
+    head_parameters,
+    inject_lora,
+    lora_parameters,
+)
+from hf_lora.checkpoint import adapter_tensors, read_adapter
+from hf_lora.trainer import balanced_weights
+
+
+def dataset(size=24, num_labels=3, labels=None):
+    batch = tiny_batch(size, num_labels=num_labels)
+    # The first token tells the label, so that there is something to learn.
+    batch["input_ids"][:, 0] = 10 + batch["labels"]
+    return Dataset.from_dict(
+        {
+            "input_ids": batch["input_ids"].tolist(),
+            "attention_mask": batch["attention_mask"].tolist(),
+            "labels": batch["labels"].tolist() if labels is None else labels,
+        }
+    )
+
+
+def arguments(directory, cls=LoRATrainingArguments, **options):
+    defaults = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+    }
+    return cls(**{**defaults, **options})
+
+
+def injected(**options):
+    model = tiny_classifier("bert", hidden_dropout_prob=0.1)
+    torch.manual_seed(1)
+    inject_lora(model, LoRAConfig(**{"rank": 4, "dropout": 0.1, **options}))
+    return model
+
+
+def trainer(directory, model=None, train=None, **options):
+    data = dataset() if train is None else train
+    return LoRATrainer(
+        model=model or injected(), args=arguments(directory, **options), train_dataset=data, eval_dataset=data
+    )
+
+
+def assert_same_tensors(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
+
+
+def test_the_optimizer_holds_lora_and_head_and_nothing_else(tmp_path):
+    run = trainer(tmp_path)
+    held = {id(p) for group in run.create_optimizer().param_groups for p in group["params"]}
+    wanted = {**lora_parameters(run.model), **head_parameters(run.model)}
+    assert held == {id(p) for p in wanted.values()}
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_training_moves_what_is_trained_and_no_bit_of_the_rest(bias, tmp_path):
+    model = injected(bias=bias)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainer(tmp_path, model).train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == trained
+
+
+def test_the_loss_curve_equals_peft_and_stock_trainer(tmp_path):
+    """Same data, seed and factors, no dropout: every logged loss and the final factors agree."""
+    ours = tiny_classifier("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    inject_lora(ours, LoRAConfig(rank=4, alpha=8, projections="qv"))
+    base = tiny_classifier("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+    )
+    factors = {
+        name: dict(theirs.named_parameters())[f"base_model.model.{name}.default.weight"]
+        for name in lora_parameters(ours)
+    }
+    for name, parameter in lora_parameters(ours).items():
+        parameter.data.copy_(factors[name].data)
+    run = trainer(tmp_path / "a", ours)
+    run.train()
+    stock = Trainer(model=theirs, args=arguments(tmp_path / "b", TrainingArguments), train_dataset=dataset())
+    stock.train()
+    losses = [[entry["loss"] for entry in part.state.log_history if "loss" in entry] for part in (run, stock)]
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    for name, parameter in lora_parameters(ours).items():
+        torch.testing.assert_close(parameter, factors[name], atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_accumulation_gives_the_loss_and_gradients_of_the_large_batch(tmp_path):
+    """The trap: stock Trainer multiplies both by the number of accumulated steps for these heads."""
+    results = []
+    for batch_size, steps in ((8, 1), (2, 4)):
+        model = injected(dropout=0.0)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        run = trainer(
+            tmp_path / str(steps),
+            model,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            max_steps=3,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+        )
+        run.train()
+        entries = [entry for entry in run.state.log_history if "loss" in entry]
+        results.append(
+            ([e["loss"] for e in entries], [e["grad_norm"] for e in entries], adapter_tensors(model))
+        )
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-4)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-3)
+    for key, tensor in results[0][2].items():
+        torch.testing.assert_close(tensor, results[1][2][key], atol=1e-6, rtol=1e-4)
+
+
+def test_checkpoints_hold_the_adapter_and_no_base_weight(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    run.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json", "trainer_state.json"} <= names
+    assert not names & {"model.safetensors", "pytorch_model.bin", "config.json", "training_args.bin"}
+    assert set(read_adapter(checkpoint).tensors) == set(adapter_tensors(run.model))
+
+
+def test_a_resumed_run_ends_exactly_like_an_undisturbed_one(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = trainer(tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_tensors(adapter_tensors(resumed.model), adapter_tensors(whole.model))
+    rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
+    assert [e["learning_rate"] for e in resumed.state.log_history if "learning_rate" in e] == rates
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 6
+
+
+def test_resuming_with_another_alpha_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=3).train()
+    with pytest.raises(
+        ValueError, match=r"another scaling .* got 4; expected 8; resume with the rank and alpha"
+    ):
+        trainer(tmp_path, injected(alpha=32.0)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_resuming_with_another_rank_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=3).train()
+    with pytest.raises(ValueError, match="does not fit the model"):
+        trainer(tmp_path, injected(rank=2, alpha=8.0)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+        )
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    scores = iter([0.1, 0.9, 0.5])
+    run = LoRATrainer(
+        model=injected(),
+        args=arguments(
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=True,
+        ),
+        train_dataset=dataset(),
+        eval_dataset=dataset(),
+        compute_metrics=lambda _: {"score": next(scores)},
+    )
+    run.train()
+    assert Path(run.state.best_model_checkpoint).name == "checkpoint-4"
+    best = read_adapter(tmp_path / "checkpoint-4").tensors
+    last = read_adapter(tmp_path / "checkpoint-6").tensors
+    assert_same_tensors(adapter_tensors(run.model), dict(best))
+    assert any(not torch.equal(best[key], last[key]) for key in best)
+
+
+def test_early_stopping_stops(tmp_path):
+    run = LoRATrainer(
+        model=injected(),
+        args=arguments(
+            tmp_path,
+            max_steps=20,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=True,
+        ),
+        train_dataset=dataset(),
+        eval_dataset=dataset(),
+        compute_metrics=lambda _: {"score": 0.5},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    run.train()
+    assert run.state.global_step == 6
+
+
+def test_head_rate_and_lora_plus_give_each_parameter_its_rate(tmp_path):
+    run = trainer(tmp_path, head_learning_rate=5e-4, lora_plus_ratio=16.0, weight_decay=0.1)
+    rates = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in run.create_optimizer().param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in lora_parameters(run.model).items():
+        assert rates[id(parameter)] == (pytest.approx(16 * 1e-2 if name.endswith("lora_B") else 1e-2), 0.1)
+    head = head_parameters(run.model)
+    assert rates[id(head["classifier.weight"])] == (5e-4, 0.1)
+    assert rates[id(head["classifier.bias"])] == (5e-4, 0.0)
+    assert len(rates) == len(lora_parameters(run.model)) + len(head)
+
+
+@pytest.mark.parametrize("name", ["head_learning_rate", "lora_plus_ratio"])
+def test_unusable_rates_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} is not usable; got -1"):
+        arguments(tmp_path, **{name: -1.0})
+
+
+def test_plain_training_arguments_are_enough(tmp_path):
+    run = LoRATrainer(model=injected(), args=arguments(tmp_path, TrainingArguments), train_dataset=dataset())
+    assert run.train().global_step == 6
+
+
+def test_class_weights_give_torchs_weighted_loss(tmp_path):
+    run = trainer(tmp_path, class_weights="1,2,0.5", label_smoothing_factor=0.1)
+    model = run.model.eval()
+    batch = tiny_batch()
+    expected = torch.nn.functional.cross_entropy(
+        model(batch["input_ids"], batch["attention_mask"]).logits,
+        batch["labels"],
+        weight=torch.tensor([1.0, 2.0, 0.5]),
+        label_smoothing=0.1,
+    )
+    torch.testing.assert_close(run.compute_loss(model, dict(batch)), expected)
+
+
+def test_balanced_weights_are_inverse_frequencies():
+    data = Dataset.from_dict({"labels": [0, 0, 0, 1]})
+    torch.testing.assert_close(balanced_weights(data, 2), torch.tensor([4 / 6, 4 / 2]))
+    several = Dataset.from_dict({"labels": [[1.0, 0.0], [1.0, 1.0]]})
+    torch.testing.assert_close(balanced_weights(several, 2), torch.tensor([2 / 4, 2 / 2]))
+    with pytest.raises(ValueError, match="got none of label 2"):
+        balanced_weights(data, 3)
+
+
+@pytest.mark.parametrize("weights", ["1,2", "1,2,x", "1,2,-3", "equal"])
+def test_unusable_class_weights_are_refused(weights, tmp_path):
+    with pytest.raises(ValueError, match="class_weights is not usable"):
+        trainer(tmp_path, class_weights=weights)
+
+
+OTHER_LABELS = {
+    "regression": [float(row % 5) for row in range(24)],
+    "multi_label_classification": [[1.0, 0.0, float(row % 2)] for row in range(24)],
+}
+
+
+@pytest.mark.parametrize(("problem_type", "labels"), OTHER_LABELS.items())
+def test_other_problem_types_train_and_save(problem_type, labels, tmp_path):
+    model = tiny_classifier(
+        "bert", num_labels=1 if problem_type == "regression" else 3, problem_type=problem_type
+    )
+    inject_lora(model, LoRAConfig(rank=4))
+    run = trainer(tmp_path, model, dataset(labels=labels))
+    run.train()
+    run.save_model()
+    assert json.loads((tmp_path / "hf_lora.json").read_text())["problem_type"] == problem_type
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_model_without_lora_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no LoRA layers; .* call inject_lora"):
+        LoRATrainer(model=tiny_classifier("bert"), args=arguments(tmp_path), train_dataset=dataset())
+
+
+def test_a_saved_model_has_a_card_and_no_pickle(tmp_path):
+    model = injected()
+    randomize(model)
+    trainer(tmp_path / "out", model).save_model()
+    assert "LoRA" in (tmp_path / "out" / "README.md").read_text()
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02"), path
