@@ -1,0 +1,149 @@
+"""The command line's own arguments as dataclasses. Light: nothing heavy is imported, so that --help is quick.
+
+`hf-lora train` takes these and every field of `LoRATrainingArguments`, through HfArgumentParser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+# Defaults of the command line for fields of TrainingArguments, where those of transformers do not suit LoRA.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.06,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 20,
+}
+
+
+def _option(default: Any = MISSING, *, help: str) -> Any:
+    return (
+        field(metadata={"help": help})
+        if default is MISSING
+        else field(default=default, metadata={"help": help})
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which pretrained model."""
+
+    model_name_or_path: str = _option(help="Base model: a Hub id or a local directory.")
+    model_revision: str | None = _option(None, help="Branch, tag or commit of the base model.")
+    cache_dir: str | None = _option(None, help="Where downloads are kept; default: the Hub's own cache.")
+    token: str | None = _option(None, help="Hub token; default: the one `hf auth login` stored.")
+    trust_remote_code: bool = _option(False, help="Run code that the base model's repository brings.")
+
+
+@dataclass
+class DataArguments:
+    """Which data, and what its columns mean."""
+
+    dataset_name: str | None = _option(None, help="Data set: a Hub id.")
+    dataset_config_name: str | None = _option(None, help="Configuration of the Hub data set.")
+    dataset_revision: str | None = _option(None, help="Branch, tag or commit of the Hub data set.")
+    train_file: str | None = _option(
+        None,
+        help="Training data: CSV, TSV, JSON lines, Parquet, a save_to_disk folder, or a folder with one "
+        "sub-folder of text files for each label.",
+    )
+    validation_file: str | None = _option(
+        None, help="Validation data; default: a part held out from training."
+    )
+    test_file: str | None = _option(None, help="Test data.")
+    text_column: str | None = _option(None, help="Column of the text; default: guessed from the usual names.")
+    text_pair_column: str | None = _option(None, help="Column of the second text of a pair.")
+    label_column: str | None = _option(
+        None, help="Column of the label; default: guessed from the usual names."
+    )
+    problem_type: str | None = _option(
+        None,
+        help="single_label_classification, multi_label_classification or regression; default: from the labels.",
+    )
+    max_seq_length: int = _option(
+        128, help="Longer texts are cut to this many tokens; the number cut is reported."
+    )
+    validation_fraction: float = _option(0.2, help="Share of the training data held out when none is given.")
+    encoding: str = _option("utf-8", help="Character encoding of the files.")
+    max_train_samples: int | None = _option(None, help="Use only this many training examples.")
+    max_eval_samples: int | None = _option(None, help="Use only this many validation examples.")
+    max_test_samples: int | None = _option(None, help="Use only this many test examples.")
+
+
+@dataclass
+class LoRAArguments:
+    """What to adapt, and how."""
+
+    lora_rank: int = _option(8, help="Rank r of the updates.")
+    lora_alpha: float = _option(16.0, help="The updates are scaled by alpha / rank.")
+    lora_dropout: float = _option(0.1, help="Dropout on the input of A.")
+    lora_projections: str = _option("qkvo", help="Projections to adapt: any letters of qkvo.")
+    lora_target_modules: list[str] | None = _option(
+        None, help="Modules to adapt by name instead: dotted suffixes, one regular expression, or all-linear."
+    )
+    lora_layers: list[int] | None = _option(
+        None, help="Blocks to adapt, from 0, or from the end when negative."
+    )
+    lora_rank_pattern: str | None = _option(None, help='Other ranks by module, as JSON: {"layer.5.*": 16}.')
+    lora_alpha_pattern: str | None = _option(None, help="Other alphas by module, as JSON.")
+    lora_bias: str = _option("none", help="Biases to train: none, lora_only or all.")
+    lora_init: str = _option("kaiming", help="How A starts: kaiming or gaussian.")
+    train_head: bool = _option(True, help="Train the classification head.")
+
+
+@dataclass
+class RunArguments:
+    """How the command runs."""
+
+    dry_run: bool = _option(
+        False, help="Print the resolved configuration and the modules to adapt, and stop."
+    )
+    overwrite_output_dir: bool = _option(False, help="Replace what an earlier run left in output_dir.")
+    early_stopping_patience: int | None = _option(
+        None, help="Stop after this many evaluations without a better result; the best is kept."
+    )
+    model_card_license: str | None = _option(None, help="Licence of the adapter, for its model card.")
+    language: str | None = _option(None, help="Language of the texts, for the model card.")
+
+
+GROUPS: tuple[type, ...] = (ModelArguments, DataArguments, LoRAArguments, RunArguments)
+
+
+def help_text() -> str:
+    """The text of `hf-lora train --help`: every argument above with its default, made without transformers."""
+    lines = [
+        "usage: hf-lora train [CONFIG.yaml] --model_name_or_path M (--dataset_name D | --train_file F)",
+        "                     --output_dir O [options]",
+        "",
+        "Fine-tune a pretrained encoder with LoRA on a text classification data set.",
+        "Flags override the YAML file, which holds the same names as keys.",
+    ]
+    for group in GROUPS:
+        lines += ["", f"{(group.__doc__ or '').rstrip('.').lower()}:"]
+        for entry in fields(group):
+            lines += _argument_lines(entry.name, entry.metadata["help"], entry.default)
+    lines += ["", "training:"]
+    lines += _argument_lines("output_dir", "Where the adapter, metrics.json and checkpoints go.", MISSING)
+    lines += _argument_lines(
+        "resume_from_checkpoint", "Go on from this checkpoint, or without a value from the last one.", None
+    )
+    lines += _argument_lines("head_learning_rate", "Learning rate of the head.", None)
+    lines += _argument_lines("lora_plus_ratio", "Learning rate of B over that of A (LoRA+).", None)
+    lines += _argument_lines("class_weights", "'balanced', or one number for each label.", None)
+    lines += [f"  --{name} (default: {value})" for name, value in TRAINING_DEFAULTS.items()]
+    lines += [
+        "",
+        "and every other argument of transformers.TrainingArguments: hf-lora train --help_all lists them.",
+    ]
+    return "\n".join(lines)
+
+
+def _argument_lines(name: str, help: str, default: Any) -> list[str]:
+    shown = "required" if default is MISSING else f"default: {default}"
+    return [f"  --{name}", f"        {help} ({shown})" if default is not None else f"        {help}"]

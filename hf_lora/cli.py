@@ -1,0 +1,141 @@
+"""The `hf-lora` command: light, so that --help is quick; the work is imported when a subcommand runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_lora.arguments import help_text
+from hf_lora.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, or 2 for a user's mistake, told in one line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["train"]:
+            return _train(argv[1:])
+        options = make_parser().parse_args(argv)
+        _quiet_libraries()
+        from hf_lora import commands
+
+        return getattr(commands, options.command)(options)
+    except (ValueError, OSError) as error:
+        if os.environ.get("HF_LORA_TRACEBACK"):
+            raise
+        print(f"hf-lora: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-lora: interrupted", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand but `train`, which has hundreds of flags of its own."""
+    parser = argparse.ArgumentParser(
+        prog="hf-lora",
+        description="LoRA fine-tuning for BERT-style text classifiers.",
+        epilog="Set HF_LORA_TRACEBACK=1 to see where an error comes from.",
+    )
+    parser.add_argument("--version", action="version", version=f"hf-lora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="fine-tune a model and export the adapter", add_help=False)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="measure an adapter, and the base model without it, on a file"
+    )
+    _add_adapter(evaluate)
+    evaluate.add_argument("--test_file", help="file or folder with texts and labels")
+    evaluate.add_argument("--dataset_name", help="Hub data set with a test split, in place of --test_file")
+    evaluate.add_argument("--dataset_config_name", help="configuration of the Hub data set")
+    evaluate.add_argument("--text_column", help="column of the text (default: as in training)")
+    evaluate.add_argument("--text_pair_column", help="column of the second text of a pair")
+    evaluate.add_argument("--label_column", help="column of the label")
+    evaluate.add_argument(
+        "--encoding", default="utf-8", help="character encoding of the file (default: utf-8)"
+    )
+    evaluate.add_argument("--max_test_samples", type=int, help="use only the first N examples")
+    evaluate.add_argument("--batch_size", type=int, default=32, help="texts at a time (default: 32)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
+
+    predict = commands.add_parser("predict", help="classify texts; writes JSON lines")
+    _add_adapter(predict)
+    predict.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="texts; without any, and no file: standard input"
+    )
+    predict.add_argument("--input_file", help="txt (one text per line), csv, tsv, jsonl or parquet; any size")
+    predict.add_argument("--text_column", help="column of the text in the file (default: as in training)")
+    predict.add_argument("--text_pair_column", help="column of the second text of a pair")
+    predict.add_argument(
+        "--encoding", default="utf-8", help="character encoding of the file (default: utf-8)"
+    )
+    predict.add_argument("--output_file", help="where to write (default: standard output)")
+    predict.add_argument("--batch_size", type=int, default=32, help="texts at a time (default: 32)")
+
+    merge = commands.add_parser("merge", help="write base and adapter as one plain transformers checkpoint")
+    _add_adapter(merge)
+    merge.add_argument("texts", nargs="*", metavar="TEXT", help="texts to compare merged and unmerged on")
+    merge.add_argument("--output_dir", required=True, help="where the checkpoint goes; must not exist")
+    merge.add_argument("--input_file", help="more texts to compare on")
+    merge.add_argument("--text_column", help="column of the text in the file")
+    merge.add_argument("--text_pair_column", help="column of the second text of a pair")
+    merge.add_argument("--encoding", default="utf-8", help="character encoding of the file (default: utf-8)")
+    merge.add_argument("--json", action="store_true", help="print one JSON object")
+
+    info = commands.add_parser("info", help="tell what an adapter is")
+    info.add_argument("--adapter", required=True, help="adapter directory or Hub id")
+    info.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    targets = commands.add_parser("targets", help="tell which modules q, k, v and o mean in a model")
+    targets.add_argument("--model_name_or_path", required=True, help="Hub id or local directory")
+    targets.add_argument("--model_revision", help="branch, tag or commit of the model")
+    targets.add_argument("--lora_rank", type=int, default=8, help="rank to count parameters for (default: 8)")
+    targets.add_argument("--lora_projections", default="qkvo", help="letters of qkvo (default: qkvo)")
+    targets.add_argument(
+        "--trust_remote_code", action="store_true", help="run code from the model's repository"
+    )
+    targets.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", required=True, help="adapter directory or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
+    parser.add_argument("--base", help="another place of the base model than the one the adapter names")
+    parser.add_argument(
+        "--skip_base_check",
+        action="store_true",
+        help="use a base model whose weights differ from those trained on",
+    )
+
+
+def _train(argv: list[str]) -> int:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(help_text())
+        return 0
+    if "--help_all" in argv:
+        from hf_lora.parsing import make_parser as make_training_parser
+
+        print(make_training_parser().format_help())
+        return 0
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    from hf_lora.training import run_training
+
+    run_training(argv)
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep progress bars of model loading out of commands whose output is read by programs."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""What each `hf-lora` subcommand does. One function each, taking the parsed options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+from transformers import EvalPrediction
+
+from hf_lora.architectures import ROLE_NAMES
+from hf_lora.atomic import replacing, whole_file
+from hf_lora.checkpoint import TENSORS, AdapterFiles, read_adapter
+from hf_lora.config import LoRAConfig
+from hf_lora.data import ClassificationData, DataConfig, iter_texts, prepare_test
+from hf_lora.hub import adapter_directory
+from hf_lora.inference import Text, TextClassifier
+from hf_lora.inject import (
+    inject_lora,
+    injection,
+    lora_disabled,
+    merge_lora,
+    remove_lora,
+    trainable_parameter_count,
+)
+from hf_lora.metrics import class_errors, compute_metrics
+from hf_lora.modeling import meta_classifier
+from hf_lora.peft_format import lora_key
+from hf_lora.tables import print_table
+
+# Texts that `merge` compares at the most: enough to see a difference, quick enough to wait for.
+COMPARED = 1000
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Metrics and errors by class on labelled data, with the adapter and with it disabled."""
+    classifier = _classifier(options)
+    data = _test_data(options, classifier)
+    pairs = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
+    texts = [pair[0] if len(pair) == 1 else pair for pair in pairs]
+    references = data.splits["test"].with_format("numpy")["labels"][:]
+    measure = compute_metrics(data.problem_type, data.labels)
+    enabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
+    with lora_disabled(classifier.model):
+        disabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
+    report: dict[str, Any] = {
+        "adapter": str(options.adapter),
+        "examples": len(texts),
+        "truncated": data.report.truncated["test"],
+        "metrics": measure(EvalPrediction(enabled, references)),
+        "metrics_disabled": measure(EvalPrediction(disabled, references)),
+    }
+    if data.problem_type == "single_label_classification":
+        counts = [class_errors(logits.argmax(-1), references, data.labels) for logits in (enabled, disabled)]
+        report["classes"] = {
+            label: {**counts[0][label], "wrong_disabled": counts[1][label]["wrong"]} for label in data.labels
+        }
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return 0
+    rows = [(name, value, report["metrics_disabled"].get(name)) for name, value in report["metrics"].items()]
+    print_table(f"{len(texts)} examples", ("metric", "with adapter", "adapter disabled"), rows)
+    if "classes" in report:
+        classes = [
+            (name, c["support"], c["wrong"], c["wrong_disabled"]) for name, c in report["classes"].items()
+        ]
+        print_table("errors by class", ("label", "examples", "wrong", "wrong, disabled"), classes)
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    """One JSON object a line for each text, in order, while the texts are being read."""
+    classifier = _classifier(options)
+    texts = _texts(options, classifier)
+    if options.output_file is None:
+        _write_predictions(classifier, texts, sys.stdout, options.batch_size)
+    else:
+        with whole_file(Path(options.output_file)) as stream:
+            _write_predictions(
+                classifier, tqdm(texts, unit=" texts", disable=None), stream, options.batch_size
+            )
+    return 0
+
+
+def merge(options: argparse.Namespace) -> int:
+    """A plain checkpoint with the adapter in the weights, and how much merging changed the outputs."""
+    output = Path(options.output_dir)
+    if output.exists():
+        raise ValueError(f"output_dir exists; got {str(output)!r}; expected a new directory")
+    classifier = _classifier(options)
+    given = options.texts or options.input_file
+    texts = list(islice(_texts(options, classifier), COMPARED)) if given else []
+    before = classifier.logits(texts) if texts else None
+    merged = merge_lora(classifier.model)
+    report: dict[str, Any] = {"output_dir": str(output), "merged_modules": len(merged), "texts": len(texts)}
+    if before is not None:
+        after = classifier.logits(texts)
+        report["largest_logit_difference"] = (after - before).abs().max().item()
+        report["label_flips"] = _flips(before, after, classifier.info.problem_type)
+    remove_lora(classifier.model)
+    with replacing(output) as folder:
+        classifier.model.save_pretrained(folder)
+        classifier.tokenizer.save_pretrained(folder)
+    if options.json:
+        print(json.dumps(report))
+        return 0
+    print_table("merged", ("what", "value"), [(k.replace("_", " "), _plain(v)) for k, v in report.items()])
+    if before is None:
+        print("no texts were given to compare on; pass some, or --input_file")
+    return 0
+
+
+def info(options: argparse.Namespace) -> int:
+    """What an adapter is, from its files alone: the base model is not loaded."""
+    files = read_adapter(adapter_directory(options.adapter, revision=options.revision))
+    report = describe(files)
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return 0
+    norms = report.pop("delta_norms")
+    metrics = report.pop("metrics")
+    print_table("adapter", ("what", "value"), [(k.replace("_", " "), _plain(v)) for k, v in report.items()])
+    measured = [(name, value) for name, value in metrics.items() if isinstance(value, int | float)]
+    if measured:
+        print_table("measured in training", ("metric", "value"), measured)
+    print_table("norms of the updates", ("module", "Frobenius norm of scaling * B A"), norms.items())
+    return 0
+
+
+def targets(options: argparse.Namespace) -> int:
+    """The modules that each role means in a model, and what adapting them costs; no weights are loaded."""
+    model = meta_classifier(
+        options.model_name_or_path,
+        revision=options.model_revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    inject_lora(model, LoRAConfig(rank=options.lora_rank, projections=options.lora_projections))
+    count = trainable_parameter_count(model)
+    roles: dict[str, list[str]] = {role: [] for role in options.lora_projections}
+    for target in injection(model).targets:
+        roles[str(target.role)].append(target.name)
+    report = {
+        "model_type": model.config.model_type,
+        "roles": roles,
+        "head": list(injection(model).head),
+        "rank": options.lora_rank,
+        "lora_parameters": count.lora,
+        "total_parameters": count.total,
+        "share": count.lora / (count.total - count.lora),
+    }
+    if options.json:
+        print(json.dumps(report))
+        return 0
+    rows = [(f"{role} ({ROLE_NAMES[role]})", len(names), "\n".join(names)) for role, names in roles.items()]
+    print_table(
+        f"{options.model_name_or_path}: {model.config.model_type}", ("role", "modules", "names"), rows
+    )
+    print(f"head: {', '.join(report['head'])}")
+    print(
+        f"LoRA at rank {options.lora_rank}: {count.lora:,} parameters ({100 * report['share']:.2f}% of the model)"
+    )
+    return 0
+
+
+def describe(files: AdapterFiles) -> dict[str, Any]:
+    """What `info` prints: identity, sizes, and the norm of each update, computed from its factors."""
+    names = sorted(
+        key.removesuffix(".lora_A.weight") for key in files.tensors if key.endswith(".lora_A.weight")
+    )
+    modules = [name.removeprefix("base_model.model.") for name in names]
+    lora = sum(tensor.numel() for key, tensor in files.tensors.items() if ".lora_" in key)
+    own = files.info
+    return {
+        "directory": str(files.directory),
+        "base_model": files.base_name,
+        "base_revision": own.base_model.revision if own else files.peft_config.get("revision"),
+        "fingerprint": own.base_model.fingerprint if own else None,
+        "labels": list(own.labels) if own else None,
+        "problem_type": own.problem_type if own else None,
+        "max_length": own.max_length if own else None,
+        "rank": files.config.rank,
+        "alpha": files.config.alpha,
+        "projections": own.projections if own else None,
+        "target_modules": files.config.target_modules,
+        "modules": len(modules),
+        "lora_parameters": lora,
+        "other_parameters": sum(tensor.numel() for tensor in files.tensors.values()) - lora,
+        "bytes": (files.directory / TENSORS).stat().st_size,
+        "metrics": dict(own.metrics) if own else {},
+        "delta_norms": {module: _delta_norm(files, module) for module in modules},
+    }
+
+
+def _delta_norm(files: AdapterFiles, module: str) -> float:
+    """The Frobenius norm of scaling * B A: the root of trace((B'B)(AA')), which needs no `(out, in)` matrix."""
+    lora_A, lora_B = (files.tensors[lora_key(module, which)].double() for which in ("lora_A", "lora_B"))
+    gram = ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum()
+    return files.config.scaling_of(module) * gram.clamp(min=0).sqrt().item()
+
+
+def _classifier(options: argparse.Namespace) -> TextClassifier:
+    return TextClassifier.from_pretrained(
+        options.adapter, revision=options.revision, base=options.base, check_base=not options.skip_base_check
+    )
+
+
+def _test_data(options: argparse.Namespace, classifier: TextClassifier) -> ClassificationData:
+    info = classifier.info
+    columns = [options.text_column, options.text_pair_column]
+    if columns == [None, None] and info.text_columns:
+        columns = [*info.text_columns, None][:2]
+    config = DataConfig(
+        dataset_name=options.dataset_name,
+        dataset_config_name=options.dataset_config_name,
+        test_file=options.test_file,
+        text_column=columns[0],
+        text_pair_column=columns[1],
+        label_column=options.label_column,
+        max_length=info.max_length or DataConfig.max_length,
+        encoding=options.encoding,
+        max_test_samples=options.max_test_samples,
+    )
+    return prepare_test(config, classifier.tokenizer, info.labels, info.problem_type)
+
+
+def _texts(options: argparse.Namespace, classifier: TextClassifier) -> Iterator[Text]:
+    """The texts of the command line, else of the file, else of standard input."""
+    if options.texts:
+        yield from options.texts
+        return
+    trained_on = classifier.info.text_columns
+    text = options.text_column or (trained_on[0] if trained_on else None)
+    pair = options.text_pair_column or (
+        trained_on[1] if len(trained_on) > 1 and not options.text_column else None
+    )
+    source = options.input_file or sys.stdin
+    for row in iter_texts(source, text_column=text, text_pair_column=pair, encoding=options.encoding):
+        yield row[0] if len(row) == 1 else row
+
+
+def _write_predictions(
+    classifier: TextClassifier, texts: Iterable[Text], stream: TextIO, batch_size: int
+) -> None:
+    for result in classifier.predict_stream(texts, batch_size=batch_size):
+        stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+        stream.flush()
+
+
+def _flips(before: torch.Tensor, after: torch.Tensor, problem_type: str) -> int:
+    """How many labels differ between two sets of outputs `(texts, labels)`; none for a regression."""
+    decide = {
+        "single_label_classification": lambda logits: logits.argmax(-1, keepdim=True),
+        "multi_label_classification": lambda logits: logits > 0,
+        "regression": torch.zeros_like,
+    }[problem_type]
+    return int((decide(before) != decide(after)).any(-1).sum())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

@@ -1,0 +1,298 @@
+"""One training run from the command line's arguments: data, model, LoRATrainer, adapter, metrics.json.
+
+The same for `hf-lora train` and for `accelerate launch scripts/train.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
+from hf_lora.atomic import write_text
+from hf_lora.checkpoint import CONFIG, TENSORS
+from hf_lora.config import LoRAConfig
+from hf_lora.data import ClassificationData, DataConfig, prepare_data
+from hf_lora.inject import inject_lora, lora_disabled, trainable_parameter_count
+from hf_lora.metrics import class_errors, compute_metrics
+from hf_lora.model_card import CardFacts
+from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
+from hf_lora.parsing import parse_training
+from hf_lora.tables import print_table
+from hf_lora.trainer import LoRATrainer, LoRATrainingArguments
+
+logger = logging.getLogger(__name__)
+
+LAST = "last"
+
+
+def run_training(argv: list[str]) -> dict[str, Any]:
+    """Parse `argv`, train, evaluate and export; returns what it wrote to `metrics.json`.
+
+    Raises ValueError, in one line, for anything the user can mend.
+    """
+    model_args, data_args, lora_args, run_args, args = parse_training(argv)
+    config = lora_config(lora_args)
+    if run_args.dry_run:
+        return dry_run(model_args, config, args)
+    resume = prepare_output(args, run_args)
+    set_seed(args.seed)
+    if not torch.cuda.is_available():
+        args.dataloader_pin_memory = False  # has no effect without a GPU but a warning at every epoch
+    hub = hub_options(model_args)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision, **hub)
+    with args.main_process_first(desc="preparing the data"):
+        data = prepare_data(data_config(data_args, model_args, args), tokenizer)
+    if args.process_index == 0:
+        print(data.report, flush=True)
+    # Once more, so that the head and A do not depend on what the data preparation drew.
+    set_seed(args.seed)
+    model, tokenizer = load_classifier(
+        model_args.model_name_or_path,
+        data.labels,
+        config,
+        problem_type=data.problem_type,
+        max_length=data.max_length,
+        text_columns=data.text_columns,
+        revision=model_args.model_revision,
+        **hub,
+    )
+    if args.process_index == 0:
+        print(trainable_parameter_count(model), flush=True)
+    trainer = make_trainer(model, tokenizer, data, args, run_args)
+    trainer.facts = CardFacts(
+        model_name=Path(args.output_dir).name,
+        dataset_name=data_args.dataset_name,
+        license=run_args.model_card_license,
+        language=run_args.language,
+        label_counts=data.report.label_counts,
+    )
+    clock = EvaluationClock()
+    trainer.add_callback(clock)
+    train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    trainer.remove_callback(clock)
+    train_metrics["train_runtime"] = max(0.0, train_metrics["train_runtime"] - clock.seconds)
+    return finish(trainer, data, train_metrics)
+
+
+def lora_config(arguments: LoRAArguments) -> LoRAConfig:
+    """The LoRAConfig that the command line's arguments ask for."""
+    targets = arguments.lora_target_modules
+    single = (
+        targets is not None
+        and len(targets) == 1
+        and not targets[0].replace(".", "").replace("_", "").isalnum()
+    )
+    expression = targets is not None and (single or targets == ["all-linear"])
+    return LoRAConfig(
+        rank=arguments.lora_rank,
+        alpha=arguments.lora_alpha,
+        dropout=arguments.lora_dropout,
+        projections=arguments.lora_projections,
+        target_modules=None if targets is None else targets[0] if expression else tuple(targets),
+        layers=None if arguments.lora_layers is None else tuple(arguments.lora_layers),
+        rank_pattern=_json_object("lora_rank_pattern", arguments.lora_rank_pattern),
+        alpha_pattern=_json_object("lora_alpha_pattern", arguments.lora_alpha_pattern),
+        bias=arguments.lora_bias,
+        train_head=arguments.train_head,
+        init=arguments.lora_init,
+    )
+
+
+def data_config(arguments: DataArguments, model: ModelArguments, args: LoRATrainingArguments) -> DataConfig:
+    """The DataConfig that the command line's arguments ask for."""
+    values = asdict(arguments)
+    values["max_length"] = values.pop("max_seq_length")
+    return DataConfig(**values, seed=args.seed, cache_dir=model.cache_dir, token=model.token)
+
+
+def hub_options(arguments: ModelArguments) -> dict[str, Any]:
+    """What transformers' `from_pretrained` takes of the model arguments."""
+    return {
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def prepare_output(args: LoRATrainingArguments, run_args: RunArguments) -> str | None:
+    """The checkpoint to resume from, if any. Raises ValueError rather than mix two runs in one directory."""
+    output = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    last = last_complete_checkpoint(output)
+    if resume == LAST:
+        if last is None:
+            logger.warning("no checkpoint in %s to resume from; starting from the beginning", output)
+        return last
+    if resume is not None:
+        return str(resume)
+    if run_args.overwrite_output_dir:
+        if args.process_index == 0:
+            for checkpoint in checkpoints(output):
+                shutil.rmtree(checkpoint)
+    elif last or (output / CONFIG).is_file():
+        raise ValueError(
+            f"output_dir is in use; got {str(output)!r} with {'checkpoints' if last else 'an adapter'} of an earlier "
+            "run; pass --resume_from_checkpoint to go on, --overwrite_output_dir to replace it, or another directory"
+        )
+    return None
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoint directories of a run, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def last_complete_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer's state is the last file of it."""
+    complete = [path for path in checkpoints(output) if (path / TRAINER_STATE_NAME).is_file()]
+    return str(complete[-1]) if complete else None
+
+
+class EvaluationClock(TrainerCallback):
+    """Adds up the seconds that evaluations take during training."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
+        """Called by the Trainer after each evaluation."""
+        self.seconds += metrics.get("eval_runtime", 0.0)
+
+
+def make_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ClassificationData,
+    args: LoRATrainingArguments,
+    run_args: RunArguments,
+) -> LoRATrainer:
+    """The LoRATrainer of a run, with the metrics of its problem type and early stopping if asked for."""
+    callbacks: list[TrainerCallback] = []
+    if run_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=run_args.early_stopping_patience))
+        args.load_best_model_at_end = True
+        args.metric_for_best_model = args.metric_for_best_model or "loss"
+        if args.greater_is_better is None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    return LoRATrainer(
+        model=model,
+        args=args,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"],
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics(data.problem_type, data.labels),
+        callbacks=callbacks,
+    )
+
+
+def finish(trainer: LoRATrainer, data: ClassificationData, train_metrics: dict[str, float]) -> dict[str, Any]:
+    """Evaluate with the adapter and with it disabled, save the adapter, write and show `metrics.json`."""
+    args = trainer.args
+    output = Path(args.output_dir)
+    metrics: dict[str, Any] = {}
+    errors: dict[str, dict[str, int]] = {}
+    for split, prefix in (("validation", "eval"), ("test", "test")):
+        if split in data.splits:
+            measured, errors = evaluate_split(trainer, data, split, prefix)
+            metrics |= measured
+    count = trainable_parameter_count(trainer.model)
+    metrics |= {
+        "train_loss": train_metrics["train_loss"],
+        "train_runtime": train_metrics["train_runtime"],
+        "trainable_parameters": count.trainable,
+        "total_parameters": count.total,
+        "epochs": trainer.state.epoch,
+        "global_step": trainer.state.global_step,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    trainer.facts.metrics, trainer.facts.class_errors = metrics, errors
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        metrics["adapter_bytes"] = (output / TENSORS).stat().st_size
+        metrics["class_errors"] = errors
+        write_text(output / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        show(metrics, errors, str(count), output)
+    return metrics
+
+
+def evaluate_split(
+    trainer: LoRATrainer, data: ClassificationData, split: str, prefix: str
+) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """The split's metrics (those with the adapter disabled under `..._disabled`) and errors by class."""
+    result = trainer.predict(data.splits[split], metric_key_prefix=prefix)
+    with lora_disabled(trainer.model):
+        disabled = trainer.predict(data.splits[split], metric_key_prefix=prefix)
+    timing = ("_runtime", "_per_second")
+    metrics = dict(result.metrics)
+    metrics |= {f"{name}_disabled": v for name, v in disabled.metrics.items() if not name.endswith(timing)}
+    if data.problem_type != "single_label_classification":
+        return metrics, {}
+    counted = [
+        class_errors(part.predictions.argmax(-1), part.label_ids, data.labels) for part in (result, disabled)
+    ]
+    errors = {
+        label: {**counted[0][label], "wrong_disabled": counted[1][label]["wrong"]} for label in data.labels
+    }
+    return metrics, errors
+
+
+def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str, output: Path) -> None:
+    """Print the run's results as tables."""
+    skipped = ("_runtime", "_per_second", "_disabled", "loss")
+    names = [n for n in metrics if n.startswith(("eval_", "test_")) and not n.endswith(skipped)]
+    rows = [(name, metrics[name], metrics.get(f"{name}_disabled")) for name in names]
+    print_table("results", ("metric", "with adapter", "adapter disabled"), rows)
+    if errors:
+        classes = [
+            (label, row["support"], row["wrong"], row["wrong_disabled"]) for label, row in errors.items()
+        ]
+        print_table("errors by class", ("label", "examples", "wrong", "wrong, disabled"), classes)
+    facts = [
+        ("parameters", count),
+        ("training", f"{metrics['train_runtime']:.1f} s, {metrics['global_step']} steps"),
+        ("peak memory", f"{metrics['peak_memory_mb']:.0f} MB"),
+        ("adapter", f"{output} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"),
+    ]
+    print_table("run", ("what", "value"), facts)
+
+
+def dry_run(model_args: ModelArguments, config: LoRAConfig, args: LoRATrainingArguments) -> dict[str, Any]:
+    """Print the resolved configuration and the modules that would be adapted, without loading weights."""
+    model = meta_classifier(
+        model_args.model_name_or_path, revision=model_args.model_revision, **hub_options(model_args)
+    )
+    names = inject_lora(model, config)
+    print(json.dumps({"lora": config.to_dict(), "training": args.to_dict()}, indent=2, sort_keys=True))
+    print("\n".join(names))
+    print(f"{len(names)} modules; {trainable_parameter_count(model)} with a head of 2 labels")
+    return {"modules": names}
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process so far, in megabytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def _json_object(name: str, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON; got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} is not a JSON object; got {text!r}; expected such as {{"query": 16}}')
+    return value
