@@ -53,7 +53,7 @@ def resolve_base(name: str, *, revision: str | None = None, cache_dir: str | Non
     """
     if Path(name).is_dir() or name not in BUNDLED or revision not in (None, "main"):
         return name
-    if _in_cache(name, cache_dir) or _hub_answers(name):
+    if _in_cache(name, cache_dir) or hub_answers():
         return name
     folder = bundled_folder(name)
     if folder is None:
@@ -107,13 +107,12 @@ def _in_cache(name: str, cache_dir: str | None) -> bool:
     return True
 
 
-def _hub_answers(name: str) -> bool:
+def hub_answers() -> bool:
     """Whether the Hub answers at all: one request with a short time limit, without the client's retries."""
     if constants.HF_HUB_OFFLINE:
         return False
-    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
     try:
-        huggingface_hub.get_session().head(url, timeout=PROBE_SECONDS)
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
     except Exception as error:  # whichever HTTP library the client uses: httpx now, requests before
         logger.debug("no answer from the Hub: %s", error)
         return False

@@ -38,6 +38,14 @@ _DIGESTED = (TENSORS, CONFIG)
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A tensor of a file: its name in the model's `state_dict`, and its shape in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class AdapterFiles:
     """An adapter directory, read and checked against itself but not yet against a model."""
 
@@ -140,28 +148,33 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
         tensors = safetensors.torch.load_file(directory / TENSORS)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"the adapter in {str(directory)!r} cannot be read: {error}") from None
-    config = peft_format.from_peft(peft_config, info.projections if info else None)
+    config = peft_format.from_peft(
+        peft_config,
+        projections=info.projections if info else None,
+        form=info.form if info else LoRAConfig.form,
+    )
     return AdapterFiles(directory, config, peft_config, tensors, info)
 
 
 def adapter_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What is saved, under PEFT's keys: A, B, the head and trained biases, fp32 on the CPU, contiguous."""
     own = model.state_dict() if state_dict is None else state_dict
-    return {key: _saved(own[name]) for key, name in tensor_names(model).items()}
+    return {key: _saved(own[slot.name], slot.shape) for key, slot in file_slots(model).items()}
 
 
-def tensor_names(model: nn.Module) -> dict[str, str]:
-    """The keys of an adapter file, each with the name of the tensor in the injected model's `state_dict`."""
-    state = injection(model)
-    targets = {target.name for target in state.targets}
-    names = {
-        peft_format.lora_key(target, which): f"{target}.{which}"
-        for target in lora_layers(model)
-        for which in ("lora_A", "lora_B")
+def file_slots(model: nn.Module) -> dict[str, Slot]:
+    """The keys of an adapter file for an injected model, each with the tensor it stands for."""
+    state, own = injection(model), model.state_dict()
+    layers = lora_layers(model)
+    slots = {
+        f"{peft_format.PREFIX}{placement.target.name}.{key}": Slot(f"{placement.layer}.{which}", shape)
+        for placement in state.placements
+        for which, (key, shape) in layers[placement.target.name].peft_shapes.items()
     }
-    names |= {peft_format.PREFIX + name: name for name in model.state_dict() if belongs_to(name, state.head)}
-    names |= {peft_format.bias_key(name, targets): name for name in sorted(trained_biases(model, state))}
-    return names
+    targets = {target.module for target in state.targets}
+    whole = {peft_format.PREFIX + name: name for name in own if belongs_to(name, state.head)}
+    whole |= {peft_format.bias_key(name, targets): name for name in sorted(trained_biases(model, state))}
+    return slots | {key: Slot(name, tuple(own[name].shape)) for key, name in whole.items()}
 
 
 @torch.no_grad()
@@ -170,7 +183,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
 
     Raises ValueError, before any change, for missing, unexpected, wrongly shaped or non-finite tensors.
     """
-    expected, own = tensor_names(model), model.state_dict()
+    expected, own = file_slots(model), model.state_dict()
     keys = peft_format.without_duplicates(tensors)
     missing, unexpected = sorted(set(expected) - set(keys)), sorted(set(keys) - set(expected))
     if missing or unexpected:
@@ -178,16 +191,17 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
         found += [f"{len(unexpected)} unexpected, first {unexpected[0]!r}"] if unexpected else []
         raise ValueError(f"{source} does not fit {type(model).__name__}; got {' and '.join(found)}")
     for key in keys:
-        want, got = own[expected[key]].shape, tensors[key].shape
+        want, got = expected[key].shape, tuple(tensors[key].shape)
         if want != got:
             raise ValueError(
-                f"{source} does not fit the model; {key!r} has shape {tuple(got)}, expected {tuple(want)}"
+                f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
                 + _label_hint(model, key, got)
             )
         if not tensors[key].is_floating_point() or not torch.isfinite(tensors[key]).all():
             raise ValueError(f"{source} is damaged; {key!r} holds something else than finite numbers")
     for key in keys:
-        own[expected[key]].copy_(tensors[key])
+        target = own[expected[key].name]
+        target.copy_(tensors[key].reshape(target.shape))
 
 
 def adapter_info(model: nn.Module) -> AdapterInfo:
@@ -202,6 +216,7 @@ def adapter_info(model: nn.Module) -> AdapterInfo:
         info,
         base_model=base,
         projections=roles or info.projections,
+        form=state.config.form,
         hf_lora_version=__version__,
         transformers_version=transformers.__version__,
     )
@@ -250,13 +265,13 @@ def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
     return head + [name for name in inside if any(has_suffix(name, suffix) for suffix in wanted)]
 
 
-def _label_hint(model: nn.Module, key: str, got: torch.Size) -> str:
+def _label_hint(model: nn.Module, key: str, got: tuple[int, ...]) -> str:
     name = key.removeprefix(peft_format.PREFIX)
     return f"; load the base with num_labels={got[0]}" if belongs_to(name, injection(model).head) else ""
 
 
-def _saved(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32).contiguous().clone()
+def _saved(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).reshape(shape).contiguous().clone()
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from hf_lora.architectures import ROLES
 from hf_lora.initializers import INITIALIZERS
 
 BIAS_MODES = ("none", "lora_only", "all")
+FORMS = ("module", "parametrization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class LoRAConfig:
     bias: which biases are trained: "none", "lora_only" (those of adapted layers), "all".
     train_head: whether the classification head is trained. It is saved with the adapter either way.
     init: how A and B start, a name of `hf_lora.initializers.INITIALIZERS`.
+    form: "module" (the layer gets a forward with the update in it: fast) or "parametrization" (the weight is
+        replaced by W + scaling * B A through `torch.nn.utils.parametrize`: any weight tensor, also a
+        convolution's or a bare parameter, which `target_modules` names like a module).
 
     Raises ValueError for any value outside these.
     """
@@ -45,6 +49,7 @@ class LoRAConfig:
     bias: str = "none"
     train_head: bool = True
     init: str = "kaiming"
+    form: str = "module"
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -62,6 +67,8 @@ class LoRAConfig:
             _check_pattern("alpha_pattern", pattern)
         if self.bias not in BIAS_MODES:
             raise ValueError(f"unknown bias mode; got {self.bias!r}; expected one of {', '.join(BIAS_MODES)}")
+        if self.form not in FORMS:
+            raise ValueError(f"unknown form; got {self.form!r}; expected one of {', '.join(FORMS)}")
         INITIALIZERS.get(self.init)
 
     def rank_of(self, name: str) -> int:

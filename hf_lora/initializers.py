@@ -45,5 +45,15 @@ def gaussian(
     return lora_A, torch.zeros(out_features, rank, dtype=dtype, device=device)
 
 
+def normal(
+    features: tuple[int, int], rank: int, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A standard normal, B zero: the paper's random Gaussian (section 4.1), as MNIST demonstrations take it."""
+    out_features, in_features = features
+    lora_A = torch.randn(rank, in_features, dtype=dtype, device=device)
+    return lora_A, torch.zeros(out_features, rank, dtype=dtype, device=device)
+
+
 INITIALIZERS.register("kaiming", kaiming)
 INITIALIZERS.register("gaussian", gaussian)
+INITIALIZERS.register("normal", normal)

@@ -13,11 +13,21 @@ from torch import Tensor, nn
 from hf_lora.config import LoRAConfig
 from hf_lora.head import belongs_to, find_head
 from hf_lora.initializers import INITIALIZERS
-from hf_lora.layers import LAYER_TYPES, LoRALayer
+from hf_lora.layers import LAYER_TYPES, LoRALayer, UpdateSpec
+from hf_lora.parametrization import LoRAParametrization
 from hf_lora.sidecar import AdapterInfo
 from hf_lora.targets import Target, find_targets
 
 _STATE = "_hf_lora"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an adapted weight's parts are: dotted names in the model as it is now."""
+
+    target: Target
+    layer: str
+    weight: str
 
 
 @dataclass
@@ -25,13 +35,18 @@ class Injection:
     """What was done to a model: kept on the model, so that it can be saved, counted and undone."""
 
     config: LoRAConfig
-    targets: tuple[Target, ...]
+    placements: tuple[Placement, ...]
     head: tuple[str, ...]
     required_grad: dict[str, bool]
     frozen_biases: dict[str, Tensor] = field(default_factory=dict)
     """The pretrained values of the biases that are trained (`bias` other than "none")."""
     info: AdapterInfo | None = None
     """The labels, task and base model, where `load_classifier` or `load_adapter` brought them."""
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The adapted weights, in the model's order."""
+        return tuple(placement.target for placement in self.placements)
 
 
 @dataclass(frozen=True)
@@ -61,9 +76,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig, *, head: Iterable[str] | N
     head = find_head(model) if head is None else tuple(head)
     targets = find_targets(model, config, head)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for target in targets:
-        _attach(model.get_submodule(target.name), target.name, config)
-    state = Injection(config, tuple(targets), head, required_grad)
+    placements = [_attach(model.get_submodule(target.module), target, config) for target in targets]
+    state = Injection(config, tuple(placements), head, required_grad)
     setattr(model, _STATE, state)
     _set_trainable(model, state)
     return [target.name for target in targets]
@@ -84,14 +98,12 @@ def injection(model: nn.Module) -> Injection:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers by dotted name. Raises ValueError for a model without LoRA."""
-    return {
-        target.name: cast(LoRALayer, model.get_submodule(target.name)) for target in injection(model).targets
-    }
+    """The adapted layers by the dotted names of their modules. Raises ValueError for a model without LoRA."""
+    return {p.target.name: cast(LoRALayer, model.get_submodule(p.layer)) for p in injection(model).placements}
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every adapted layer by their dotted names in the model."""
+    """A and B of every adapted layer, `<module>.lora_A` and `<module>.lora_B`, whatever the form."""
     return {
         f"{name}.{which}": cast(nn.Parameter, getattr(layer, which))
         for name, layer in lora_layers(model).items()
@@ -119,16 +131,17 @@ def trainable_parameter_count(model: nn.Module) -> ParameterCount:
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The pretrained tensors under the adapter, by name: merged weights and trained biases as they were."""
     state = injection(model)
-    lora = lora_parameters(model)
+    lora = {id(parameter) for parameter in lora_parameters(model).values()}
+    moved = {p.weight: f"{p.target.module}.{p.target.tensor}".lstrip(".") for p in state.placements}
     tensors: dict[str, Tensor] = {
-        name: parameter.detach()
+        moved.get(name, name): parameter.detach()
         for name, parameter in model.named_parameters()
-        if name not in lora and not belongs_to(name, state.head)
+        if id(parameter) not in lora and not belongs_to(name, state.head)
     }
     tensors.update(state.frozen_biases)
-    tensors.update(
-        {f"{name}.weight": layer.base_weight.detach() for name, layer in lora_layers(model).items()}
-    )
+    layers = lora_layers(model)
+    for placement in state.placements:
+        tensors[moved[placement.weight]] = layers[placement.target.name].base_weight.detach()
     return tensors
 
 
@@ -196,29 +209,35 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
         _write(parameters, trained)
 
 
-def _attach(module: nn.Module, name: str, config: LoRAConfig) -> None:
-    LAYER_TYPES.get(type(module)).attach(
-        module,
-        rank=config.rank_of(name),
-        scaling=config.scaling_of(name),
+def _attach(module: nn.Module, target: Target, config: LoRAConfig) -> Placement:
+    spec = UpdateSpec(
+        rank=config.rank_of(target.name),
+        scaling=config.scaling_of(target.name),
         dropout=config.dropout,
         initializer=INITIALIZERS.get(config.init),
     )
+    inside = f"{target.module}." if target.module else ""
+    if config.form == "module":
+        LAYER_TYPES.get(type(module)).attach(module, spec)
+        return Placement(target, layer=target.module, weight=f"{inside}{target.tensor}")
+    LoRAParametrization.attach(module, target.tensor, spec)
+    parametrizations = f"{inside}parametrizations.{target.tensor}"
+    return Placement(target, layer=f"{parametrizations}.0", weight=f"{parametrizations}.original")
 
 
 def _set_trainable(model: nn.Module, state: Injection) -> None:
-    lora = lora_parameters(model)
+    lora = {id(parameter) for parameter in lora_parameters(model).values()}
     biases = trained_biases(model, state)
     for name, parameter in model.named_parameters():
-        is_head = belongs_to(name, state.head)
-        parameter.requires_grad_(name in lora or name in biases or (is_head and state.config.train_head))
+        is_head = belongs_to(name, state.head) and state.config.train_head
+        parameter.requires_grad_(id(parameter) in lora or name in biases or is_head)
         if name in biases:
             state.frozen_biases[name] = parameter.detach().clone()
 
 
 def trained_biases(model: nn.Module, state: Injection) -> set[str]:
     """Names of the biases outside the head that the config's `bias` mode trains."""
-    adapted = {f"{target.name}.bias" for target in state.targets}
+    adapted = {f"{target.module}.bias" for target in state.targets}
     chosen = {"none": lambda name: False, "lora_only": adapted.__contains__, "all": _is_bias}[
         state.config.bias
     ]

@@ -69,10 +69,12 @@ def to_peft(
     }
 
 
-def from_peft(values: Mapping[str, Any], projections: str | None = None) -> LoRAConfig:
+def from_peft(
+    values: Mapping[str, Any], *, projections: str | None = None, form: str = LoRAConfig.form
+) -> LoRAConfig:
     """The LoRAConfig of an `adapter_config.json`.
 
-    projections: the roles from our sidecar, where there is one.
+    projections, form: from our sidecar, where there is one.
     Raises ValueError, naming the key, for anything that PEFT knows and we do not.
     """
     if values.get("peft_type") != "LORA":
@@ -98,6 +100,7 @@ def from_peft(values: Mapping[str, Any], projections: str | None = None) -> LoRA
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
         bias=values.get("bias", "none"),
+        form=form,
     )
 
 

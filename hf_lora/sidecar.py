@@ -30,6 +30,7 @@ class AdapterInfo:
     max_length: int | None = None
     text_columns: tuple[str, ...] = ()
     projections: str | None = None
+    form: str = "module"
     base_model: BaseModel = field(default_factory=BaseModel)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)

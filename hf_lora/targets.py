@@ -12,16 +12,23 @@ from hf_lora.architectures import ARCHITECTURES, ROLE_NAMES, Architecture
 from hf_lora.config import LoRAConfig
 from hf_lora.head import base_prefix, belongs_to
 from hf_lora.layers import LAYER_TYPES
+from hf_lora.parametrization import is_adaptable
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt: its dotted name in the model, and the role it plays where that is known."""
+    """A weight to adapt: the module it is in, what the module calls it, and its role where that is known."""
 
-    name: str
+    module: str
+    tensor: str = "weight"
     role: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The dotted name users see: the module's, or for a bare parameter its own."""
+        return self.module if self.tensor == "weight" else f"{self.module}.{self.tensor}".lstrip(".")
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -46,11 +53,22 @@ def find_targets(model: nn.Module, config: LoRAConfig, head: Iterable[str] = ())
     if config.target_modules is None:
         targets = _by_role(model, names, config.projections)
     else:
-        targets = [Target(name) for name in _by_name(model, names, config.target_modules)]
+        bare = _bare_parameters(model, head) if config.form == "parametrization" else {}
+        found = _by_name(model, [*names, *bare], config.target_modules)
+        targets = [bare.get(name, Target(name)) for name in found]
     targets = _in_layers(targets, config.layers)
     for target in targets:
-        _check_type(target.name, model.get_submodule(target.name))
+        _check_type(target, model.get_submodule(target.module), config.form)
     return targets
+
+
+def _bare_parameters(model: nn.Module, head: Iterable[str]) -> dict[str, Target]:
+    """Parameters that are no module's `weight` or `bias`, by dotted name."""
+    targets = (
+        Target(module, tensor)
+        for module, _, tensor in (name.rpartition(".") for name, _ in model.named_parameters())
+    )
+    return {t.name: t for t in targets if t.tensor not in ("weight", "bias") and not belongs_to(t.name, head)}
 
 
 def block_of(name: str) -> int | None:
@@ -70,7 +88,7 @@ def _by_role(model: nn.Module, names: list[str], projections: str) -> list[Targe
     targets = []
     for role in projections:
         suffixes = architecture.suffixes(role)
-        found = [Target(name, role) for name in inside if any(has_suffix(name, s) for s in suffixes)]
+        found = [Target(name, role=role) for name in inside if any(has_suffix(name, s) for s in suffixes)]
         if not found:
             raise ValueError(
                 f"the {ROLE_NAMES[role]} projection matches nothing; got {type(model).__name__} with no module "
@@ -83,7 +101,7 @@ def _by_role(model: nn.Module, names: list[str], projections: str) -> list[Targe
 
 def _by_name(model: nn.Module, names: list[str], wanted: tuple[str, ...] | str) -> list[str]:
     if wanted == ALL_LINEAR:
-        return [name for name in names if type(model.get_submodule(name)) in LAYER_TYPES]
+        return [name for name in names if _is_linear(model, name)]
     if isinstance(wanted, str):
         found = [name for name in names if re.fullmatch(wanted, name)]
         if not found:
@@ -117,18 +135,32 @@ def _in_layers(targets: list[Target], layers: tuple[int, ...] | None) -> list[Ta
     return [target for target in targets if blocks[target.name] in wanted]
 
 
-def _check_type(name: str, module: nn.Module) -> None:
-    if type(module) not in LAYER_TYPES:
+def _check_type(target: Target, module: nn.Module, form: str) -> None:
+    if form == "parametrization":
+        if not is_adaptable(getattr(module, target.tensor, None)):
+            raise ValueError(
+                f"cannot adapt {target.name!r}; got a {type(module).__name__}; expected a module with a weight, or a "
+                "parameter, of at least two dimensions and floating-point numbers"
+            )
+    elif type(module) not in LAYER_TYPES:
         known = ", ".join(layer_type.__name__ for layer_type in LAYER_TYPES)
         raise ValueError(
-            f"cannot adapt {name!r}; got a {type(module).__name__}; expected one of {known}; "
-            "name other modules with target_modules"
+            f"cannot adapt {target.name!r}; got a {type(module).__name__}; expected one of {known}; "
+            "name other modules with target_modules, or adapt the weight with form='parametrization'"
         )
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    """Whether a name is that of a layer that the module form adapts; bare parameters are not."""
+    try:
+        return type(model.get_submodule(name)) in LAYER_TYPES
+    except AttributeError:
+        return False
 
 
 def _candidates(model: nn.Module, names: list[str], limit: int = 12) -> str:
     """The distinct names of adaptable modules with block numbers starred, as a hint in errors."""
-    adaptable = (name for name in names if type(model.get_submodule(name)) in LAYER_TYPES)
+    adaptable = (name for name in names if _is_linear(model, name))
     starred = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in adaptable))
     shown = ", ".join(starred[:limit])
     return shown + (f" and {len(starred) - limit} more" if len(starred) > limit else "") or "none"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from hf_lora.atomic import write_text
 from hf_lora.checkpoint import TENSORS, adapter_info, load_tensors, read_adapter, save_adapter
-from hf_lora.inject import head_parameters, injection, lora_parameters, trainable_parameter_count
+from hf_lora.inject import head_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CardFacts, render_card
 
 # Prefixes that wrappers put into parameter names: FSDP1, torch.compile, DDP.
@@ -168,24 +168,24 @@ class LoRATrainer(Trainer):
 
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(model))
+        rates = self._own_rates()
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
+                rate = rates.get(_unwrapped(name), float(self.args.learning_rate))
                 decay = self.args.weight_decay if name in decayed else 0.0
-                groups.setdefault((self._learning_rate(name), decay), []).append(parameter)
+                groups.setdefault((rate, decay), []).append(parameter)
         return [
             {"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()
         ]
 
-    def _learning_rate(self, name: str) -> float:
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
+    def _own_rates(self) -> dict[str, float]:
+        """The learning rates of the parameters that have one of their own, by name in the plain model."""
         rate = float(self.args.learning_rate)
-        if name in head_parameters(self.model):
-            return getattr(self.args, "head_learning_rate", None) or rate
-        if name in lora_parameters(self.model) and name.endswith(".lora_B"):
-            return rate * (getattr(self.args, "lora_plus_ratio", None) or 1.0)
-        return rate
+        head_rate = getattr(self.args, "head_learning_rate", None) or rate
+        ratio = getattr(self.args, "lora_plus_ratio", None) or 1.0
+        rates = dict.fromkeys(head_parameters(self.model), head_rate)
+        return rates | {f"{p.layer}.lora_B": rate * ratio for p in injection(self.model).placements}
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing trained may be missing from the optimizer: the head made after it is the classic case."""
@@ -217,6 +217,12 @@ class LoRATrainer(Trainer):
                 f"class_weights is not usable; got {text!r}; expected 'balanced' or {count} numbers"
             )
         return torch.tensor(weights)
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def balanced_weights(dataset: Any, count: int) -> Tensor:

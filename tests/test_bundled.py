@@ -83,7 +83,7 @@ def test_refused_connection_gives_the_folder(package: Path, monkeypatch: pytest.
 def test_answering_hub_gives_the_name(package: Path, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering_hub(monkeypatch, status) as asked:
         assert resolve_base(NAME) == NAME
-    assert asked == [f"/{NAME}/resolve/main/config.json"]
+    assert asked == ["/"]
 
 
 def test_absent_package_gives_the_name_and_says_what_to_install(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ LEVELS = (
     ("architectures", "functional", "initializers", "fingerprint", "bundled"),
     ("config",),
     ("layers",),
+    ("parametrization",),
     ("head",),
     ("targets",),
     ("inject",),

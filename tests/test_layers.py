@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_lora.initializers import INITIALIZERS
-from hf_lora.layers import LAYER_TYPES, LoRALayer, LoRALinear
+from hf_lora.layers import LAYER_TYPES, LoRALayer, LoRALinear, UpdateSpec
 
 
 def adapted(base: nn.Linear, **overrides) -> LoRALinear:
@@ -16,7 +16,7 @@ def adapted(base: nn.Linear, **overrides) -> LoRALinear:
         "initializer": INITIALIZERS.get("kaiming"),
         **overrides,
     }
-    return LoRALinear.attach(base, **options)
+    return LoRALinear.attach(base, UpdateSpec(**options))
 
 
 @pytest.fixture

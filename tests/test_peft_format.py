@@ -30,7 +30,7 @@ def test_the_configuration_comes_back():
     config = LoRAConfig(rank=4, alpha=6, dropout=0.2, bias="all", alpha_pattern={"key": 3.0})
     model = tiny_classifier("bert")
     names = inject_lora(model, config)
-    read = from_peft(to_peft(model, injection(model), base_name=None, revision=None), "qkvo")
+    read = from_peft(to_peft(model, injection(model), base_name=None, revision=None), projections="qkvo")
     twin = tiny_classifier("bert")
     assert inject_lora(twin, read) == names
     assert [read.scaling_of(n) for n in names] == [config.scaling_of(n) for n in names]
