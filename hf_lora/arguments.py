@@ -93,7 +93,13 @@ class LoRAArguments:
     lora_rank_pattern: str | None = _option(None, help='Other ranks by module, as JSON: {"layer.5.*": 16}.')
     lora_alpha_pattern: str | None = _option(None, help="Other alphas by module, as JSON.")
     lora_bias: str = _option("none", help="Biases to train: none, lora_only or all.")
-    lora_init: str = _option("kaiming", help="How A starts: kaiming or gaussian.")
+    lora_init: str = _option(
+        "kaiming", help="How A and B start: kaiming, gaussian, normal, orthogonal, pissa, olora."
+    )
+    lora_variant: str = _option(
+        "lora", help="lora, dora (row norms are learned too) or lora_fa (A is not trained)."
+    )
+    lora_scaling: str = _option("standard", help="standard (alpha / rank) or rslora (alpha / sqrt(rank)).")
     train_head: bool = _option(True, help="Train the classification head.")
 
 

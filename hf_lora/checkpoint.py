@@ -24,25 +24,15 @@ from hf_lora.inject import (
     base_parameters,
     inject_lora,
     injection,
-    lora_layers,
     remove_lora,
-    trained_biases,
 )
 from hf_lora.sidecar import AdapterInfo, BaseModel
-from hf_lora.targets import has_suffix
+from hf_lora.tensors import adapter_tensors, load_tensors
 from hf_lora.version import __version__
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _DIGESTED = (TENSORS, CONFIG)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor of a file: its name in the model's `state_dict`, and its shape in the file."""
-
-    name: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     Raises ValueError for anything that does not fit exactly; the model is then as it was.
     """
     files = read_adapter(directory)
-    inject_lora(model, files.config, head=_head_in(files, model))
+    inject_lora(model, files.config, head=_head_in(files, model), blank=True)
     try:
         if check_base and files.info is not None:
             _check_fingerprint(model, files)
@@ -148,60 +138,9 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
         tensors = safetensors.torch.load_file(directory / TENSORS)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"the adapter in {str(directory)!r} cannot be read: {error}") from None
-    config = peft_format.from_peft(
-        peft_config,
-        projections=info.projections if info else None,
-        form=info.form if info else LoRAConfig.form,
-    )
+    lora = info.lora if info else None
+    config = peft_format.from_peft(peft_config, tensors) if lora is None else LoRAConfig.from_dict(lora)
     return AdapterFiles(directory, config, peft_config, tensors, info)
-
-
-def adapter_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What is saved, under PEFT's keys: A, B, the head and trained biases, fp32 on the CPU, contiguous."""
-    own = model.state_dict() if state_dict is None else state_dict
-    return {key: _saved(own[slot.name], slot.shape) for key, slot in file_slots(model).items()}
-
-
-def file_slots(model: nn.Module) -> dict[str, Slot]:
-    """The keys of an adapter file for an injected model, each with the tensor it stands for."""
-    state, own = injection(model), model.state_dict()
-    layers = lora_layers(model)
-    slots = {
-        f"{peft_format.PREFIX}{placement.target.name}.{key}": Slot(f"{placement.layer}.{which}", shape)
-        for placement in state.placements
-        for which, (key, shape) in layers[placement.target.name].peft_shapes.items()
-    }
-    targets = {target.module for target in state.targets}
-    whole = {peft_format.PREFIX + name: name for name in own if belongs_to(name, state.head)}
-    whole |= {peft_format.bias_key(name, targets): name for name in sorted(trained_biases(model, state))}
-    return slots | {key: Slot(name, tuple(own[name].shape)) for key, name in whole.items()}
-
-
-@torch.no_grad()
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy an adapter file's tensors into an injected model: every one, each with its exact shape.
-
-    Raises ValueError, before any change, for missing, unexpected, wrongly shaped or non-finite tensors.
-    """
-    expected, own = file_slots(model), model.state_dict()
-    keys = peft_format.without_duplicates(tensors)
-    missing, unexpected = sorted(set(expected) - set(keys)), sorted(set(keys) - set(expected))
-    if missing or unexpected:
-        found = [f"{len(missing)} missing, first {missing[0]!r}"] if missing else []
-        found += [f"{len(unexpected)} unexpected, first {unexpected[0]!r}"] if unexpected else []
-        raise ValueError(f"{source} does not fit {type(model).__name__}; got {' and '.join(found)}")
-    for key in keys:
-        want, got = expected[key].shape, tuple(tensors[key].shape)
-        if want != got:
-            raise ValueError(
-                f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
-                + _label_hint(model, key, got)
-            )
-        if not tensors[key].is_floating_point() or not torch.isfinite(tensors[key]).all():
-            raise ValueError(f"{source} is damaged; {key!r} holds something else than finite numbers")
-    for key in keys:
-        target = own[expected[key].name]
-        target.copy_(tensors[key].reshape(target.shape))
 
 
 def adapter_info(model: nn.Module) -> AdapterInfo:
@@ -216,7 +155,7 @@ def adapter_info(model: nn.Module) -> AdapterInfo:
         info,
         base_model=base,
         projections=roles or info.projections,
-        form=state.config.form,
+        lora=state.config.to_dict(),
         hf_lora_version=__version__,
         transformers_version=transformers.__version__,
     )
@@ -262,16 +201,14 @@ def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
     inside = (
         name for name, _ in model.named_modules() if name and (not prefix or belongs_to(name, [prefix]))
     )
-    return head + [name for name in inside if any(has_suffix(name, suffix) for suffix in wanted)]
-
-
-def _label_hint(model: nn.Module, key: str, got: tuple[int, ...]) -> str:
-    name = key.removeprefix(peft_format.PREFIX)
-    return f"; load the base with num_labels={got[0]}" if belongs_to(name, injection(model).head) else ""
-
-
-def _saved(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32).reshape(shape).contiguous().clone()
+    # As peft matches them; what has no tensor of its own in the file was matched by accident.
+    saved = [
+        name
+        for name in inside
+        if any(name.endswith(suffix) for suffix in wanted)
+        and any(belongs_to(key, [peft_format.PREFIX + name]) for key in files.tensors if ".lora_" not in key)
+    ]
+    return head + [name for name in saved if not belongs_to(name.rpartition(".")[0], saved)]
 
 
 def _sha256(path: Path) -> str:

@@ -31,7 +31,7 @@ from hf_lora.inject import (
 )
 from hf_lora.metrics import class_errors, compute_metrics
 from hf_lora.modeling import meta_classifier
-from hf_lora.peft_format import lora_key
+from hf_lora.peft_format import PREFIX
 from hf_lora.tables import print_table
 
 # Texts that `merge` compares at the most: enough to see a difference, quick enough to wait for.
@@ -144,7 +144,8 @@ def targets(options: argparse.Namespace) -> int:
     count = trainable_parameter_count(model)
     roles: dict[str, list[str]] = {role: [] for role in options.lora_projections}
     for target in injection(model).targets:
-        roles[str(target.role)].append(target.name)
+        for role in str(target.role):
+            roles[role].append(target.name)
     report = {
         "model_type": model.config.model_type,
         "roles": roles,
@@ -199,7 +200,9 @@ def describe(files: AdapterFiles) -> dict[str, Any]:
 
 def _delta_norm(files: AdapterFiles, module: str) -> float:
     """The Frobenius norm of scaling * B A: the root of trace((B'B)(AA')), which needs no `(out, in)` matrix."""
-    lora_A, lora_B = (files.tensors[lora_key(module, which)].double() for which in ("lora_A", "lora_B"))
+    lora_A, lora_B = (
+        files.tensors[f"{PREFIX}{module}.{which}.weight"].double() for which in ("lora_A", "lora_B")
+    )
     gram = ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum()
     return files.config.scaling_of(module) * gram.clamp(min=0).sqrt().item()
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from hf_lora.architectures import ROLES
 from hf_lora.initializers import INITIALIZERS
+from hf_lora.registry import Registry
+from hf_lora.update import VARIANTS
+
+# The factor of B A for a rank and alpha (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
+SCALINGS: Registry[str, Callable[[int, float], float]] = Registry("scaling")
+SCALINGS.register("standard", lambda rank, alpha: alpha / rank)
+SCALINGS.register("rslora", lambda rank, alpha: alpha / math.sqrt(rank))
 
 BIAS_MODES = ("none", "lora_only", "all")
 FORMS = ("module", "parametrization")
@@ -31,9 +38,11 @@ class LoRAConfig:
     bias: which biases are trained: "none", "lora_only" (those of adapted layers), "all".
     train_head: whether the classification head is trained. It is saved with the adapter either way.
     init: how A and B start, a name of `hf_lora.initializers.INITIALIZERS`.
+    variant: "lora"; "dora" (the norms of the weight's rows are learned too); "lora_fa" (A stays as it was drawn).
+    scaling: "standard" (alpha / rank) or "rslora" (alpha / sqrt(rank)).
     form: "module" (the layer gets a forward with the update in it: fast) or "parametrization" (the weight is
-        replaced by W + scaling * B A through `torch.nn.utils.parametrize`: any weight tensor, also a
-        convolution's or a bare parameter, which `target_modules` names like a module).
+        replaced by W + scaling * B A through `torch.nn.utils.parametrize`). What has no forward of ours, such as
+        a convolution or a bare parameter, takes the second form either way.
 
     Raises ValueError for any value outside these.
     """
@@ -49,6 +58,8 @@ class LoRAConfig:
     bias: str = "none"
     train_head: bool = True
     init: str = "kaiming"
+    variant: str = "lora"
+    scaling: str = "standard"
     form: str = "module"
 
     def __post_init__(self) -> None:
@@ -70,6 +81,8 @@ class LoRAConfig:
         if self.form not in FORMS:
             raise ValueError(f"unknown form; got {self.form!r}; expected one of {', '.join(FORMS)}")
         INITIALIZERS.get(self.init)
+        VARIANTS.get(self.variant)
+        SCALINGS.get(self.scaling)
 
     def rank_of(self, name: str) -> int:
         """The rank for the module called `name`."""
@@ -80,8 +93,8 @@ class LoRAConfig:
         return float(_first_match(self.alpha_pattern, name, self.alpha))
 
     def scaling_of(self, name: str) -> float:
-        """alpha / rank for the module called `name`."""
-        return self.alpha_of(name) / self.rank_of(name)
+        """What multiplies B A of the module called `name`: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        return SCALINGS.get(self.scaling)(self.rank_of(name), self.alpha_of(name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `LoRAConfig.from_dict` is the inverse."""

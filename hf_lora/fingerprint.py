@@ -26,6 +26,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         if tensor.is_meta:
             raise ValueError(f"cannot take the fingerprint of a model without weights; got {name!r} on meta")
         digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+        if type(tensor).__module__.startswith("torchao"):
+            tensor = tensor.dequantize()
         flat = tensor.detach().reshape(-1)
         step = max(1, math.ceil(flat.numel() / SAMPLES))
         sample = flat[::step].to(torch.bfloat16).cpu().contiguous()

@@ -2,7 +2,11 @@
 
     h = W x + b + scaling * B A x,    scaling = alpha / rank
 
-Shapes: W `(out, in)`, A `(rank, in)`, B `(out, rank)`, x `(..., in)`, h `(..., out)`.
+and of DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5), which learns the norms m of the rows of W' too:
+
+    h = m / |W + scaling * B A| * (W + scaling * B A) x + b
+
+Shapes: W `(out, in)`, A `(rank, in)`, B `(out, rank)`, m `(out,)`, x `(..., in)`, h `(..., out)`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,32 @@ def lora_linear(
     """The adapted linear layer (equation 3), shape `(..., out)`, in the precision of the frozen product."""
     base = F.linear(x, weight, bias)
     return base + lora_update(x, lora_A, lora_B, scaling, dropout).to(base.dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    magnitude: Tensor,
+) -> Tensor:
+    """DoRA's linear layer (equation 5), shape `(..., out)`. The norm gets no gradient (its section 4.3).
+
+    Dropout acts on all that fine-tuning changes and not on the frozen product, as in PEFT.
+    """
+    delta = delta_weight(lora_A, lora_B, scaling)
+    norm = torch.linalg.vector_norm(weight.to(delta.dtype) + delta, dim=1).detach()
+    scale = magnitude / norm
+    base = F.linear(x, weight)
+    dropped, product = (F.dropout(x, dropout), None) if dropout > 0.0 else (x, base)
+    if product is None:
+        product = F.linear(dropped, weight)
+    update = lora_update(dropped, lora_A, lora_B, scaling)
+    result = base + ((scale - 1) * product.to(update.dtype) + scale * update).to(base.dtype)
+    return result if bias is None else result + bias
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -10,13 +10,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hf_lora import initializers
 from hf_lora.config import LoRAConfig
 from hf_lora.head import belongs_to, find_head
-from hf_lora.initializers import INITIALIZERS
-from hf_lora.layers import LAYER_TYPES, LoRALayer, UpdateSpec
+from hf_lora.initializers import INITIALIZERS, Initialization
 from hf_lora.parametrization import LoRAParametrization
+from hf_lora.quantized import layer_type_of, prepare_quantized
 from hf_lora.sidecar import AdapterInfo
-from hf_lora.targets import Target, find_targets
+from hf_lora.targets import Target, find_targets, has_module_form
+from hf_lora.update import FACTORS, VARIANTS, LoRALayer, UpdateSpec
 
 _STATE = "_hf_lora"
 
@@ -62,11 +64,14 @@ class ParameterCount:
         return f"trainable: {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f}%)"
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig, *, head: Iterable[str] | None = None) -> list[str]:
+def inject_lora(
+    model: nn.Module, config: LoRAConfig, *, head: Iterable[str] | None = None, blank: bool = False
+) -> list[str]:
     """Adapt the modules that `config` selects, in place, and freeze everything else but the head.
 
     head: dotted names of the head's modules; None: what `hf_lora.head.find_head` finds. `load_classifier`
         adds the modules inside the encoder for which the checkpoint had no weights.
+    blank: leave the factors zero, since `load_adapter` is about to fill them.
     Returns the dotted names of the adapted modules.
     Raises ValueError if the model is adapted already, or if the config selects nothing or something that
     cannot be adapted; the model is then unchanged.
@@ -76,7 +81,15 @@ def inject_lora(model: nn.Module, config: LoRAConfig, *, head: Iterable[str] | N
     head = find_head(model) if head is None else tuple(head)
     targets = find_targets(model, config, head)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    placements = [_attach(model.get_submodule(target.module), target, config) for target in targets]
+    prepare_quantized(model, head if config.train_head else ())
+    placements: list[Placement] = []
+    try:
+        for target in targets:
+            placements.append(_attach(model.get_submodule(target.module), target, config, blank=blank))
+    except BaseException:
+        for placement in placements:
+            cast(LoRALayer, model.get_submodule(placement.layer)).detach()
+        raise
     state = Injection(config, tuple(placements), head, required_grad)
     setattr(model, _STATE, state)
     _set_trainable(model, state)
@@ -103,11 +116,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every adapted layer, `<module>.lora_A` and `<module>.lora_B`, whatever the form."""
+    """The factors of every adapted layer, `<module>.lora_A`, `<module>.lora_B` and so on, whatever the form.
+
+    With LoRA-FA they include the A's, which are not trained.
+    """
     return {
-        f"{name}.{which}": cast(nn.Parameter, getattr(layer, which))
+        f"{name}.{which}": parameter
         for name, layer in lora_layers(model).items()
-        for which in ("lora_A", "lora_B")
+        for which in FACTORS
+        if (parameter := getattr(layer, which)) is not None
     }
 
 
@@ -149,12 +166,18 @@ def merge_lora(model: nn.Module) -> list[str]:
     """Add every update to its weight, computed in fp32; returns the names of the merged modules.
 
     The model then runs at the speed of the plain one. `unmerge_lora` restores the weights bit for bit.
-    Raises ValueError if the model is merged already.
+    Raises ValueError if the model is merged already, or has quantized layers; it is then as it was.
     """
     layers = lora_layers(model)
     _check_merged(layers, expected=False, hint="unmerge_lora undoes it")
-    for layer in layers.values():
-        layer.merge()
+    try:
+        for layer in layers.values():
+            layer.merge()
+    except ValueError:
+        for layer in layers.values():
+            if layer.merged:
+                layer.unmerge()
+        raise
     return list(layers)
 
 
@@ -209,16 +232,24 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
         _write(parameters, trained)
 
 
-def _attach(module: nn.Module, target: Target, config: LoRAConfig) -> Placement:
+def _attach(module: nn.Module, target: Target, config: LoRAConfig, *, blank: bool) -> Placement:
+    initialization = INITIALIZERS.get(config.init)
     spec = UpdateSpec(
         rank=config.rank_of(target.name),
         scaling=config.scaling_of(target.name),
         dropout=config.dropout,
-        initializer=INITIALIZERS.get(config.init),
+        initialization=Initialization(initializers.blank, initialization.corrected)
+        if blank
+        else initialization,
+        variant=VARIANTS.get(config.variant),
+        parts=target.parts,
+        input_first=target.input_first,
     )
     inside = f"{target.module}." if target.module else ""
-    if config.form == "module":
-        LAYER_TYPES.get(type(module)).attach(module, spec)
+    if config.form == "module" and not target.bypassed and has_module_form(module, target.tensor):
+        layer_type = layer_type_of(module)
+        assert layer_type is not None
+        layer_type.attach(module, spec)
         return Placement(target, layer=target.module, weight=f"{inside}{target.tensor}")
     LoRAParametrization.attach(module, target.tensor, spec)
     parametrizations = f"{inside}parametrizations.{target.tensor}"
@@ -226,7 +257,7 @@ def _attach(module: nn.Module, target: Target, config: LoRAConfig) -> Placement:
 
 
 def _set_trainable(model: nn.Module, state: Injection) -> None:
-    lora = {id(parameter) for parameter in lora_parameters(model).values()}
+    lora = {id(p) for layer in lora_layers(model).values() for p in layer.trained_factors().values()}
     biases = trained_biases(model, state)
     for name, parameter in model.named_parameters():
         is_head = belongs_to(name, state.head) and state.config.train_head

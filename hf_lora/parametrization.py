@@ -10,8 +10,6 @@ embedding's transposed as in PEFT, with A `(rank, num_embeddings)` and B `(dim, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeGuard, cast
 
 import torch
@@ -20,40 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_lora import functional
-from hf_lora.layers import LoRALayer, UpdateSpec
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a module type's weight is read as a matrix, and what PEFT calls its factors."""
-
-    transposed: bool = False
-    peft_names: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-
-    def features(self, shape: torch.Size) -> tuple[int, int]:
-        """(out_features, in_features) of a weight of this shape."""
-        first, rest = shape[0], shape[1:].numel()
-        return (rest, first) if self.transposed else (first, rest)
-
-    def to_weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The matrix `(out, in)` in the shape of the weight."""
-        return (matrix.T if self.transposed else matrix).reshape(shape)
-
-
-# By the type of the module or the first of its bases that is here.
-LAYOUTS: dict[type[nn.Module], Layout] = {
-    nn.Embedding: Layout(transposed=True, peft_names=("lora_embedding_A", "lora_embedding_B")),
-    nn.Module: Layout(),
-}
-
-
-def layout_of(module: nn.Module) -> Layout:
-    """The layout of a module's weight."""
-    return next(LAYOUTS[base] for base in type(module).__mro__ if base in LAYOUTS)
+from hf_lora.layouts import Layout, layout_of
+from hf_lora.update import LoRALayer, UpdateSpec
 
 
 class LoRAParametrization(LoRALayer):
-    """W' = W + scaling * B A for the tensor called `tensor` of a module, registered with `parametrize`.
+    """W' for the tensor called `tensor` of a module, registered with `parametrize`.
 
     Dropout acts on the inputs of A as in the module form, but the same inputs are dropped for the whole
     batch: in weight space there are no tokens. Raises ValueError if the tensor is not a floating-point
@@ -71,9 +41,8 @@ class LoRAParametrization(LoRALayer):
         # In a tuple, since a module must not be registered inside its own part.
         self._owner = (module,)
         self.tensor = tensor
-        self.layout = layout_of(module)
-        self.shape: torch.Size = weight.shape
-        self.add_update(self.layout.features(self.shape), weight, spec)
+        layout = layout_of(module) if tensor == "weight" else Layout(transposed=spec.input_first)
+        self.add_update(weight, spec, layout, weight.shape, groups=getattr(module, "groups", 1))
 
     @classmethod
     def attach(cls, module: nn.Module, tensor: str, spec: UpdateSpec) -> LoRAParametrization:
@@ -92,30 +61,17 @@ class LoRAParametrization(LoRALayer):
         parametrizations = cast(nn.ModuleDict, self._owner[0].parametrizations)
         return cast(Tensor, parametrizations[self.tensor].original)
 
-    @property
-    def peft_shapes(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        A, B = tuple(self.lora_A.shape), tuple(self.lora_B.shape)
-        kernel = tuple(self.shape[2:])
-        if kernel:
-            # A convolution's A has its kernel and its B is a convolution of size 1.
-            A, B = (self.rank, self.shape[1], *kernel), (*B, *(1 for _ in kernel))
-        return {"lora_A": (self.layout.peft_names[0], A), "lora_B": (self.layout.peft_names[1], B)}
-
-    def delta_weight(self) -> Tensor:
-        delta = functional.delta_weight(self.lora_A, self.lora_B, self.scaling)
-        return self.layout.to_weight(delta, self.shape)
-
     def forward(self, weight: Tensor) -> Tensor:
         """W' for the frozen W."""
         if not self.enabled:
             return self.base_weight
         if self.merged:
             return weight
-        lora_A: Tensor = self.lora_A
+        lora_A, lora_B = self.factors()
         if self.training and self.lora_dropout > 0.0:
             lora_A = lora_A * F.dropout(torch.ones_like(lora_A[0]), self.lora_dropout)
-        delta = functional.delta_weight(lora_A, self.lora_B, self.scaling)
-        return functional.merged_weight(weight, self.layout.to_weight(delta, self.shape))
+        delta = functional.delta_weight(lora_A, lora_B, self.scaling)
+        return self.adapted(weight, self.layout.to_weight(delta, self.weight_shape))
 
     def extra_repr(self) -> str:
         return f"{self.tensor}, rank={self.rank}, scaling={self.scaling:g}"
@@ -123,7 +79,9 @@ class LoRAParametrization(LoRALayer):
 
 def is_adaptable(weight: object) -> TypeGuard[nn.Parameter]:
     """Whether a low-rank update fits a tensor: a floating-point parameter of at least two dimensions."""
-    return isinstance(weight, nn.Parameter) and weight.ndim >= 2 and weight.is_floating_point()
+    if not isinstance(weight, nn.Parameter) or type(weight).__module__.startswith("torchao"):
+        return False  # torchao's quantized tensors call themselves floating-point and cannot be added to
+    return weight.ndim >= 2 and weight.is_floating_point()
 
 
 def _describe(weight: object) -> str:

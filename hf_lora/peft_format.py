@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,8 +11,9 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.head import belongs_to
-from hf_lora.inject import Injection
+from hf_lora.inject import Injection, lora_layers
 from hf_lora.targets import has_suffix
+from hf_lora.update import VARIANTS
 
 PREFIX = "base_model.model."
 # The format below was read and written by this release of peft; it goes into the file for its readers.
@@ -28,14 +31,11 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "use_bdlora": (None, False),
     "use_qalora": (None, False),
-    "use_dora": (None, False),
-    "use_rslora": (None, False),
     "lora_bias": (None, False),
-    "fan_in_fan_out": (None, False),
-    "exclude_modules": (None, []),
 }
 # Initializations that leave the base weights as they are; the others rewrite them on load.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_FACTOR_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
 def to_peft(
@@ -45,22 +45,19 @@ def to_peft(
     config = state.config
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None,
         "peft_version": PEFT_VERSION,
         "base_model_name_or_path": base_name,
         "revision": revision,
         "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        **_ranks_and_alphas(model, config),
         "lora_dropout": config.dropout,
-        "target_modules": sorted(shortest_suffixes(model, [t.name for t in state.targets], state.head)),
+        "target_modules": sorted(shortest_suffixes(model, state)),
         "modules_to_save": sorted(state.head) or None,
         "bias": config.bias,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
+        "use_rslora": config.scaling == "rslora",
+        "use_dora": VARIANTS.get(config.variant).magnitude,
         "lora_bias": False,
         "fan_in_fan_out": False,
         "layers_to_transform": None,
@@ -69,13 +66,11 @@ def to_peft(
     }
 
 
-def from_peft(
-    values: Mapping[str, Any], *, projections: str | None = None, form: str = LoRAConfig.form
-) -> LoRAConfig:
-    """The LoRAConfig of an `adapter_config.json`.
+def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
+    """The LoRAConfig of somebody's `adapter_config.json`; which modules are adapted is read off the tensors' keys.
 
-    projections, form: from our sidecar, where there is one.
-    Raises ValueError, naming the key, for anything that PEFT knows and we do not.
+    Raises ValueError, naming the key, for anything that PEFT knows and we do not, and for tensors of modules
+    that the configuration does not name.
     """
     if values.get("peft_type") != "LORA":
         raise ValueError(f"not a LoRA adapter; got peft_type={values.get('peft_type')!r}; expected 'LORA'")
@@ -88,36 +83,74 @@ def from_peft(
             f"the adapter's init_lora_weights={init!r} rewrites the base weights on load, which hf_lora refuses; "
             "convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    targets = values.get("target_modules")
-    layers = values.get("layers_to_transform")
     return LoRAConfig(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
         dropout=values.get("lora_dropout", 0.0),
-        projections=projections or LoRAConfig.projections,
-        target_modules=targets if isinstance(targets, str) else tuple(targets or ()),
-        layers=None if layers is None else layers,
+        target_modules=_adapted_modules(keys, values.get("target_modules")),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
         bias=values.get("bias", "none"),
-        form=form,
+        variant="dora" if values.get("use_dora") else "lora",
+        scaling="rslora" if values.get("use_rslora") else "standard",
     )
 
 
-def shortest_suffixes(model: nn.Module, names: list[str], head: Iterable[str]) -> list[str]:
-    """The shortest dotted endings that select exactly `names` among the model's modules outside the head."""
-    everything = [name for name, _ in model.named_modules() if name and not belongs_to(name, head)]
-    wanted = set(names)
-    for length in range(1, 1 + max(name.count(".") + 1 for name in names)):
-        suffixes = list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names))
-        if {name for name in everything if any(has_suffix(name, s) for s in suffixes)} == wanted:
-            return suffixes
+def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
+    """The modules that have factors in a file, checked against a list of suffixes if the configuration has one."""
+    found = (
+        key.removeprefix(PREFIX).removesuffix(end)
+        for key in keys
+        for end in _FACTOR_ENDS
+        if key.endswith(end)
+    )
+    names = tuple(sorted(set(found)))
+    if not names:
+        raise ValueError("the adapter has no LoRA tensors; expected keys that end in .lora_A.weight")
+    if isinstance(declared, list):
+        stray = [name for name in names if not any(has_suffix(name, str(suffix)) for suffix in declared)]
+        if stray:
+            raise ValueError(
+                f"the adapter's tensors and its target_modules disagree; got {stray[0]!r}; expected one of {declared}"
+            )
     return names
 
 
-def lora_key(name: str, which: str) -> str:
-    """The file's key of `lora_A` or `lora_B` of the module called `name`."""
-    return f"{PREFIX}{name}.{which}.weight"
+def _ranks_and_alphas(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
+    """r, lora_alpha and their patterns, such that PEFT computes every module's rank and scaling.
+
+    As they were given, unless parts or a subtracted start make ranks larger in PEFT than they are here.
+    """
+    layers = lora_layers(model)
+    if all(layer.peft_rank == config.rank_of(name) for name, layer in layers.items()):
+        patterns = {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
+        return {"r": config.rank, "lora_alpha": _plain(config.alpha), **patterns}
+    root = 0.5 if config.scaling == "rslora" else 1.0
+    ranks = {name: layer.peft_rank for name, layer in layers.items()}
+    alphas = {name: _plain(layer.scaling * layer.peft_rank**root) for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+    }
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+def shortest_suffixes(model: nn.Module, state: Injection) -> list[str]:
+    """The shortest dotted endings that select exactly the adapted modules among those outside the head."""
+    names = [target.name for target in state.targets]
+    modules = [name for name, _ in model.named_modules() if ".parametrizations" not in f".{name}"]
+    everything = {*names, *(name for name in modules if name and not belongs_to(name, state.head))}
+    for length in range(1, 1 + max(name.count(".") + 1 for name in names)):
+        suffixes = list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names))
+        if {name for name in everything if any(has_suffix(name, s) for s in suffixes)} == set(names):
+            return suffixes
+    return names
 
 
 def bias_key(name: str, targets: Iterable[str]) -> str:

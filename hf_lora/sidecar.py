@@ -23,14 +23,17 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The sidecar's contents. `labels` are in the order of the head's outputs; `metrics` as measured."""
+    """The sidecar's contents. `labels` are in the order of the head's outputs; `metrics` as measured.
+
+    lora: the LoRAConfig, of which PEFT's file can hold only a part.
+    """
 
     labels: tuple[str, ...]
     problem_type: str = "single_label_classification"
     max_length: int | None = None
     text_columns: tuple[str, ...] = ()
     projections: str | None = None
-    form: str = "module"
+    lora: Mapping[str, Any] | None = None
     base_model: BaseModel = field(default_factory=BaseModel)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)

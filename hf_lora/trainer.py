@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from hf_lora.atomic import write_text
-from hf_lora.checkpoint import TENSORS, adapter_info, load_tensors, read_adapter, save_adapter
+from hf_lora.checkpoint import TENSORS, adapter_info, read_adapter, save_adapter
 from hf_lora.inject import head_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CardFacts, render_card
+from hf_lora.tensors import load_tensors
 
 # Prefixes that wrappers put into parameter names: FSDP1, torch.compile, DDP.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
@@ -67,7 +69,8 @@ class LoRATrainer(Trainer):
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(model=model, args=args, **kwargs)
+        with _trainable_if_quantized(model):
+            super().__init__(model=model, args=args, **kwargs)
         injection(self.model)
         # `forward` takes **kwargs, from which Trainer concludes that the loss is divided by
         # `num_items_in_batch`; classification heads ignore it, and the loss would be counted once per step.
@@ -217,6 +220,20 @@ class LoRATrainer(Trainer):
                 f"class_weights is not usable; got {text!r}; expected 'balanced' or {count} numbers"
             )
         return torch.tensor(weights)
+
+
+@contextmanager
+def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
+    """Inside, Trainer takes a quantized model, which it refuses unless transformers' own adapters are loaded."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    quantized: Any = model
+    quantized._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        quantized._hf_peft_config_loaded = False
 
 
 def _unwrapped(name: str) -> str:

@@ -6,9 +6,7 @@ The same for `hf-lora train` and for `accelerate launch scripts/train.py`.
 from __future__ import annotations
 
 import json
-import logging
 import resource
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +14,10 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hf_lora.atomic import write_text
-from hf_lora.checkpoint import CONFIG, TENSORS
+from hf_lora.checkpoint import TENSORS
 from hf_lora.config import LoRAConfig
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
 from hf_lora.inject import inject_lora, lora_disabled, trainable_parameter_count
@@ -28,12 +25,10 @@ from hf_lora.metrics import class_errors, compute_metrics
 from hf_lora.model_card import CardFacts
 from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
+from hf_lora.run_directory import prepare_output
 from hf_lora.tables import print_table
 from hf_lora.trainer import LoRATrainer, LoRATrainingArguments
-
-logger = logging.getLogger(__name__)
-
-LAST = "last"
+from hf_lora.verify import probe_batch, verify_injection
 
 
 def run_training(argv: list[str]) -> dict[str, Any]:
@@ -67,8 +62,9 @@ def run_training(argv: list[str]) -> dict[str, Any]:
         revision=model_args.model_revision,
         **hub,
     )
+    report = verify_injection(model, probe_batch(model, tokenizer), allow_unused=True)
     if args.process_index == 0:
-        print(trainable_parameter_count(model), flush=True)
+        print(trainable_parameter_count(model), report, sep="\n", flush=True)
     trainer = make_trainer(model, tokenizer, data, args, run_args)
     trainer.facts = CardFacts(
         model_name=Path(args.output_dir).name,
@@ -106,6 +102,8 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
         bias=arguments.lora_bias,
         train_head=arguments.train_head,
         init=arguments.lora_init,
+        variant=arguments.lora_variant,
+        scaling=arguments.lora_scaling,
     )
 
 
@@ -123,41 +121,6 @@ def hub_options(arguments: ModelArguments) -> dict[str, Any]:
         "token": arguments.token,
         "trust_remote_code": arguments.trust_remote_code,
     }
-
-
-def prepare_output(args: LoRATrainingArguments, run_args: RunArguments) -> str | None:
-    """The checkpoint to resume from, if any. Raises ValueError rather than mix two runs in one directory."""
-    output = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    last = last_complete_checkpoint(output)
-    if resume == LAST:
-        if last is None:
-            logger.warning("no checkpoint in %s to resume from; starting from the beginning", output)
-        return last
-    if resume is not None:
-        return str(resume)
-    if run_args.overwrite_output_dir:
-        if args.process_index == 0:
-            for checkpoint in checkpoints(output):
-                shutil.rmtree(checkpoint)
-    elif last or (output / CONFIG).is_file():
-        raise ValueError(
-            f"output_dir is in use; got {str(output)!r} with {'checkpoints' if last else 'an adapter'} of an earlier "
-            "run; pass --resume_from_checkpoint to go on, --overwrite_output_dir to replace it, or another directory"
-        )
-    return None
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoint directories of a run, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
-
-
-def last_complete_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer's state is the last file of it."""
-    complete = [path for path in checkpoints(output) if (path / TRAINER_STATE_NAME).is_file()]
-    return str(complete[-1]) if complete else None
 
 
 class EvaluationClock(TrainerCallback):

@@ -19,6 +19,21 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+# Everything here is tiny: more threads only wait for each other.
+torch.set_num_threads(1)
+
+# The model types that most tests run on; tests/test_architecture_matrix.py runs on all of the table.
+MODEL_TYPES = [
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "distilbert",
+    "electra",
+    "mpnet",
+    "albert",
+    "deberta-v2",
+]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 LABELS = ("negative", "positive")
 WORDS = [

@@ -5,12 +5,12 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from conftest import randomize, tiny_batch, tiny_classifier
-from test_architectures import STEP_ONE as MODEL_TYPES
+from conftest import MODEL_TYPES, randomize, tiny_batch, tiny_classifier
 
 from hf_lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
-from hf_lora.checkpoint import adapter_tensors, read_adapter
+from hf_lora.checkpoint import read_adapter
 from hf_lora.inject import is_injected
+from hf_lora.tensors import adapter_tensors
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@ import copy
 import peft
 import pytest
 import torch
-from conftest import randomize, tiny_batch, tiny_classifier
-from test_architectures import STEP_ONE as MODEL_TYPES
+from conftest import MODEL_TYPES, randomize, tiny_batch, tiny_classifier
 
 from hf_lora import (
     LoRAConfig,

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hf_lora.initializers import INITIALIZERS
-from hf_lora.layers import LAYER_TYPES, LoRALayer, LoRALinear, UpdateSpec
+from hf_lora.layers import LAYER_TYPES, LoRALinear
+from hf_lora.update import VARIANTS, LoRALayer, UpdateSpec
 
 
 def adapted(base: nn.Linear, **overrides) -> LoRALinear:
@@ -13,7 +14,8 @@ def adapted(base: nn.Linear, **overrides) -> LoRALinear:
         "rank": 2,
         "scaling": 0.5,
         "dropout": 0.0,
-        "initializer": INITIALIZERS.get("kaiming"),
+        "initialization": INITIALIZERS.get("kaiming"),
+        "variant": VARIANTS.get("lora"),
         **overrides,
     }
     return LoRALinear.attach(base, UpdateSpec(**options))

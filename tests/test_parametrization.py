@@ -18,11 +18,11 @@ from hf_lora import (
     trainable_parameter_count,
     unmerge_lora,
 )
-from hf_lora.checkpoint import adapter_tensors
 from hf_lora.initializers import INITIALIZERS
 from hf_lora.inject import base_parameters
-from hf_lora.layers import UpdateSpec
 from hf_lora.parametrization import LoRAParametrization
+from hf_lora.tensors import adapter_tensors
+from hf_lora.update import VARIANTS, UpdateSpec
 
 MODEL_TYPES = ["bert", "roberta", "distilbert", "albert", "deberta-v2"]
 
@@ -192,7 +192,7 @@ def test_only_the_factors_get_gradients():
 
 def test_dropout_drops_inputs_of_A_for_the_whole_batch():
     linear = nn.Linear(50, 4)
-    spec = UpdateSpec(rank=2, scaling=1.0, dropout=0.5, initializer=INITIALIZERS.get("normal"))
+    spec = UpdateSpec(2, 1.0, 0.5, INITIALIZERS.get("normal"), VARIANTS.get("lora"))
     layer = LoRAParametrization.attach(linear, "weight", spec)
     nn.init.ones_(layer.lora_B)
     linear.train()
@@ -214,12 +214,12 @@ def test_what_has_no_matrix_is_refused():
     with pytest.raises(ValueError, match=r"cannot adapt 'linear\.bias'|got 'linear\.bias'"):
         inject_lora(model, LoRAConfig(form="parametrization", target_modules=["linear.bias"]))
     norm = nn.Sequential(nn.LayerNorm(4))
-    with pytest.raises(
-        ValueError, match="cannot adapt '0'; got a LayerNorm; expected a module with a weight"
-    ):
+    with pytest.raises(ValueError, match="cannot adapt '0'; got a LayerNorm; expected one of Linear"):
         inject_lora(norm, LoRAConfig(form="parametrization", target_modules=["0"]))
 
 
-def test_the_module_form_points_to_this_one():
-    with pytest.raises(ValueError, match=r"cannot adapt 'conv1'; .* form='parametrization'"):
-        inject_lora(Mixed(), LoRAConfig(target_modules=["conv1"]))
+def test_what_has_no_forward_of_ours_takes_this_form_either_way():
+    model = Mixed()
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["conv1", "linear", "bare"]))
+    forms = {name: isinstance(layer, LoRAParametrization) for name, layer in lora_layers(model).items()}
+    assert forms == {"conv1": True, "linear": False, "bare": True}

@@ -6,7 +6,9 @@ from conftest import tiny_classifier
 
 from hf_lora import LoRAConfig, inject_lora
 from hf_lora.inject import injection
-from hf_lora.peft_format import bias_key, from_peft, lora_key, shortest_suffixes, to_peft, without_duplicates
+from hf_lora.peft_format import bias_key, from_peft, shortest_suffixes, to_peft, without_duplicates
+
+KEYS = ["base_model.model.a.query.lora_A.weight"]
 
 
 def injected(**options):
@@ -30,27 +32,36 @@ def test_the_configuration_comes_back():
     config = LoRAConfig(rank=4, alpha=6, dropout=0.2, bias="all", alpha_pattern={"key": 3.0})
     model = tiny_classifier("bert")
     names = inject_lora(model, config)
-    read = from_peft(to_peft(model, injection(model), base_name=None, revision=None), projections="qkvo")
+    keys = [f"base_model.model.{name}.lora_A.weight" for name in names]
+    read = from_peft(to_peft(model, injection(model), base_name=None, revision=None), keys)
     twin = tiny_classifier("bert")
     assert inject_lora(twin, read) == names
     assert [read.scaling_of(n) for n in names] == [config.scaling_of(n) for n in names]
-    assert (read.dropout, read.bias, read.projections) == (0.2, "all", "qkvo")
+    assert (read.dropout, read.bias) == (0.2, "all")
 
 
-def test_suffixes_are_the_shortest_that_select_the_same_modules():
-    model = tiny_classifier("bert")
-    assert set(shortest_suffixes(model, inject_lora(model, LoRAConfig(projections="qv")), ())) == {
-        "query",
-        "value",
-    }
-    model = tiny_classifier("bert")
-    assert set(shortest_suffixes(model, inject_lora(model, LoRAConfig(projections="qo")), ())) == {
-        "attention.self.query",
-        "attention.output.dense",
-    }
-    model = tiny_classifier("bert")
-    one = inject_lora(model, LoRAConfig(projections="q", layers=[1]))
-    assert shortest_suffixes(model, one, ()) == ["1.attention.self.query"]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"projections": "qv"}, {"query", "value"}),
+        ({"projections": "qo"}, {"attention.self.query", "attention.output.dense"}),
+        ({"projections": "q", "layers": [1]}, {"1.attention.self.query"}),
+        ({"projections": "qv", "form": "parametrization"}, {"query", "value"}),
+    ],
+)
+def test_suffixes_are_the_shortest_that_select_the_same_modules(options, expected):
+    model = injected(**options)
+    assert set(shortest_suffixes(model, injection(model))) == expected
+
+
+def test_tensors_that_the_configuration_does_not_name_are_refused():
+    with pytest.raises(ValueError, match=r"disagree; got 'a\.value'; expected one of \['query'\]"):
+        from_peft(
+            {"peft_type": "LORA", "target_modules": ["query"]},
+            [*KEYS, "base_model.model.a.value.lora_A.weight"],
+        )
+    with pytest.raises(ValueError, match="has no LoRA tensors"):
+        from_peft({"peft_type": "LORA", "target_modules": ["query"]}, ["base_model.model.classifier.weight"])
 
 
 @pytest.mark.parametrize(
@@ -68,22 +79,21 @@ def test_suffixes_are_the_shortest_that_select_the_same_modules():
 )
 def test_what_we_cannot_represent_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=key):
-        from_peft({"peft_type": "LORA", "target_modules": ["query"], key: value})
+        from_peft({"peft_type": "LORA", "target_modules": ["query"], key: value}, KEYS)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
 def test_initializations_that_rewrite_the_base_are_refused(init):
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}' rewrites the base weights"):
-        from_peft({"peft_type": "LORA", "target_modules": ["query"], "init_lora_weights": init})
+        from_peft({"peft_type": "LORA", "target_modules": ["query"], "init_lora_weights": init}, KEYS)
 
 
 def test_other_peft_methods_are_refused():
     with pytest.raises(ValueError, match="not a LoRA adapter; got peft_type='IA3'"):
-        from_peft({"peft_type": "IA3"})
+        from_peft({"peft_type": "IA3"}, KEYS)
 
 
 def test_names_of_tensors():
-    assert lora_key("a.query", "lora_A") == "base_model.model.a.query.lora_A.weight"
     assert bias_key("a.query.bias", {"a.query"}) == "base_model.model.a.query.base_layer.bias"
     assert bias_key("a.LayerNorm.bias", {"a.query"}) == "base_model.model.a.LayerNorm.bias"
 

@@ -43,7 +43,7 @@ def test_file_is_plain_json_with_every_field() -> None:
         "max_length": 77,
         "text_columns": ["premise", "hypothesis"],
         "projections": "qv",
-        "form": "module",
+        "lora": None,
         "base_model": {"name_or_path": "org/base", "revision": "abc123", "fingerprint": "sha256:0f"},
         "metrics": {"eval_accuracy": 0.25, "by_class": {"gut": {"wrong": 3}}},
         "sha256": {"adapter_model.safetensors": "00ff"},

@@ -17,7 +17,8 @@ from hf_lora import (
     inject_lora,
     lora_parameters,
 )
-from hf_lora.checkpoint import adapter_tensors, read_adapter
+from hf_lora.checkpoint import read_adapter
+from hf_lora.tensors import adapter_tensors
 from hf_lora.trainer import balanced_weights
 
 

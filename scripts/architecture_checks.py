@@ -1,0 +1,242 @@
+"""What must hold for every model type in the table: one function for each check, used by a script and by tests."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from tiny_models import tiny_inputs, tiny_model
+
+from hf_lora import (
+    LoRAConfig,
+    head_parameters,
+    inject_lora,
+    load_adapter,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    save_adapter,
+    trainable_parameter_count,
+)
+from hf_lora.architectures import ARCHITECTURES, ROLES
+from hf_lora.inject import injection
+from hf_lora.targets import block_of, find_targets
+from hf_lora.verify import verify_injection
+
+TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+
+
+class NotApplicable(Exception):
+    """A check that has no meaning for a model type, with the reason."""
+
+
+@dataclass
+class Case:
+    """A tiny random model of one type, adapted at every role it has, with all factors random."""
+
+    model_type: str
+    roles: str = field(init=False)
+    inputs: dict[str, Any] = field(init=False)
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.roles = "".join(role for role in ROLES if ARCHITECTURES.get(self.model_type).projections(role))
+        self.inputs = tiny_inputs(self.model_type)
+        self.model = self.plain()
+        inject_lora(self.model, self.config())
+        generator = torch.Generator().manual_seed(2)
+        for parameter in lora_parameters(self.model).values():
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+    def config(self) -> LoRAConfig:
+        """Rank 2 with a scaling that is not 1, on every role."""
+        return LoRAConfig(rank=2, alpha=3, projections=self.roles)
+
+    def plain(self) -> nn.Module:
+        """The same model without LoRA."""
+        return tiny_model(self.model_type)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """The outputs of a model on the case's inputs."""
+        return model(**self.inputs).logits
+
+    def unused(self) -> tuple[str, ...]:
+        """The adapted modules whose pretrained output the classifier does not read. Raises for a dead adapter."""
+        return verify_injection(self.model, self.inputs, allow_unused=True).unused
+
+
+def check_identity(case: Case) -> None:
+    """An injected model computes what the pretrained one does."""
+    model = case.plain()
+    before = case.logits(model)
+    inject_lora(model, case.config())
+    torch.testing.assert_close(case.logits(model), before, atol=1e-6, rtol=1e-6)
+
+
+def check_roles(case: Case) -> None:
+    """Every role is found in every block that has an attention."""
+    model = case.plain()
+    blocks = {
+        role: {block_of(t.name) for t in find_targets(model, LoRAConfig(projections=role))}
+        for role in case.roles
+    }
+    assert blocks and all(blocks.values())
+    assert len({frozenset(found) for found in blocks.values()}) == 1, blocks
+
+
+def check_probe(case: Case) -> None:
+    """Every adapter has an effect on the output and gets a gradient, but for what the last block leaves unread."""
+    unused = case.unused()
+    last = max(block_of(name) or 0 for name in lora_layers(case.model))
+    assert all(block_of(name) == last for name in unused), unused
+
+
+def check_merge(case: Case) -> None:
+    """Merged, the model computes the same."""
+    model = copy.deepcopy(case.model)
+    merge_lora(model)
+    torch.testing.assert_close(case.logits(model), case.logits(case.model), **TOLERANCE)
+
+
+def check_gradients(case: Case) -> None:
+    """Only adapters and head get gradients, and every adapter that takes part in the output does."""
+    model = copy.deepcopy(case.model)
+    model(**case.inputs).loss.backward()
+    allowed = {id(p) for p in (*lora_parameters(model).values(), *head_parameters(model).values())}
+    got = {id(parameter) for parameter in model.parameters() if parameter.grad is not None}
+    assert got <= allowed
+    used = [layer for name, layer in lora_layers(model).items() if name not in case.unused()]
+    assert {id(p) for layer in used for p in layer.trained_factors().values()} <= got
+
+
+def check_reload(case: Case) -> None:
+    """Saved and loaded, the model computes exactly the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = case.plain()
+        load_adapter(model, save_adapter(case.model, Path(folder) / "a"))
+    torch.testing.assert_close(case.logits(model), case.logits(case.model), atol=1e-6, rtol=1e-6)
+
+
+def check_peft(case: Case) -> None:
+    """peft with the same factors computes the same logits and the same gradients."""
+    theirs = _in_peft(case)
+    base = theirs.base_model.model
+    bypassed = [t.name for t in injection(case.model).targets if t.bypassed]
+    if bypassed:
+        merged = theirs.merge_and_unload()
+        torch.testing.assert_close(case.logits(merged), case.logits(case.model), **TOLERANCE)
+        raise NotApplicable(f"merged only: peft's own forward is bypassed at {bypassed[0]}")
+    torch.testing.assert_close(case.logits(base), case.logits(case.model), **TOLERANCE)
+    model = copy.deepcopy(case.model)
+    model(**case.inputs).loss.backward()
+    base(**case.inputs).loss.backward()
+    for name, layer in lora_layers(model).items():
+        if name in case.unused():
+            continue
+        wrapped = base.get_submodule(name)
+        grad_A, grad_B = (getattr(wrapped, which)["default"].weight.grad for which in ("lora_A", "lora_B"))
+        expected_A = _sum_of_groups(grad_A, layer.groups).reshape(layer.lora_A.shape)
+        expected_B = layer._from_blocks(grad_B.reshape(len(grad_B), -1))
+        torch.testing.assert_close(layer.lora_A.grad, expected_A, **TOLERANCE)
+        torch.testing.assert_close(layer.lora_B.grad, expected_B, **TOLERANCE)
+
+
+def check_from_peft(case: Case) -> None:
+    """What peft saves after loading ours loads here again, with the same logits."""
+    theirs = _in_peft(case)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        model = case.plain()
+        if any(layer.groups > 1 for layer in lora_layers(case.model).values()):
+            raise NotApplicable("peft's grouped convolutions mix groups in general, which ours does not")
+        load_adapter(model, folder)
+    torch.testing.assert_close(case.logits(model), case.logits(case.model), **TOLERANCE)
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "identity": check_identity,
+    "roles": check_roles,
+    "probe": check_probe,
+    "merge": check_merge,
+    "gradients": check_gradients,
+    "reload": check_reload,
+    "peft": check_peft,
+    "from_peft": check_from_peft,
+}
+
+
+def run_checks(model_type: str) -> dict[str, Any]:
+    """One row of the report: what was adapted and the outcome of every check, "ok" or the reason."""
+    architecture = ARCHITECTURES.get(model_type)
+    row: dict[str, Any] = {"model_type": model_type, "roles": "", "modules": 0, "head": [], "trainable": 0}
+    if architecture.reason is not None:
+        try:
+            inject_lora(tiny_model(model_type), LoRAConfig())
+        except ValueError as error:
+            assert architecture.reason in str(error)
+            return {**row, "checks": {}, "ok": True, "reason": f"refused: it {architecture.reason}"}
+        return {**row, "checks": {}, "ok": False, "reason": "adapted although the table says it cannot be"}
+    checks: dict[str, str] = {}
+    try:
+        case = Case(model_type)
+    except Exception as error:  # whatever it is, it is this row's result
+        return {**row, "checks": {}, "ok": False, "reason": f"inject: {_line(error)}"}
+    for name, check in CHECKS.items():
+        try:
+            check(case)
+            checks[name] = "ok"
+        except NotApplicable as reason:
+            checks[name] = f"n/a ({reason})"
+        except Exception as error:  # a failure of one check must not hide the others
+            checks[name] = f"failed: {_line(error)}"
+    failed = [f"{name} {outcome}" for name, outcome in checks.items() if outcome.startswith("failed")]
+    notes = [f"{name} {outcome}" for name, outcome in checks.items() if outcome.startswith("n/a")]
+    return {
+        "model_type": model_type,
+        "roles": case.roles,
+        "modules": len(lora_layers(case.model)),
+        "head": list(injection(case.model).head),
+        "trainable": trainable_parameter_count(case.model).trainable,
+        "checks": checks,
+        "ok": not failed,
+        "reason": "; ".join(failed or notes),
+    }
+
+
+def _in_peft(case: Case) -> Any:
+    bare = [t.name for t in injection(case.model).targets if t.tensor != "weight"]
+    if bare:
+        raise NotApplicable(f"{bare[0]} is a bare parameter, which peft's LoRA does not adapt at a low rank")
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(case.model, Path(folder) / "a")
+        try:
+            theirs = peft.PeftModel.from_pretrained(case.plain(), Path(folder) / "a", is_trainable=True)
+        except ValueError as error:
+            if "is not supported" in str(error):
+                raise NotApplicable("peft does not adapt this layer type") from None
+            raise
+        return theirs.eval()
+
+
+def _sum_of_groups(grad: Tensor, groups: int) -> Tensor:
+    """The gradient of A of a grouped convolution from that of peft's, which has it once for each group."""
+    if groups == 1:
+        return grad
+    rank, inputs = grad.shape[0] // groups, grad.shape[1] // groups
+    blocks = grad.reshape(groups, rank, groups, inputs, *grad.shape[2:])
+    return torch.stack([blocks[group, :, group] for group in range(groups)]).sum(0)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
