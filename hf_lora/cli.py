@@ -7,7 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
+from hf_lora.adapter_arguments import add_adapter_commands
 from hf_lora.arguments import help_text
 from hf_lora.version import __version__
 
@@ -20,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(argv[1:])
         options = make_parser().parse_args(argv)
         _quiet_libraries()
-        from hf_lora import commands
-
+        commands = import_module(getattr(options, "module", "hf_lora.commands"))
         return getattr(commands, options.command)(options)
     except (ValueError, OSError) as error:
         if os.environ.get("HF_LORA_TRACEBACK"):
@@ -99,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--trust_remote_code", action="store_true", help="run code from the model's repository"
     )
     targets.add_argument("--json", action="store_true", help="print one JSON object")
+    add_adapter_commands(commands)
     return parser
 
 
