@@ -19,7 +19,7 @@ PYTHON
     --validation_fraction 0.2 \
     --max_seq_length 128 \
     --lora_rank 8 --lora_alpha 16 --lora_dropout 0.1 --lora_projections qkvo \
-    --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 16 \
+    --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 16 --eval_strategy no \
     --model_card_license apache-2.0 --language en \
     --overwrite_output_dir --output_dir runs/demo
 
