@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -12,13 +11,11 @@ from math import inf, nextafter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from hf_lora import peft_format, sidecar
-from hf_lora.atomic import replacing
-from hf_lora.checkpoint import _DIGESTED, CONFIG, TENSORS, AdapterFiles, _sha256
+from hf_lora import peft_format
+from hf_lora.checkpoint import AdapterFiles, writing_adapter
 from hf_lora.sidecar import AdapterInfo
 from hf_lora.version import __version__
 
@@ -180,15 +177,9 @@ def write_adapter(directory: str | Path, new: Contents, *, copies: Iterable[Path
     copies: files to put beside, such as those of the tokenizer.
     """
     directory = Path(directory)
-    with replacing(directory, last=(sidecar.FILE,)) as folder:
-        safetensors.torch.save_file(new.tensors, folder / TENSORS, metadata={"format": "pt"})
-        text = json.dumps(new.config, indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+    with writing_adapter(directory, new.tensors, new.config, new.info) as folder:
         for path in copies:
             shutil.copyfile(path, folder / path.name)
-        if new.info is not None:
-            info = replace(new.info, sha256={name: _sha256(folder / name) for name in _DIGESTED})
-            (folder / sidecar.FILE).write_text(info.to_json(), encoding="utf-8")
     return directory
 
 

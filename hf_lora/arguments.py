@@ -100,6 +100,9 @@ class LoRAArguments:
         "lora", help="lora, dora (row norms are learned too) or lora_fa (A is not trained)."
     )
     lora_scaling: str = _option("standard", help="standard (alpha / rank) or rslora (alpha / sqrt(rank)).")
+    lora_form: str = _option(
+        "module", help="module, or parametrization (the update is put into the weights)."
+    )
     train_head: bool = _option(True, help="Train the classification head.")
 
 

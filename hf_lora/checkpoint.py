@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,29 @@ def save_adapter(
     info = replace(info, metrics={**info.metrics, **(metrics or {})})
     base = info.base_model
     config = peft_format.to_peft(model, injection(model), base_name=base.name_or_path, revision=base.revision)
-    with replacing(directory, last=(sidecar.FILE,)) as folder:
-        safetensors.torch.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with writing_adapter(directory, tensors, config, info) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        info = replace(info, sha256={name: _sha256(folder / name) for name in _DIGESTED})
-        (folder / sidecar.FILE).write_text(info.to_json(), encoding="utf-8")
     return directory
+
+
+@contextmanager
+def writing_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], info: AdapterInfo | None
+) -> Iterator[Path]:
+    """Write the files of an adapter, whole or not at all; yields their temporary folder, for more to be added.
+
+    info: the sidecar's contents without the digests, which are added; None: no sidecar.
+    """
+    with replacing(directory, last=(sidecar.FILE,)) as folder:
+        safetensors.torch.save_file(dict(tensors), folder / TENSORS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        yield folder
+        if info is not None:
+            info = replace(info, sha256={name: _sha256(folder / name) for name in _DIGESTED})
+            (folder / sidecar.FILE).write_text(info.to_json(), encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> LoRAConfig:

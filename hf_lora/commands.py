@@ -125,7 +125,8 @@ def info(options: argparse.Namespace) -> int:
         return 0
     norms = report.pop("delta_norms")
     metrics = report.pop("metrics")
-    print_table("adapter", ("what", "value"), [(k.replace("_", " "), _plain(v)) for k, v in report.items()])
+    rows = [(name.replace("_", " "), _plain(value)) for name, value in report.items() if value is not None]
+    print_table("adapter", ("what", "value"), rows)
     measured = [(name, value) for name, value in metrics.items() if isinstance(value, int | float)]
     if measured:
         print_table("measured in training", ("metric", "value"), measured)
@@ -171,10 +172,9 @@ def targets(options: argparse.Namespace) -> int:
 
 def describe(files: AdapterFiles) -> dict[str, Any]:
     """What `info` prints: identity, sizes, and the norm of each update, computed from its factors."""
-    names = sorted(
-        key.removesuffix(".lora_A.weight") for key in files.tensors if key.endswith(".lora_A.weight")
-    )
-    modules = [name.removeprefix("base_model.model.") for name in names]
+    ends = (".lora_A.weight", ".lora_embedding_A")
+    found = (key.removesuffix(end) for key in files.tensors for end in ends if key.endswith(end))
+    modules = sorted(name.removeprefix(PREFIX) for name in found)
     lora = sum(tensor.numel() for key, tensor in files.tensors.items() if ".lora_" in key)
     own = files.info
     return {
@@ -187,6 +187,8 @@ def describe(files: AdapterFiles) -> dict[str, Any]:
         "max_length": own.max_length if own else None,
         "rank": files.config.rank,
         "alpha": files.config.alpha,
+        "variant": files.config.variant,
+        "scaling": files.config.scaling,
         "projections": own.projections if own else None,
         "target_modules": files.config.target_modules,
         "modules": len(modules),
@@ -200,11 +202,16 @@ def describe(files: AdapterFiles) -> dict[str, Any]:
 
 def _delta_norm(files: AdapterFiles, module: str) -> float:
     """The Frobenius norm of scaling * B A: the root of trace((B'B)(AA')), which needs no `(out, in)` matrix."""
-    lora_A, lora_B = (
-        files.tensors[f"{PREFIX}{module}.{which}.weight"].double() for which in ("lora_A", "lora_B")
-    )
+    lora_A, lora_B = (_factor(files, module, which).double().flatten(1) for which in "AB")
+    # A grouped convolution's A is in PEFT's file once for each group, beside zeros.
+    lora_A = lora_A[: lora_B.shape[1]]
     gram = ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum()
     return files.config.scaling_of(module) * gram.clamp(min=0).sqrt().item()
+
+
+def _factor(files: AdapterFiles, module: str, which: str) -> torch.Tensor:
+    names = (f"{PREFIX}{module}.lora_{which}.weight", f"{PREFIX}{module}.lora_embedding_{which}")
+    return next(files.tensors[name] for name in names if name in files.tensors)
 
 
 def _classifier(options: argparse.Namespace) -> TextClassifier:

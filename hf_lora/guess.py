@@ -31,16 +31,23 @@ def guess(model: nn.Module) -> str:
 
 
 def _suffix(model: nn.Module, role: str) -> str | None:
-    """The parent-qualified end of the names that look like a role, if they agree on one in every block."""
+    """The shortest end, parent included, that selects the names that look like a role and nothing else."""
     prefix = base_prefix(model)
     names = [
         name
         for name, module in model.named_modules()
         if type(module) in LAYER_TYPES and (not prefix or name.startswith(f"{prefix}."))
     ]
-    ends = {
-        ".".join(name.split(".")[-2:])
+    alike = [
+        name
         for name in names
         if _USUAL[role].fullmatch(name.rpartition(".")[2]) and "att" in name.rpartition(".")[0].lower()
-    }
-    return ends.pop() if len(ends) == 1 else None
+    ]
+    for length in range(2, 5):
+        ends = {".".join(name.split(".")[-length:]) for name in alike}
+        if len(ends) != 1:
+            return None
+        end = ends.pop()
+        if [name for name in names if name.endswith(f".{end}")] == alike:
+            return end
+    return None

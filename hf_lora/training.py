@@ -104,6 +104,7 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
         init=arguments.lora_init,
         variant=arguments.lora_variant,
         scaling=arguments.lora_scaling,
+        form=arguments.lora_form,
     )
 
 

@@ -305,6 +305,8 @@ def test_info_tells_what_the_files_hold(capsys: Captured, tiny_bert_dir: Path, a
         "max_length": 32,
         "rank": 4,
         "alpha": 8,
+        "variant": "lora",
+        "scaling": "standard",
         "projections": "qkvo",
         "target_modules": report["target_modules"],
         "modules": 8,

@@ -223,3 +223,27 @@ def test_what_has_no_forward_of_ours_takes_this_form_either_way():
     inject_lora(model, LoRAConfig(rank=2, target_modules=["conv1", "linear", "bare"]))
     forms = {name: isinstance(layer, LoRAParametrization) for name, layer in lora_layers(model).items()}
     assert forms == {"conv1": True, "linear": False, "bare": True}
+
+
+def test_multi_head_attention_is_adapted_although_it_goes_around_the_forward_of_its_parts():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)})
+    x = torch.randn(2, 5, 8)
+    plain = model["attention"](x, x, x)[0]
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["attention.out_proj", "attention.in_proj_weight"]))
+    torch.testing.assert_close(model["attention"](x, x, x)[0], plain)
+    randomize(model)
+    layers = lora_layers(model)
+    assert set(layers) == {"attention.out_proj", "attention.in_proj_weight"}
+    moved = nn.MultiheadAttention(8, 2, batch_first=True)
+    moved.load_state_dict(
+        {name.removeprefix("attention."): tensor for name, tensor in base_parameters(model).items()}
+    )
+    with torch.no_grad():
+        moved.in_proj_weight.add_(layers["attention.in_proj_weight"].delta_weight())
+        moved.out_proj.weight.add_(layers["attention.out_proj"].delta_weight())
+    torch.testing.assert_close(model["attention"](x, x, x)[0], moved(x, x, x)[0], atol=1e-6, rtol=1e-5)
+    for layer in layers.values():
+        layer.lora_B.grad = None
+    model["attention"](x, x, x)[0].sum().backward()
+    assert all(layer.lora_B.grad.abs().max() > 0 for layer in layers.values())

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_classifier, tiny_tokenizer
+from conftest import MODEL_TYPES, tiny_batch, tiny_classifier, tiny_tokenizer
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -13,17 +13,6 @@ from hf_lora.architectures import ARCHITECTURES
 from hf_lora.verify import VerificationReport, probe_batch, verify_injection
 
 FORMS = ["module", "parametrization"]
-MODEL_TYPES = [
-    "bert",
-    "roberta",
-    "camembert",
-    "distilbert",
-    "electra",
-    "mpnet",
-    "albert",
-    "deberta-v2",
-    "xlm-roberta",
-]
 # Their last block computes more than the head reads.
 PARTLY_UNUSED = {"canine", "longformer", "luke", "lilt"}
 WITH_ROLES = [model_type for model_type, entry in ARCHITECTURES.items() if entry.reason is None]
