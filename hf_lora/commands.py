@@ -29,10 +29,10 @@ from hf_lora.inject import (
     remove_lora,
     trainable_parameter_count,
 )
-from hf_lora.metrics import class_errors, compute_metrics
+from hf_lora.metrics import class_errors_beside, compute_metrics
 from hf_lora.modeling import meta_classifier
 from hf_lora.peft_format import PREFIX
-from hf_lora.tables import print_table
+from hf_lora.tables import print_class_errors, print_table
 
 # Texts that `merge` compares at the most: enough to see a difference, quick enough to wait for.
 COMPARED = 1000
@@ -57,20 +57,14 @@ def evaluate(options: argparse.Namespace) -> int:
         "metrics_disabled": measure(EvalPrediction(disabled, references)),
     }
     if data.problem_type == "single_label_classification":
-        counts = [class_errors(logits.argmax(-1), references, data.labels) for logits in (enabled, disabled)]
-        report["classes"] = {
-            label: {**counts[0][label], "wrong_disabled": counts[1][label]["wrong"]} for label in data.labels
-        }
+        report["classes"] = class_errors_beside(enabled, disabled, references, data.labels)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
         return 0
     rows = [(name, value, report["metrics_disabled"].get(name)) for name, value in report["metrics"].items()]
     print_table(f"{len(texts)} examples", ("metric", "with adapter", "adapter disabled"), rows)
     if "classes" in report:
-        classes = [
-            (name, c["support"], c["wrong"], c["wrong_disabled"]) for name, c in report["classes"].items()
-        ]
-        print_table("errors by class", ("label", "examples", "wrong", "wrong, disabled"), classes)
+        print_class_errors(report["classes"])
     return 0
 
 

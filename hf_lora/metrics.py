@@ -49,6 +49,7 @@ __all__ = [
     "Spearman",
     "UndefinedMetricError",
     "class_errors",
+    "class_errors_beside",
     "compute_metrics",
 ]
 
@@ -154,3 +155,15 @@ def _logits(predictions: Any, examples: int, outputs: int) -> np.ndarray:
             "try a lower learning rate"
         )
     return logits
+
+
+def class_errors_beside(
+    logits: np.ndarray, disabled: np.ndarray, references: np.ndarray, labels: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Errors by class of a classifier and, as "wrong_disabled", of the same one with its adapter disabled.
+
+    logits, disabled: outputs `(examples, len(labels))`; references: class ids `(examples,)`.
+    """
+    enabled = class_errors(logits.argmax(-1), references, labels)
+    without = class_errors(disabled.argmax(-1), references, labels)
+    return {label: {**enabled[label], "wrong_disabled": without[label]["wrong"]} for label in labels}

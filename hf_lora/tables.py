@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +25,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     if not console.is_terminal:
         console.width = 1_000_000
     console.print(table)
+
+
+def print_class_errors(errors: Mapping[str, Mapping[str, int]]) -> None:
+    """Print errors by class, with the adapter and with it disabled, as `class_errors_beside` counts them."""
+    rows = [(label, row["support"], row["wrong"], row["wrong_disabled"]) for label, row in errors.items()]
+    print_table("errors by class", ("label", "examples", "wrong", "wrong, disabled"), rows)
 
 
 def _cell(value: Any) -> str:

@@ -21,12 +21,12 @@ from hf_lora.checkpoint import TENSORS
 from hf_lora.config import LoRAConfig
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
 from hf_lora.inject import inject_lora, lora_disabled, trainable_parameter_count
-from hf_lora.metrics import class_errors, compute_metrics
+from hf_lora.metrics import class_errors_beside, compute_metrics
 from hf_lora.model_card import CardFacts
 from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
 from hf_lora.run_directory import prepare_output
-from hf_lora.tables import print_table
+from hf_lora.tables import print_class_errors, print_table
 from hf_lora.trainer import LoRATrainer, LoRATrainingArguments
 from hf_lora.verify import probe_batch, verify_injection
 
@@ -203,13 +203,9 @@ def evaluate_split(
     metrics |= {f"{name}_disabled": v for name, v in disabled.metrics.items() if not name.endswith(timing)}
     if data.problem_type != "single_label_classification":
         return metrics, {}
-    counted = [
-        class_errors(part.predictions.argmax(-1), part.label_ids, data.labels) for part in (result, disabled)
-    ]
-    errors = {
-        label: {**counted[0][label], "wrong_disabled": counted[1][label]["wrong"]} for label in data.labels
-    }
-    return metrics, errors
+    return metrics, class_errors_beside(
+        result.predictions, disabled.predictions, result.label_ids, data.labels
+    )
 
 
 def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str, output: Path) -> None:
@@ -219,10 +215,7 @@ def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str,
     rows = [(name, metrics[name], metrics.get(f"{name}_disabled")) for name in names]
     print_table("results", ("metric", "with adapter", "adapter disabled"), rows)
     if errors:
-        classes = [
-            (label, row["support"], row["wrong"], row["wrong_disabled"]) for label, row in errors.items()
-        ]
-        print_table("errors by class", ("label", "examples", "wrong", "wrong, disabled"), classes)
+        print_class_errors(errors)
     facts = [
         ("parameters", count),
         ("training", f"{metrics['train_runtime']:.1f} s, {metrics['global_step']} steps"),
