@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_lora import peft_format
 from hf_lora.checkpoint import AdapterFiles, writing_adapter
 from hf_lora.sidecar import AdapterInfo
+from hf_lora.tensors import as_saved
 from hf_lora.version import __version__
 
 # PEFT's names of A and B, under the module's: those of layers, and those of embeddings.
@@ -114,11 +115,11 @@ class Adapter:
         for module, entry in self.factors.items():
             keys = _EMBEDDING_KEYS if entry.embedding else _LAYER_KEYS
             for key, tensor in zip(keys, (entry.A, entry.B), strict=True):
-                saved[f"{peft_format.PREFIX}{module}.{key}"] = _saved(tensor)
+                saved[f"{peft_format.PREFIX}{module}.{key}"] = as_saved(tensor)
         for name, tensor in self.whole.items():
             is_bias = name.endswith(".bias")
             key = peft_format.bias_key(name, self.factors) if is_bias else peft_format.PREFIX + name
-            saved[key] = _saved(tensor)
+            saved[key] = as_saved(tensor)
         return saved
 
     def ranks_and_alphas(self) -> dict[str, Any]:
@@ -181,11 +182,6 @@ def write_adapter(directory: str | Path, new: Contents, *, copies: Iterable[Path
         for path in copies:
             shutil.copyfile(path, folder / path.name)
     return directory
-
-
-def _saved(tensor: Tensor) -> Tensor:
-    # A copy, since safetensors refuses tensors that share memory.
-    return tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
 def _factor_place(name: str) -> tuple[str, bool, int] | None:

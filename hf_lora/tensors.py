@@ -16,10 +16,12 @@ from hf_lora.update import FACTORS
 def adapter_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What is saved, under PEFT's keys: A, B, the head and trained biases, fp32 on the CPU, contiguous."""
     own = model.state_dict() if state_dict is None else state_dict
-    return {
-        key: tensor.detach().to("cpu", torch.float32).contiguous().clone()
-        for key, tensor in _file(model, own)
-    }
+    return {key: as_saved(tensor) for key, tensor in _file(model, own)}
+
+
+def as_saved(tensor: Tensor) -> Tensor:
+    """A tensor as adapter files hold it: fp32 on the CPU, and a copy, since safetensors refuses shared memory."""
+    return tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
 def _file(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
