@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         unmerge_lora,
     )
     from hf_lora.modeling import load_classifier
-    from hf_lora.trainer import LoRATrainer, LoRATrainingArguments
+    from hf_lora.trainer import LoRATrainer
+    from hf_lora.training_arguments import LoRATrainingArguments
 
 _HOMES = {
     "LoRAConfig": "config",
@@ -43,7 +44,7 @@ _HOMES = {
     "load_adapter": "checkpoint",
     "load_classifier": "modeling",
     "LoRATrainer": "trainer",
-    "LoRATrainingArguments": "trainer",
+    "LoRATrainingArguments": "training_arguments",
     "TextClassifier": "inference",
 }
 

@@ -18,7 +18,7 @@ from hf_lora.arguments import (
     ModelArguments,
     RunArguments,
 )
-from hf_lora.trainer import LoRATrainingArguments
+from hf_lora.training_arguments import LoRATrainingArguments
 
 Parsed = tuple[ModelArguments, DataArguments, LoRAArguments, RunArguments, LoRATrainingArguments]
 

@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_lora.arguments import RunArguments
 from hf_lora.checkpoint import CONFIG
-from hf_lora.trainer import LoRATrainingArguments
+from hf_lora.training_arguments import LoRATrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +14,13 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from hf_lora.atomic import write_text
 from hf_lora.checkpoint import TENSORS, adapter_info, read_adapter, save_adapter
+from hf_lora.class_weights import class_weights
 from hf_lora.inject import head_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CardFacts, render_card
 from hf_lora.tensors import load_tensors
 
 # Prefixes that wrappers put into parameter names: FSDP1, torch.compile, DDP.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
-
-
-@dataclass
-class LoRATrainingArguments(TrainingArguments):
-    """TrainingArguments with what only LoRA classifiers need. Every new field is off by default."""
-
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the classification head; default: learning_rate."}
-    )
-    lora_plus_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of B over that of A, such as 16 (LoRA+, Hayou et al. 2024); default: 1."
-        },
-    )
-    class_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": "Weights of the classes in the loss: 'balanced' (inverse frequency in the training set) or "
-            "one number per label, separated by commas."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("head_learning_rate", "lora_plus_ratio"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is not usable; got {value!r}; expected a number above 0")
 
 
 class LoRATrainer(Trainer):
@@ -76,7 +45,12 @@ class LoRATrainer(Trainer):
         # `num_items_in_batch`; classification heads ignore it, and the loss would be counted once per step.
         self.model_accepts_loss_kwargs = False
         self.facts = CardFacts()
-        self._class_weights = self._resolve_class_weights()
+        self._class_weights = class_weights(
+            getattr(self.args, "class_weights", None),
+            self.train_dataset,
+            self.model.config.num_labels,
+            self.model.config.problem_type,
+        )
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
 
@@ -202,25 +176,6 @@ class LoRATrainer(Trainer):
                 "make the optimizer after inject_lora and load_classifier, or let LoRATrainer make it"
             )
 
-    def _resolve_class_weights(self) -> Tensor | None:
-        text = getattr(self.args, "class_weights", None)
-        if text is None:
-            return None
-        count, problem_type = self.model.config.num_labels, self.model.config.problem_type
-        if problem_type == "regression":
-            raise ValueError("class_weights cannot be used for regression, which has no classes")
-        if text == "balanced":
-            return balanced_weights(self.train_dataset, count)
-        try:
-            weights = [float(part) for part in text.split(",")]
-        except ValueError:
-            weights = []
-        if len(weights) != count or not all(weight >= 0 and math.isfinite(weight) for weight in weights):
-            raise ValueError(
-                f"class_weights is not usable; got {text!r}; expected 'balanced' or {count} numbers"
-            )
-        return torch.tensor(weights)
-
 
 @contextmanager
 def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
@@ -240,22 +195,3 @@ def _unwrapped(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def balanced_weights(dataset: Any, count: int) -> Tensor:
-    """Inverse class frequencies with mean 1 over the examples: n / (classes * n_class), shape `(count,)`.
-
-    For multi-label data a class's examples are those that carry the label.
-    """
-    labels = dataset["labels"]
-    counts: Mapping[int, int] = Counter(
-        index
-        for label in labels
-        for index in ([i for i, on in enumerate(label) if on] if isinstance(label, list) else [int(label)])
-    )
-    absent = [index for index in range(count) if counts[index] == 0]
-    if absent:
-        raise ValueError(
-            f"class_weights='balanced' needs examples of every label; got none of label {absent[0]}"
-        )
-    return torch.tensor([len(labels) / (count * counts[index]) for index in range(count)])

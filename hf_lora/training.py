@@ -27,7 +27,8 @@ from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
 from hf_lora.run_directory import prepare_output
 from hf_lora.tables import print_class_errors, print_table
-from hf_lora.trainer import LoRATrainer, LoRATrainingArguments
+from hf_lora.trainer import LoRATrainer
+from hf_lora.training_arguments import LoRATrainingArguments
 from hf_lora.verify import probe_batch, verify_injection
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from hf_lora.arguments import GROUPS, TRAINING_DEFAULTS, help_text
 from hf_lora.data import DataConfig
-from hf_lora.trainer import LoRATrainingArguments
+from hf_lora.training_arguments import LoRATrainingArguments
 
 ALL = [(group, entry) for group in GROUPS for entry in fields(group)]
 

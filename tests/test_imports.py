@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_lora"
 LEVELS = (
     ("version", "registry", "atomic", "sidecar", "arguments", "adapter_arguments", "tables"),
-    ("architectures", "fused", "functional", "initializers", "layouts", "fingerprint", "bundled"),
+    (
+        "architectures",
+        "fused",
+        "functional",
+        "initializers",
+        "layouts",
+        "fingerprint",
+        "bundled",
+        "precision",
+        "class_weights",
+        "training_arguments",
+    ),
     ("update",),
     ("config",),
     ("layers", "parametrization"),

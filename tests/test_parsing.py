@@ -7,7 +7,7 @@ import pytest
 
 from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hf_lora.parsing import Parsed, make_parser, option_names, parse_training
-from hf_lora.trainer import LoRATrainingArguments
+from hf_lora.training_arguments import LoRATrainingArguments
 
 FLAGS = ["--model_name_or_path", "org/base", "--output_dir", "out", "--use_cpu", "True"]
 YAML = "model_name_or_path: org/base\noutput_dir: out\nuse_cpu: true\n"

@@ -19,7 +19,6 @@ from hf_lora import (
 )
 from hf_lora.checkpoint import read_adapter
 from hf_lora.tensors import adapter_tensors
-from hf_lora.trainer import balanced_weights
 
 
 def dataset(size=24, num_labels=3, labels=None):
@@ -265,15 +264,6 @@ def test_class_weights_give_torchs_weighted_loss(tmp_path):
         label_smoothing=0.1,
     )
     torch.testing.assert_close(run.compute_loss(model, dict(batch)), expected)
-
-
-def test_balanced_weights_are_inverse_frequencies():
-    data = Dataset.from_dict({"labels": [0, 0, 0, 1]})
-    torch.testing.assert_close(balanced_weights(data, 2), torch.tensor([4 / 6, 4 / 2]))
-    several = Dataset.from_dict({"labels": [[1.0, 0.0], [1.0, 1.0]]})
-    torch.testing.assert_close(balanced_weights(several, 2), torch.tensor([2 / 4, 2 / 2]))
-    with pytest.raises(ValueError, match="got none of label 2"):
-        balanced_weights(data, 3)
 
 
 @pytest.mark.parametrize("weights", ["1,2", "1,2,x", "1,2,-3", "equal"])
