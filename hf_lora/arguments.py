@@ -19,6 +19,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "logging_steps": 20,
+    "train_sampling_strategy": "group_by_length",
 }
 
 
@@ -110,6 +111,11 @@ class LoRAArguments:
 class RunArguments:
     """How the command runs."""
 
+    precision: str = _option(
+        "auto",
+        help="Precision of the frozen weights: fp32, bf16, or auto (bf16 where the hardware multiplies it natively). "
+        "LoRA and head are fp32.",
+    )
     dry_run: bool = _option(
         False, help="Print the resolved configuration and the modules to adapt, and stop."
     )
@@ -145,6 +151,15 @@ def help_text() -> str:
     lines += _argument_lines("head_learning_rate", "Learning rate of the head.", None)
     lines += _argument_lines("lora_plus_ratio", "Learning rate of B over that of A (LoRA+).", None)
     lines += _argument_lines("class_weights", "'balanced', or one number for each label.", None)
+    lines += _argument_lines(
+        "max_tokens_per_batch", "Tokens in a training batch, in place of its size.", None
+    )
+    lines += _argument_lines(
+        "cache_frozen_prefix",
+        "Keep the output of the frozen blocks below --lora_layers: auto, memory, disk.",
+        "no",
+    )
+    lines += _argument_lines("frozen_prefix_cache_gb", "Memory for that; above it the disk is used.", 1.0)
     lines += [f"  --{name} (default: {value})" for name, value in TRAINING_DEFAULTS.items()]
     lines += [
         "",

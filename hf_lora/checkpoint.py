@@ -103,7 +103,8 @@ def writing_adapter(
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield folder
         if info is not None:
-            info = replace(info, sha256={name: _sha256(folder / name) for name in _DIGESTED})
+            digests = {name: _sha256((folder / name).read_bytes()) for name in _DIGESTED}
+            info = replace(info, sha256=digests)
             (folder / sidecar.FILE).write_text(info.to_json(), encoding="utf-8")
 
 
@@ -113,7 +114,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
     check_base: refuse a base model whose weights are not those the adapter was trained on.
     Raises ValueError for anything that does not fit exactly; the model is then as it was.
     """
-    files = read_adapter(directory)
+    return load_files(model, read_adapter(directory), check_base=check_base)
+
+
+def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True) -> LoRAConfig:
+    """Put an adapter that was read into a plain model, as `load_adapter` does."""
     inject_lora(model, files.config, head=_head_in(files, model), blank=True)
     try:
         if check_base and files.info is not None:
@@ -137,19 +142,21 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
             raise ValueError(
                 f"not an adapter directory; {name} is missing in {str(directory)!r}; got {present}"
             )
+    # Each file is read once, so that what is checked is what is used.
+    contents = {name: (directory / name).read_bytes() for name in _DIGESTED}
     info = None
     if (directory / sidecar.FILE).is_file():
         text = (directory / sidecar.FILE).read_text(encoding="utf-8")
         info = AdapterInfo.from_json(text, str(directory / sidecar.FILE))
         for name, expected in info.sha256.items():
-            if name in _DIGESTED and _sha256(directory / name) != expected:
+            if name in _DIGESTED and _sha256(contents[name]) != expected:
                 raise ValueError(
                     f"{name} in {str(directory)!r} was changed after it was written; its sha256 is not the one in "
                     f"{sidecar.FILE}; restore it, or delete {sidecar.FILE} to load the files as a bare PEFT adapter"
                 )
     try:
-        peft_config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(directory / TENSORS)
+        peft_config = json.loads(contents[CONFIG].decode("utf-8"))
+        tensors = safetensors.torch.load(contents[TENSORS])
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"the adapter in {str(directory)!r} cannot be read: {error}") from None
     lora = info.lora if info else None
@@ -225,5 +232,5 @@ def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
     return head + [name for name in saved if not belongs_to(name.rpartition(".")[0], saved)]
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--encoding", default="utf-8", help="character encoding of the file (default: utf-8)"
     )
     evaluate.add_argument("--max_test_samples", type=int, help="use only the first N examples")
-    evaluate.add_argument("--batch_size", type=int, default=32, help="texts at a time (default: 32)")
+    _add_speed(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
 
     predict = commands.add_parser("predict", help="classify texts; writes JSON lines")
@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--encoding", default="utf-8", help="character encoding of the file (default: utf-8)"
     )
     predict.add_argument("--output_file", help="where to write (default: standard output)")
-    predict.add_argument("--batch_size", type=int, default=32, help="texts at a time (default: 32)")
+    _add_speed(predict)
 
     merge = commands.add_parser("merge", help="write base and adapter as one plain transformers checkpoint")
     _add_adapter(merge)
@@ -112,6 +112,20 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
         "--skip_base_check",
         action="store_true",
         help="use a base model whose weights differ from those trained on",
+    )
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        help="texts at a time (default: as many as make 2,048 tokens; 16,384 on a GPU)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the encoder; auto is bf16 where the hardware multiplies it natively, else fp32 (default: auto)",
     )
 
 

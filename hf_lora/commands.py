@@ -40,12 +40,13 @@ COMPARED = 1000
 
 def evaluate(options: argparse.Namespace) -> int:
     """Metrics and errors by class on labelled data, with the adapter and with it disabled."""
-    classifier = _classifier(options)
+    classifier = _classifier(options, precision=options.precision)
     data = _test_data(options, classifier)
     pairs = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
     texts = [pair[0] if len(pair) == 1 else pair for pair in pairs]
     references = data.splits["test"].with_format("numpy")["labels"][:]
     measure = compute_metrics(data.problem_type, data.labels)
+    print(classifier.setting, file=sys.stderr)
     enabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
     with lora_disabled(classifier.model):
         disabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
@@ -70,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """One JSON object a line for each text, in order, while the texts are being read."""
-    classifier = _classifier(options)
+    classifier = _classifier(options, precision=options.precision)
     texts = _texts(options, classifier)
     if options.output_file is None:
         _write_predictions(classifier, texts, sys.stdout, options.batch_size)
@@ -87,7 +88,8 @@ def merge(options: argparse.Namespace) -> int:
     output = Path(options.output_dir)
     if output.exists():
         raise ValueError(f"output_dir exists; got {str(output)!r}; expected a new directory")
-    classifier = _classifier(options)
+    # In the types of the base, so that the checkpoint has them too.
+    classifier = _classifier(options, merge=False, precision=None)
     given = options.texts or options.input_file
     texts = list(islice(_texts(options, classifier), COMPARED)) if given else []
     before = classifier.logits(texts) if texts else None
@@ -208,9 +210,14 @@ def _factor(files: AdapterFiles, module: str, which: str) -> torch.Tensor:
     return next(files.tensors[name] for name in names if name in files.tensors)
 
 
-def _classifier(options: argparse.Namespace) -> TextClassifier:
+def _classifier(options: argparse.Namespace, *, merge: bool = True, precision: str | None) -> TextClassifier:
     return TextClassifier.from_pretrained(
-        options.adapter, revision=options.revision, base=options.base, check_base=not options.skip_base_check
+        options.adapter,
+        revision=options.revision,
+        base=options.base,
+        check_base=not options.skip_base_check,
+        merge=merge,
+        precision=precision,
     )
 
 
@@ -249,9 +256,12 @@ def _texts(options: argparse.Namespace, classifier: TextClassifier) -> Iterator[
 
 
 def _write_predictions(
-    classifier: TextClassifier, texts: Iterable[Text], stream: TextIO, batch_size: int
+    classifier: TextClassifier, texts: Iterable[Text], stream: TextIO, batch_size: int | None
 ) -> None:
-    for result in classifier.predict_stream(texts, batch_size=batch_size):
+    for number, result in enumerate(classifier.predict_stream(texts, batch_size=batch_size)):
+        if number == 0:
+            # Not before, so that a mistake in the texts is told in one line.
+            print(classifier.setting, file=sys.stderr)
         stream.write(json.dumps(result, ensure_ascii=False) + "\n")
         stream.flush()
 

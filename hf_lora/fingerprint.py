@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,15 +21,34 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     ones, differ in nearly every value; a change of single values between the samples is not seen.
     Raises ValueError for tensors without values (meta device).
     """
+    if meta := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
+        raise ValueError(f"cannot take the fingerprint of a model without weights; got {meta[0]!r} on meta")
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if tensor.is_meta:
-            raise ValueError(f"cannot take the fingerprint of a model without weights; got {name!r} on meta")
-        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+    names = sorted(tensors)
+    for name, values in zip(names, _samples([tensors[name] for name in names]), strict=True):
+        digest.update(f"{name}:{tuple(tensors[name].shape)};".encode())
+        digest.update(values)
+    return _PREFIX + digest.hexdigest()
+
+
+def _samples(tensors: Sequence[Tensor]) -> list[memoryview]:
+    """The sampled values of each tensor, as the bytes of bf16 numbers.
+
+    Those of one device and type are gathered at once: a model has hundreds of tensors, and what each of them
+    costs by itself is most of the time; on a GPU each would be waited for.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
+    for index, tensor in enumerate(tensors):
         if type(tensor).__module__.startswith("torchao"):
             tensor = tensor.dequantize()
         flat = tensor.detach().reshape(-1)
         step = max(1, math.ceil(flat.numel() / SAMPLES))
-        sample = flat[::step].to(torch.bfloat16).cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return _PREFIX + digest.hexdigest()
+        groups.setdefault((tensor.device, tensor.dtype), {})[index] = flat[::step]
+    samples = [memoryview(b"")] * len(tensors)
+    for group in groups.values():
+        together = torch.cat(list(group.values())).to(torch.bfloat16).cpu().view(torch.uint8).numpy()
+        values, start = memoryview(together), 0
+        for index, sample in group.items():
+            end = start + torch.bfloat16.itemsize * len(sample)
+            samples[index], start = values[start:end], end
+    return samples

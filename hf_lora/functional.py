@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_lora.dropout import dropout as fast_dropout
+
 
 def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
     """`scaling * B A dropout(x)`, shape `(..., out)`, in the precision of A and B.
@@ -23,22 +25,8 @@ def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropo
     """
     x = x.to(lora_A.dtype)
     if dropout > 0.0:
-        x = F.dropout(x, dropout)
+        x = fast_dropout(x, dropout)
     return F.linear(F.linear(x, lora_A), lora_B) * scaling
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-) -> Tensor:
-    """The adapted linear layer (equation 3), shape `(..., out)`, in the precision of the frozen product."""
-    base = F.linear(x, weight, bias)
-    return base + lora_update(x, lora_A, lora_B, scaling, dropout).to(base.dtype)
 
 
 def dora_linear(
@@ -59,7 +47,7 @@ def dora_linear(
     norm = torch.linalg.vector_norm(weight.to(delta.dtype) + delta, dim=1).detach()
     scale = magnitude / norm
     base = F.linear(x, weight)
-    dropped, product = (F.dropout(x, dropout), None) if dropout > 0.0 else (x, base)
+    dropped, product = (fast_dropout(x, dropout), None) if dropout > 0.0 else (x, base)
     if product is None:
         product = F.linear(dropped, weight)
     update = lora_update(dropped, lora_A, lora_B, scaling)

@@ -8,8 +8,10 @@ The head is every parameterised child outside `model.base_model` (`classifier`, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # A checkpoint that lacks more of the encoder than this belongs to another architecture.
 MAX_FRESH_SHARE = 0.2
@@ -66,3 +68,23 @@ def _highest_missing(parameter: str, missing: set[str], encoder: set[str], prefi
         if not parent or parent == prefix or not inside <= missing:
             return module
         module = parent
+
+
+def cast_inputs(model: nn.Module, layers: Iterable[str]) -> None:
+    """Let fp32 layers take the outputs of an encoder in another precision: each casts its inputs to its own type.
+
+    layers: dotted names of the modules that hold the parameters. Nothing happens to inputs of the right
+    type, nor under autocast, which decides itself.
+    """
+    for name in layers:
+        model.get_submodule(name).register_forward_pre_hook(_cast_inputs)
+
+
+def _cast_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    own = next(layer.parameters(recurse=False))
+    if not own.is_floating_point() or torch.is_autocast_enabled(own.device.type):
+        return inputs
+    return tuple(
+        value.to(own.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs
+    )

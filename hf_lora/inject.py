@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import cast
 
 import torch
@@ -112,7 +113,7 @@ def injection(model: nn.Module) -> Injection:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers by the dotted names of their modules. Raises ValueError for a model without LoRA."""
-    return {p.target.name: cast(LoRALayer, model.get_submodule(p.layer)) for p in injection(model).placements}
+    return {p.target.name: _submodule(model, p.layer) for p in injection(model).placements}
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -148,7 +149,8 @@ def trainable_parameter_count(model: nn.Module) -> ParameterCount:
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The pretrained tensors under the adapter, by name: merged weights and trained biases as they were."""
     state = injection(model)
-    lora = {id(parameter) for parameter in lora_parameters(model).values()}
+    layers = lora_layers(model)
+    lora = {id(getattr(layer, which)) for layer in layers.values() for which in FACTORS}
     moved = {p.weight: f"{p.target.module}.{p.target.tensor}".lstrip(".") for p in state.placements}
     tensors: dict[str, Tensor] = {
         moved.get(name, name): parameter.detach()
@@ -156,7 +158,6 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
         if id(parameter) not in lora and not belongs_to(name, state.head)
     }
     tensors.update(state.frozen_biases)
-    layers = lora_layers(model)
     for placement in state.placements:
         tensors[moved[placement.weight]] = layers[placement.target.name].base_weight.detach()
     return tensors
@@ -232,6 +233,11 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
         _write(parameters, trained)
 
 
+def _submodule(model: nn.Module, name: str) -> LoRALayer:
+    # Loading asks for dozens of layers several times; `get_submodule` takes twice as long.
+    return cast(LoRALayer, attrgetter(name)(model) if name else model)
+
+
 def _attach(module: nn.Module, target: Target, config: LoRAConfig, *, blank: bool) -> Placement:
     initialization = INITIALIZERS.get(config.init)
     spec = UpdateSpec(
@@ -268,10 +274,10 @@ def _set_trainable(model: nn.Module, state: Injection) -> None:
 
 def trained_biases(model: nn.Module, state: Injection) -> set[str]:
     """Names of the biases outside the head that the config's `bias` mode trains."""
+    if state.config.bias == "none":
+        return set()
     adapted = {f"{target.module}.bias" for target in state.targets}
-    chosen = {"none": lambda name: False, "lora_only": adapted.__contains__, "all": _is_bias}[
-        state.config.bias
-    ]
+    chosen = {"lora_only": adapted.__contains__, "all": _is_bias}[state.config.bias]
     return {name for name, _ in model.named_parameters() if chosen(name) and not belongs_to(name, state.head)}
 
 

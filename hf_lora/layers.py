@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora import functional
+from hf_lora import functional, kernels
 from hf_lora.layouts import layout_of
 from hf_lora.registry import Registry
 from hf_lora.update import LoRALayer, UpdateSpec
@@ -73,7 +73,7 @@ class ModuleLoRA(LoRALayer):
         weight = self.layout.to_matrix(self.weight)
         lora_A, lora_B = self.factors()
         if self.lora_magnitude is None:
-            return functional.lora_linear(input, weight, self._bias, lora_A, lora_B, self.scaling, dropout)
+            return kernels.lora_linear(input, weight, self._bias, lora_A, lora_B, self.scaling, dropout)
         return functional.dora_linear(
             input, weight, self._bias, lora_A, lora_B, self.scaling, dropout, self.lora_magnitude
         )

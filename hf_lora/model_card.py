@@ -23,6 +23,7 @@ _HYPERPARAMETERS = (
     "lora_plus_ratio",
     "num_train_epochs",
     "per_device_train_batch_size",
+    "max_tokens_per_batch",
     "gradient_accumulation_steps",
     "lr_scheduler_type",
     "warmup_steps",

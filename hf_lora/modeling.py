@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -19,11 +20,11 @@ from transformers import (
 )
 
 from hf_lora.bundled import resolve_base
-from hf_lora.checkpoint import AdapterFiles, load_adapter, read_adapter
+from hf_lora.checkpoint import AdapterFiles, load_files, read_adapter
 from hf_lora.config import LoRAConfig
 from hf_lora.fingerprint import fingerprint
-from hf_lora.head import belongs_to, find_head, fresh_modules
-from hf_lora.inject import base_parameters, inject_lora, injection
+from hf_lora.head import base_prefix, belongs_to, cast_inputs, find_head, fresh_modules
+from hf_lora.inject import base_parameters, inject_lora, injection, lora_parameters
 from hf_lora.sidecar import AdapterInfo, BaseModel
 
 
@@ -119,9 +120,12 @@ def load_base(
         )
     parameters = dict(model.named_parameters())
     missing = (set(loading["missing_keys"]) | mismatched) & set(parameters)
-    for name, parameter in parameters.items():
-        if name in missing or belongs_to(name, head):
-            parameter.data = parameter.data.float()
+    trained = [name for name in parameters if name in missing or belongs_to(name, head)]
+    mixed = any(parameters[name].dtype != torch.float32 for name in trained)
+    for name in trained:
+        parameters[name].data = parameters[name].data.float()
+    if mixed:
+        cast_inputs(model, {name.rpartition(".")[0] for name in trained} - {""})
     # transformers records where it read from; users and adapters are to see the name that was asked for.
     model.config._name_or_path = model.name_or_path = base
     return model, missing
@@ -162,7 +166,7 @@ def load_trained(
     model, missing = load_base(
         base, info.labels, problem_type=info.problem_type, revision=revision, dtype=dtype, **hub
     )
-    load_adapter(model, directory, check_base=check_base)
+    load_files(model, files, check_base=check_base)
     random = sorted(name for name in missing if not belongs_to(name, injection(model).head))
     if random:
         raise ValueError(
@@ -177,6 +181,33 @@ def load_trained(
         else load_tokenizer(base, revision=revision, **hub)
     )
     return model.eval(), tokenizer, info
+
+
+@torch.no_grad()
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the encoder of an injected model to `dtype`, merged or not; LoRA and the head outside it are fp32.
+
+    Tables of angles, which need their precision, keep their type: buffers that no checkpoint holds, of modules
+    without parameters. So it is with `from_pretrained(dtype=...)` too.
+    """
+    prefix = base_prefix(model)
+    head = [name for name in injection(model).head if not belongs_to(name, [prefix])]
+    lora = {id(parameter) for parameter in lora_parameters(model).values()}
+    layers = set()
+    tensors = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if any(True for _ in owner.parameters()):
+            tensors[name] = buffer
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or id(tensor) in lora:
+            continue
+        in_head = belongs_to(name, head)
+        tensor.data = tensor.data.to(torch.float32 if in_head else dtype)
+        if in_head and isinstance(tensor, nn.Parameter):
+            layers.add(name.rpartition(".")[0])
+    if dtype != torch.float32:
+        cast_inputs(model, layers - {""})
 
 
 def _info_of_foreign(files: AdapterFiles, base: str) -> AdapterInfo:

@@ -27,11 +27,19 @@ class Precision:
         return f"precision: {self.name} ({self.reason})"
 
 
-def choose_precision(requested: str = "auto", device: str | torch.device | None = None) -> Precision:
+def choose_precision(
+    requested: str = "auto",
+    device: str | torch.device | None = None,
+    *,
+    autocast: bool = False,
+    sharded: bool = False,
+) -> Precision:
     """The precision of the frozen weights on `device` (None: the GPU where there is one).
 
     "auto" is bf16 where the hardware multiplies it natively, else fp32. LoRA and head need no lower
     precision: they are small, and their updates are too fine for bf16.
+    autocast: whether every product is cast anyway, as `--bf16` and `--fp16` ask for.
+    sharded: whether parameters are sharded over processes (FSDP, ZeRO-3), which wants one type for all.
     Raises ValueError for another word than those in `PRECISIONS`.
     """
     if requested not in PRECISIONS:
@@ -40,6 +48,10 @@ def choose_precision(requested: str = "auto", device: str | torch.device | None 
         )
     if requested != "auto":
         return Precision(requested, "as asked for")
+    if autocast:
+        return Precision("fp32", "cast at every step, as --bf16 or --fp16 asks for")
+    if sharded:
+        return Precision("fp32", "sharded parameters must be of one type")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.device(device).type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -73,16 +73,17 @@ def find_targets(model: nn.Module, config: LoRAConfig, head: Iterable[str] = ())
     cannot be adapted; the message lists candidates.
     """
     head = tuple(head)
-    names = [name for name, _ in model.named_modules() if name and not belongs_to(name, head)]
+    modules = dict(model.named_modules())
+    names = [name for name in modules if name and not belongs_to(name, head)]
     if config.target_modules is None:
-        targets = _by_role(model, names, config.projections)
+        targets = _by_role(model, modules, names, config.projections)
     else:
         bare = _bare_parameters(model, head)
         found = _by_name(model, names, bare, config.target_modules)
         targets = [bare.get(name, Target(name)) for name in found]
     targets = _in_layers(targets, config.layers)
     for target in targets:
-        _check_type(target, model.get_submodule(target.module))
+        _check_type(target, modules[target.module])
     return targets
 
 
@@ -101,18 +102,21 @@ def has_module_form(module: nn.Module, tensor: str = "weight") -> bool:
     return tensor == "weight" and layer_type_of(module) is not None
 
 
-def _by_role(model: nn.Module, names: list[str], projections: str) -> list[Target]:
+def _by_role(
+    model: nn.Module, modules: Mapping[str, nn.Module], names: list[str], projections: str
+) -> list[Target]:
     architecture = architecture_of(model)
     prefix = base_prefix(model)
     inside = [name for name in names if not prefix or name.startswith(f"{prefix}.")]
-    inside = [name for name in inside if not set(architecture.skip) & set(name.split("."))]
+    if architecture.skip:
+        inside = [name for name in inside if not set(architecture.skip) & set(name.split("."))]
     places: dict[tuple[str, str], tuple[str, Projection]] = {}
     for role in projections:
         found = [
             (name, place)
             for name in inside
             for place in architecture.projections(role)
-            if has_suffix(name, place.suffix) and hasattr(model.get_submodule(name), place.tensor)
+            if has_suffix(name, place.suffix) and hasattr(modules[name], place.tensor)
         ]
         if not found:
             wanted = " or ".join(place.suffix for place in architecture.projections(role)) or "no such suffix"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from hf_lora.update import FACTORS
 
 def adapter_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What is saved, under PEFT's keys: A, B, the head and trained biases, fp32 on the CPU, contiguous."""
-    own = model.state_dict() if state_dict is None else state_dict
-    return {key: as_saved(tensor) for key, tensor in _file(model, own)}
+    names = model.state_dict()
+    own = names if state_dict is None else state_dict
+    files = (*_factors(model, own).values(), _whole_tensors(model, own, names))
+    return {key: as_saved(tensor) for part in files for key, tensor in part.items()}
 
 
 def as_saved(tensor: Tensor) -> Tensor:
@@ -24,27 +27,29 @@ def as_saved(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
-def _file(model: nn.Module, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The keys and tensors of an adapter file, made from the model's tensors by name."""
+def _factors(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The keys and tensors of every adapted layer in an adapter file, made from the model's tensors by name."""
     layers = lora_layers(model)
+    files: dict[str, dict[str, Tensor]] = {}
     for placement in injection(model).placements:
-        layer = layers[placement.target.name]
-        factors = {
-            name: own[f"{placement.layer}.{name}"] for name in FACTORS if getattr(layer, name) is not None
-        }
-        for key, tensor in layer.to_peft(factors).items():
-            yield f"{peft_format.PREFIX}{placement.target.name}.{key}", tensor
-    yield from ((key, own[name]) for key, name in _whole_tensors(model).items())
+        name = placement.target.name
+        layer = layers[name]
+        factors = {f: own[f"{placement.layer}.{f}"] for f in FACTORS if getattr(layer, f) is not None}
+        inside = f"{peft_format.PREFIX}{name}."
+        files[name] = {inside + key: tensor for key, tensor in layer.to_peft(factors).items()}
+    return files
 
 
-def _whole_tensors(model: nn.Module) -> dict[str, str]:
-    """The keys of what is saved as it is, with the names in the model: the head and the trained biases."""
+def _whole_tensors(model: nn.Module, own: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The keys and tensors of what is saved as it is: the head and the trained biases.
+
+    own: tensors by name. names: those of the whole model.
+    """
     state = injection(model)
     targets = {target.module for target in state.targets}
-    names = {peft_format.PREFIX + name: name for name in model.state_dict() if belongs_to(name, state.head)}
-    return names | {
-        peft_format.bias_key(name, targets): name for name in sorted(trained_biases(model, state))
-    }
+    head = {peft_format.PREFIX + name: own[name] for name in names if belongs_to(name, state.head)}
+    biases = sorted(trained_biases(model, state))
+    return head | {peft_format.bias_key(name, targets): own[name] for name in biases}
 
 
 @torch.no_grad()
@@ -54,8 +59,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     Raises ValueError, before any change, for missing, unexpected, wrongly shaped or non-finite tensors.
     """
     own = model.state_dict()
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
-    expected = {key: tuple(tensor.shape) for key, tensor in _file(model, shapes)}
+    factors, whole = _factors(model, own), _whole_tensors(model, own, own)
+    expected = {
+        key: tuple(tensor.shape) for part in (*factors.values(), whole) for key, tensor in part.items()
+    }
     keys = _checked_copies(model, tensors, peft_format.without_duplicates(tensors), source)
     missing, unexpected = sorted(set(expected) - set(keys)), sorted(set(keys) - set(expected))
     if missing or unexpected:
@@ -69,17 +76,29 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
                 f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
                 + _label_hint(model, key, got)
             )
-        if not tensors[key].is_floating_point() or not torch.isfinite(tensors[key]).all():
-            raise ValueError(f"{source} is damaged; {key!r} holds something else than finite numbers")
+    if (damaged := _damaged({key: tensors[key] for key in keys})) is not None:
+        raise ValueError(f"{source} is damaged; {damaged!r} holds something else than finite numbers")
     for name, layer in lora_layers(model).items():
-        prefix = f"{peft_format.PREFIX}{name}."
-        own_keys = {key.removeprefix(prefix): tensors[key] for key in keys if key.startswith(prefix)}
+        inside = len(f"{peft_format.PREFIX}{name}.")
         try:
-            layer.load_peft(own_keys)
+            layer.load_peft({key[inside:]: tensors[key] for key in factors[name]})
         except ValueError as error:
             raise ValueError(f"{source} does not fit {name!r}: {error}") from None
-    for key, name in _whole_tensors(model).items():
-        own[name].copy_(tensors[key])
+    for key, tensor in whole.items():
+        tensor.copy_(tensors[key])
+
+
+def _damaged(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first key whose tensor holds NaN, infinity or no floating-point numbers; None where there is none."""
+    floating = all(tensor.is_floating_point() for tensor in tensors.values())
+    # NaN and infinity survive in a sum, and hundreds of sums are quicker than looking at every value.
+    if floating and all(math.isfinite(tensor.sum().item()) for tensor in tensors.values()):
+        return None
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            return key
+    # Finite numbers whose sum is not.
+    return None
 
 
 def _checked_copies(

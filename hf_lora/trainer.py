@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 
+from hf_lora.acceleration import fast_training
 from hf_lora.atomic import write_text
+from hf_lora.batch_plan import by_length, training_plan
+from hf_lora.batching import EpochBatches, token_lengths, with_batches
 from hf_lora.checkpoint import TENSORS, adapter_info, read_adapter, save_adapter
 from hf_lora.class_weights import class_weights
+from hf_lora.collation import quick_collator
+from hf_lora.evaluation_order import LongestFirst, metrics_in_order, order_of, restored
+from hf_lora.first_token import first_token_only
 from hf_lora.inject import head_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CardFacts, render_card
+from hf_lora.prefix_cache import prefix_cache
 from hf_lora.tensors import load_tensors
 
 # Prefixes that wrappers put into parameter names: FSDP1, torch.compile, DDP.
@@ -28,11 +37,14 @@ class LoRATrainer(Trainer):
 
     The optimizer holds LoRA, head and trained biases and nothing else. Losses under gradient accumulation
     and on several processes are means over examples (stock Trainer multiplies them for classifiers).
-    `args` may be plain TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer
+    `train_sampling_strategy="group_by_length"` is ours, see `batching`, and evaluates in batches of similar
+    length too. `args` may be plain TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer
     passed in that misses a trained parameter.
     """
 
     facts: CardFacts
+    compute_metrics: Any
+    data_collator: Any
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
@@ -44,7 +56,10 @@ class LoRATrainer(Trainer):
         # `forward` takes **kwargs, from which Trainer concludes that the loss is divided by
         # `num_items_in_batch`; classification heads ignore it, and the loss would be counted once per step.
         self.model_accepts_loss_kwargs = False
+        if kwargs.get("data_collator") is None:
+            self.data_collator = quick_collator(self.data_collator)
         self.facts = CardFacts()
+        self._replaying: Callable[[Any], AbstractContextManager[None]] = _ordinary
         self._class_weights = class_weights(
             getattr(self.args, "class_weights", None),
             self.train_dataset,
@@ -53,6 +68,51 @@ class LoRATrainer(Trainer):
         )
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own with `acceleration`, without work for unread tokens, and with a cached prefix if asked for."""
+        with (
+            fast_training(self.model),
+            first_token_only(self.model),
+            prefix_cache(self) as self._replaying,
+        ):
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._replaying = _ordinary
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's own, with the outputs of a cached prefix in the place of the blocks that gave them."""
+        inputs = self._prepare_inputs(inputs)
+        with self._replaying(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches: of similar length, or within a budget of tokens, where the arguments say so."""
+        plan = training_plan(self)
+        if plan is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = self._get_dataloader(
+            self.train_dataset, "Training", self._train_batch_size, SequentialSampler, is_training=True
+        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return with_batches(loader, EpochBatches(plan, seed, args.process_index))
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        """Predictions, labels and metrics in the data set's order, whatever the order of the batches."""
+        order = order_of(dataloader)
+        if order is None:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        own = self.compute_metrics
+        self.compute_metrics = metrics_in_order(own, order)
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self.compute_metrics = own
+        return output._replace(
+            predictions=restored(output.predictions, order), label_ids=restored(output.label_ids, order)
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each (learning rate, weight decay) that LoRA+, head rate and decay give."""
@@ -89,6 +149,14 @@ class LoRATrainer(Trainer):
         """Write `README.md` into the output directory from what was measured."""
         if self.is_world_process_zero():
             write_text(Path(self.args.output_dir) / "README.md", self._card())
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        if not by_length(self.args) or not has_length(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        # Neither metrics of single batches nor lists of batches can be put into the data set's order.
+        by_batch = self.args.batch_eval_metrics or not self.args.eval_do_concat_batches
+        lengths = None if by_batch else token_lengths(eval_dataset)
+        return SequentialSampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -189,6 +257,10 @@ def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         quantized._hf_peft_config_loaded = False
+
+
+def _ordinary(inputs: Any) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _unwrapped(name: str) -> str:

@@ -6,6 +6,7 @@ The same for `hf-lora train` and for `accelerate launch scripts/train.py`.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from hf_lora.acceleration import set_threads
 from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hf_lora.atomic import write_text
 from hf_lora.checkpoint import TENSORS
@@ -25,6 +27,7 @@ from hf_lora.metrics import class_errors_beside, compute_metrics
 from hf_lora.model_card import CardFacts
 from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
+from hf_lora.precision import choose_precision
 from hf_lora.run_directory import prepare_output
 from hf_lora.tables import print_class_errors, print_table
 from hf_lora.trainer import LoRATrainer
@@ -45,12 +48,17 @@ def run_training(argv: list[str]) -> dict[str, Any]:
     set_seed(args.seed)
     if not torch.cuda.is_available():
         args.dataloader_pin_memory = False  # has no effect without a GPU but a warning at every epoch
+    if args.device.type == "cpu":
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     hub = hub_options(model_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision, **hub)
     with args.main_process_first(desc="preparing the data"):
         data = prepare_data(data_config(data_args, model_args, args), tokenizer)
     if args.process_index == 0:
         print(data.report, flush=True)
+    precision = choose_precision(
+        run_args.precision, args.device, autocast=args.bf16 or args.fp16, sharded=is_sharded(args)
+    )
     # Once more, so that the head and A do not depend on what the data preparation drew.
     set_seed(args.seed)
     model, tokenizer = load_classifier(
@@ -61,11 +69,12 @@ def run_training(argv: list[str]) -> dict[str, Any]:
         max_length=data.max_length,
         text_columns=data.text_columns,
         revision=model_args.model_revision,
+        dtype=precision.dtype,
         **hub,
     )
     report = verify_injection(model, probe_batch(model, tokenizer), allow_unused=True)
     if args.process_index == 0:
-        print(trainable_parameter_count(model), report, sep="\n", flush=True)
+        print(trainable_parameter_count(model), precision, report, sep="\n", flush=True)
     trainer = make_trainer(model, tokenizer, data, args, run_args)
     trainer.facts = CardFacts(
         model_name=Path(args.output_dir).name,
@@ -123,6 +132,12 @@ def hub_options(arguments: ModelArguments) -> dict[str, Any]:
         "token": arguments.token,
         "trust_remote_code": arguments.trust_remote_code,
     }
+
+
+def is_sharded(args: LoRATrainingArguments) -> bool:
+    """Whether parameters are to be sharded over the processes, by the flags or by `accelerate launch`."""
+    by_launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed) or any(os.environ.get(name) == "true" for name in by_launcher)
 
 
 class EvaluationClock(TrainerCallback):

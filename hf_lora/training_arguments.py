@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_lora.prefix_store import CACHE_MODES
+
+# The sampling strategies that a budget of tokens can replace.
+_WITH_BUDGET = ("random", "group_by_length")
+
 
 @dataclass
 class LoRATrainingArguments(TrainingArguments):
@@ -28,10 +33,54 @@ class LoRATrainingArguments(TrainingArguments):
             "one number per label, separated by commas."
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens, padding included, in a training batch on one device: rows times the longest row. "
+            "The number of examples then varies, and per_device_train_batch_size does not apply."
+        },
+    )
+
+    cache_frozen_prefix: str = field(
+        default="no",
+        metadata={
+            "nargs": "?",
+            "const": "auto",
+            "choices": CACHE_MODES,
+            "help": "Run the frozen blocks below the adapted ones once per example and keep their output: no, auto, "
+            "memory or disk.",
+        },
+    )
+    frozen_prefix_cache_gb: float = field(
+        default=1.0,
+        metadata={"help": "Memory that the cache may take, in GB; above it auto uses the disk."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("head_learning_rate", "lora_plus_ratio"):
+        for name in ("head_learning_rate", "lora_plus_ratio", "frozen_prefix_cache_gb"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is not usable; got {value!r}; expected a number above 0")
+        if self.cache_frozen_prefix not in CACHE_MODES:
+            raise ValueError(
+                f"cache_frozen_prefix is not usable; got {self.cache_frozen_prefix!r}; "
+                f"expected one of {', '.join(CACHE_MODES)}"
+            )
+        if self.max_tokens_per_batch is not None:
+            self._check_token_budget(self.max_tokens_per_batch)
+
+    def _check_token_budget(self, budget: int) -> None:
+        if not isinstance(budget, int) or budget < 1:
+            raise ValueError(
+                f"max_tokens_per_batch is not usable; got {budget!r}; expected a whole number above 0"
+            )
+        if self.train_sampling_strategy not in _WITH_BUDGET:
+            raise ValueError(
+                "max_tokens_per_batch puts examples of similar length together; got train_sampling_strategy="
+                f"{str(self.train_sampling_strategy)!r}; expected {' or '.join(_WITH_BUDGET)}; leave out one of the two"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "max_tokens_per_batch leaves auto_find_batch_size nothing to try; got both; expected one of the two"
+            )

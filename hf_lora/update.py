@@ -95,8 +95,8 @@ class LoRALayer(nn.Module):
         matrix = matrix.float() if half else matrix
         pieces = [matrix] if spec.parts is None else [matrix[list(rows)] for rows in spec.parts]
         made = [spec.initialization.make(piece, spec.rank, spec.scaling) for piece in pieces]
-        self.lora_A = nn.Parameter(torch.cat([lora_A for lora_A, _ in made]))
-        self.lora_B = nn.Parameter(torch.cat([lora_B for _, lora_B in made]))
+        lora_A, lora_B = map(torch.cat, zip(*made, strict=True)) if len(made) > 1 else made[0]
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.rank, self.scaling, self.lora_dropout = spec.rank, spec.scaling, spec.dropout
         self.variant, self.parts = spec.variant, spec.parts
         self._blocks = None if spec.parts is None else _blocks(spec.parts, spec.rank)
@@ -153,9 +153,9 @@ class LoRALayer(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """The pretrained weight, whether or not the update is merged."""
+        """The pretrained weight, whether or not the update is merged, in the type the layer has now."""
         frozen = self.frozen_weight
-        return frozen if self._unmerged_weight is None else self._unmerged_weight.to(frozen.device)
+        return frozen if self._unmerged_weight is None else self._unmerged_weight.to(frozen)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -222,6 +222,9 @@ class LoRALayer(nn.Module):
         self.lora_B.copy_(lora_B)
         if self.lora_magnitude is not None:
             self.lora_magnitude.copy_(tensors["lora_magnitude_vector"].reshape(-1))
+        if self.parts is None and self.groups == 1:
+            return
+        # The file has room for more than the blocks that are read: the rest must be zero.
         written = self.to_peft({name: getattr(self, name) for name in FACTORS})
         for name, tensor in written.items():
             if not torch.equal(tensor, tensors[name].to(tensor)):

@@ -6,6 +6,7 @@ import copy
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hf_lora import (
     head_parameters,
     inject_lora,
     load_adapter,
+    lora_disabled,
     lora_layers,
     lora_parameters,
     merge_lora,
@@ -31,10 +33,13 @@ from hf_lora import (
 )
 from hf_lora.architectures import ARCHITECTURES, ROLES
 from hf_lora.inject import injection
+from hf_lora.modeling import cast_frozen
 from hf_lora.targets import block_of, find_targets
 from hf_lora.verify import verify_injection
 
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+# bf16 rounds to 0.4 %, and a few layers of it add up.
+HALF_TOLERANCE = 0.06
 
 
 class NotApplicable(Exception):
@@ -109,6 +114,24 @@ def check_merge(case: Case) -> None:
     torch.testing.assert_close(case.logits(model), case.logits(case.model), **TOLERANCE)
 
 
+def check_half(case: Case) -> None:
+    """Merged and then cast to bf16 with an fp32 head, the model computes nearly the same, disabled too."""
+    model = copy.deepcopy(case.model)
+    merge_lora(model)
+    cast_frozen(model, torch.bfloat16)
+    inputs = {
+        name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in case.inputs.items()
+    }
+    for disabled in (False, True):
+        off = lora_disabled if disabled else nullcontext
+        with torch.no_grad(), off(model), off(case.model):
+            given, expected = model(**inputs).logits, case.logits(case.model)
+        assert given.dtype == torch.float32, given.dtype
+        error = torch.linalg.vector_norm(given - expected) / torch.linalg.vector_norm(expected)
+        assert error < HALF_TOLERANCE, f"relative error {error:.3f}, disabled: {disabled}"
+
+
 def check_gradients(case: Case) -> None:
     """Only adapters and head get gradients, and every adapter that takes part in the output does."""
     model = copy.deepcopy(case.model)
@@ -169,6 +192,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "roles": check_roles,
     "probe": check_probe,
     "merge": check_merge,
+    "half": check_half,
     "gradients": check_gradients,
     "reload": check_reload,
     "peft": check_peft,

@@ -55,7 +55,8 @@ def main() -> int:
     extract = ["extract", "--base", options.base, "--finetuned", str(output / "model")]
     if code := hf_lora([*extract, "--energy", options.energy, "--output_dir", str(output / "adapter")]):
         return code
-    classifier = TextClassifier.from_pretrained(output / "adapter")
+    # In the types of the base, as the fine-tuned model it is compared with.
+    classifier = TextClassifier.from_pretrained(output / "adapter", precision=None)
     texts = list(data.texts["validation"][data.text_columns[0]])
     labels = np.asarray(data.splits["validation"]["labels"][:])
     predictions = {

@@ -27,7 +27,8 @@ def main() -> int:
     parser.add_argument("--adapter", required=True, help="adapter directory")
     parser.add_argument("--train_file", required=True, help="the data it was trained on")
     options = parser.parse_args()
-    ours = TextClassifier.from_pretrained(options.adapter)
+    # As peft computes: the updates beside the weights, in the types of the base.
+    ours = TextClassifier.from_pretrained(options.adapter, merge=False, precision=None)
     info = ours.info
     data = prepare_data(
         DataConfig(train_file=options.train_file, max_length=info.max_length or 128), ours.tokenizer

@@ -45,7 +45,7 @@ def table(out: str) -> dict[str, list[str]]:
 
 def assert_loads(base: Path, directory: Path) -> torch.Tensor:
     """The adapter's logits, which hf_lora and peft must agree on."""
-    logits = TextClassifier.from_pretrained(directory).logits(TEXTS)
+    logits = TextClassifier.from_pretrained(directory, precision="fp32").logits(TEXTS)
     given = read_adapter(directory).info
     assert given is not None
     assert_close(logits, peft_logits(base, directory, TEXTS, given.max_length or 64), rtol=1e-3, atol=1e-4)
@@ -104,7 +104,7 @@ def test_resize_writes_the_smaller_adapter_and_tells_what_it_cost(
     assert all(entry["kept_energy"] == 1.0 for entry in report["modules"].values())
     assert_close(
         assert_loads(tiny_bert_dir, tmp_path / "one"),
-        TextClassifier.from_pretrained(adapter_dir).logits(TEXTS),
+        TextClassifier.from_pretrained(adapter_dir, precision="fp32").logits(TEXTS),
         rtol=1e-4,
         atol=1e-5,
     )

@@ -29,7 +29,17 @@ def test_help_has_every_argument_with_text_and_default(group: type, entry) -> No
         assert shown.endswith(f"(default: {entry.default})")
 
 
-@pytest.mark.parametrize("name", ["head_learning_rate", "lora_plus_ratio", "class_weights"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head_learning_rate",
+        "lora_plus_ratio",
+        "class_weights",
+        "max_tokens_per_batch",
+        "cache_frozen_prefix",
+        "frozen_prefix_cache_gb",
+    ],
+)
 def test_help_has_our_own_training_arguments(name: str) -> None:
     assert name in {entry.name for entry in fields(LoRATrainingArguments)}
     assert len(block(name)) > 20

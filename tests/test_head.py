@@ -1,8 +1,10 @@
 import pytest
+import torch
 from conftest import tiny_classifier
+from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
-from hf_lora.head import base_prefix, belongs_to, find_head, fresh_modules
+from hf_lora.head import base_prefix, belongs_to, cast_inputs, find_head, fresh_modules
 
 HEADS = {
     "bert": {"classifier"},
@@ -57,3 +59,25 @@ def test_a_checkpoint_of_another_model_is_refused():
         ValueError, match=r"does not fit the model; got no weights for 32 of 39 encoder tensors"
     ):
         fresh_modules(model, missing)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_in_fp32_takes_the_outputs_of_a_bf16_encoder(autocast):
+    model = tiny_model("roberta")
+    exact = model(**tiny_inputs("roberta")).logits
+    model.to(torch.bfloat16)
+    head = find_head(model)
+    for name in head:
+        model.get_submodule(name).float()
+    cast_inputs(model, ["classifier.dense", "classifier.out_proj"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(**tiny_inputs("roberta")).logits
+    assert logits.dtype == (torch.bfloat16 if autocast else torch.float32)
+    torch.testing.assert_close(logits.float(), exact, atol=0.03, rtol=0.03)
+
+
+def test_inputs_of_the_right_type_are_not_touched():
+    model = tiny_model("bert")
+    expected = model(**tiny_inputs("bert")).logits
+    cast_inputs(model, ["classifier"])
+    assert torch.equal(model(**tiny_inputs("bert")).logits, expected)

@@ -58,7 +58,8 @@ def make_adapter(base: Path, directory: Path, labels: Sequence[str], **options: 
 
 @pytest.fixture(scope="module")
 def classifier(adapter_dir: Path) -> TextClassifier:
-    return TextClassifier.from_pretrained(adapter_dir)
+    # What these tests compare with computes in fp32, whatever this machine is good at.
+    return TextClassifier.from_pretrained(adapter_dir, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,9 @@ def test_multi_label_scores_are_sigmoids_and_labels_those_above_half(
     expected = peft_logits(tiny_bert_dir, directory, TEXTS).sigmoid()
     assert (expected >= 0.5).any() and (expected < 0.5).any()
     for result, row in zip(
-        TextClassifier.from_pretrained(directory).predict(TEXTS), expected.tolist(), strict=True
+        TextClassifier.from_pretrained(directory, precision="fp32").predict(TEXTS),
+        expected.tolist(),
+        strict=True,
     ):
         assert result["scores"] == pytest.approx(dict(zip(labels, row, strict=True)), abs=1e-5)
         chosen = [label for label, score in zip(labels, row, strict=True) if score >= 0.5]
@@ -206,7 +209,7 @@ def test_regression_score_is_the_output_itself(tiny_bert_dir: Path, tmp_path: Pa
         tiny_bert_dir, tmp_path / "regression", ("stars",), problem_type="regression", max_length=32
     )
     expected = peft_logits(tiny_bert_dir, directory, TEXTS)[:, 0].tolist()
-    results = TextClassifier.from_pretrained(directory).predict(TEXTS)
+    results = TextClassifier.from_pretrained(directory, precision="fp32").predict(TEXTS)
     assert [result["label"] for result in results] == ["stars"] * len(TEXTS)
     assert [result["score"] for result in results] == pytest.approx(expected, abs=1e-5)
     assert [result["scores"] for result in results] == [{"stars": result["score"]} for result in results]
@@ -218,7 +221,7 @@ def test_without_max_length_texts_are_cut_where_the_positions_end(
     directory = make_adapter(tiny_bert_dir, tmp_path / "adapter", LABELS)
     assert len(tiny_tokenizer()(LONG)["input_ids"]) > 64
     expected = peft_logits(tiny_bert_dir, directory, [LONG], max_length=64)
-    actual = TextClassifier.from_pretrained(directory).logits([LONG])
+    actual = TextClassifier.from_pretrained(directory, precision="fp32").logits([LONG])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
@@ -227,7 +230,7 @@ def test_bare_peft_directory_gets_numbered_labels(
 ) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapter_dir / name, tmp_path / name)
-    bare = TextClassifier.from_pretrained(tmp_path)
+    bare = TextClassifier.from_pretrained(tmp_path, precision="fp32")
     assert bare.info.labels == ("LABEL_0", "LABEL_1")
     # The longest text is cut at another length: the bare directory does not know of 32.
     short = [text for text in TEXTS if text != LONG]
@@ -238,7 +241,7 @@ def test_base_may_be_in_another_place(
     classifier: TextClassifier, tiny_bert_dir: Path, adapter_dir: Path, tmp_path: Path
 ) -> None:
     moved = shutil.copytree(tiny_bert_dir, tmp_path / "moved")
-    other = TextClassifier.from_pretrained(adapter_dir, base=str(moved))
+    other = TextClassifier.from_pretrained(adapter_dir, base=str(moved), precision="fp32")
     torch.testing.assert_close(other.logits(TEXTS), classifier.logits(TEXTS), rtol=0, atol=0)
 
 
@@ -253,6 +256,7 @@ def test_other_weights_are_refused_with_both_fingerprints(adapter_dir: Path, oth
 
 
 def test_check_base_false_takes_other_weights(adapter_dir: Path, other_base: Path) -> None:
-    classifier = TextClassifier.from_pretrained(adapter_dir, base=str(other_base), check_base=False)
+    options = {"base": str(other_base), "check_base": False, "precision": "fp32"}
+    classifier = TextClassifier.from_pretrained(adapter_dir, **options)
     expected = peft_logits(other_base, adapter_dir, TEXTS)
     torch.testing.assert_close(classifier.logits(TEXTS), expected, rtol=0, atol=1e-5)

@@ -142,3 +142,17 @@ def test_adapters_record_the_hub_id_and_never_a_path_of_the_machine(minilm, tmp_
     # 6 layers, 4 projections, rank 8: 6 * 4 * 8 * (384 + 384), and a head of 2 * 384 + 2.
     assert sum(p.numel() for p in lora_parameters(model).values()) == 147_456
     assert sum(p.numel() for p in head_parameters(model).values()) == 770
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_fp32_on_an_encoder_of_either_precision_trains_without_autocast(tiny_bert_dir, dtype):
+    model, tokenizer = load_classifier(tiny_bert_dir, ["no", "yes"], dtype=dtype)
+    exact, _ = load_classifier(tiny_bert_dir, ["no", "yes"])
+    exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    batch = tokenizer(["one text", "another"], padding=True, return_tensors="pt")
+    logits = model.eval()(**batch).logits
+    assert logits.dtype == torch.float32 and model.bert.embeddings.word_embeddings.weight.dtype == dtype
+    torch.testing.assert_close(logits, exact.eval()(**batch).logits, atol=0.03, rtol=0.03)
+    logits.sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == p.grad.dtype == torch.float32 for p in trained)

@@ -47,3 +47,10 @@ def test_another_word_is_refused():
         ValueError, match="precision is not usable; got 'fp16'; expected one of auto, fp32, bf16"
     ):
         choose_precision("fp16")
+
+
+@pytest.mark.parametrize("given", [{"autocast": True}, {"sharded": True}])
+def test_auto_is_fp32_where_something_else_decides(monkeypatch, given):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert choose_precision("auto", "cpu", **given).name == "fp32"
+    assert choose_precision("bf16", "cpu", **given).name == "bf16"

@@ -5,9 +5,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import randomize, tiny_batch, tiny_classifier
+from accelerate.data_loader import SeedableRandomSampler
+from conftest import randomize, tiny_batch, tiny_classifier, tiny_tokenizer
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from torch.utils.data import RandomSampler, SequentialSampler
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
 
 from hf_lora import (
     LoRAConfig,
@@ -18,6 +20,7 @@ from hf_lora import (
     lora_parameters,
 )
 from hf_lora.checkpoint import read_adapter
+from hf_lora.collation import QuickPadding
 from hf_lora.tensors import adapter_tensors
 
 
@@ -304,3 +307,191 @@ def test_a_saved_model_has_a_card_and_no_pickle(tmp_path):
     assert "LoRA" in (tmp_path / "out" / "README.md").read_text()
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02"), path
+
+
+def ragged(size=50, num_labels=3):
+    """Examples of 3 to 20 tokens; the second token is a number that no other example has."""
+    generator = torch.Generator().manual_seed(4)
+    rows = [[2, 5 + row, *([9] * int(torch.randint(1, 19, (), generator=generator)))] for row in range(size)]
+    return Dataset.from_dict({"input_ids": rows, "labels": [row % num_labels for row in range(size)]})
+
+
+class Recorder(LoRATrainer):
+    """Keeps the numbers of the examples of every training batch, and the batches' shapes."""
+
+    def __init__(self, *args, **kwargs):
+        self.seen, self.shapes = [], []
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.seen.append((inputs["input_ids"][:, 1] - 5).tolist())
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def recorder(directory, train=None, **options):
+    return Recorder(
+        model=injected(),
+        args=arguments(directory, **{"max_steps": -1, "num_train_epochs": 3, **options}),
+        train_dataset=ragged() if train is None else train,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+BY_LENGTH = {
+    "group_by_length": {"train_sampling_strategy": "group_by_length"},
+    "budget": {"max_tokens_per_batch": 64},
+}
+
+
+@pytest.mark.parametrize("options", BY_LENGTH.values(), ids=BY_LENGTH)
+def test_every_epoch_has_every_example_once_in_other_batches(options, tmp_path):
+    run = recorder(tmp_path, **options)
+    run.train()
+    steps = run.state.max_steps // 3
+    assert run.state.global_step == len(run.seen) == 3 * steps
+    epochs = [run.seen[start : start + steps] for start in range(0, 3 * steps, steps)]
+    for epoch in epochs:
+        assert sorted(number for batch in epoch for number in batch) == list(range(50))
+    assert not {frozenset(batch) for batch in epochs[0]} & {frozenset(batch) for batch in epochs[1]}
+
+
+def test_grouped_batches_have_the_size_of_the_arguments(tmp_path):
+    run = recorder(tmp_path, **BY_LENGTH["group_by_length"], num_train_epochs=1)
+    run.train()
+    assert sorted(len(batch) for batch in run.seen) == [2] + [4] * 12
+
+
+def test_no_batch_is_above_the_budget_and_the_longest_comes_first(tmp_path):
+    run = recorder(tmp_path, **BY_LENGTH["budget"], num_train_epochs=1)
+    run.train()
+    assert all(rows * longest <= 64 for rows, longest in run.shapes)
+    assert run.shapes[0][1] == max(longest for _, longest in run.shapes)
+    # Less than a quarter of the budget is left over.
+    assert sum(rows * longest for rows, longest in run.shapes) > 0.75 * 64 * len(run.shapes)
+
+
+@pytest.mark.parametrize("options", BY_LENGTH.values(), ids=BY_LENGTH)
+def test_an_interrupted_run_by_length_ends_exactly_like_an_undisturbed_one(options, tmp_path):
+    """Resumed in the middle of the second epoch, from where it goes on to the third."""
+    interrupted = len(recorder(tmp_path, **options).get_train_dataloader()) + 3
+    options = {**options, "save_strategy": "steps", "save_steps": interrupted}
+    whole = recorder(tmp_path, **options)
+    whole.train()
+    resumed = recorder(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{interrupted}"))
+    assert resumed.seen == whole.seen[interrupted:]
+    assert_same_tensors(adapter_tensors(resumed.model), adapter_tensors(whole.model))
+
+
+@pytest.mark.parametrize("options", BY_LENGTH.values(), ids=BY_LENGTH)
+def test_gradients_accumulate_over_batches_by_length(options, tmp_path):
+    run = recorder(tmp_path, **options, gradient_accumulation_steps=3, num_train_epochs=2)
+    run.train()
+    batches = len(run.seen) // 2
+    assert run.state.global_step == 2 * -(-batches // 3)
+    assert sorted(number for batch in run.seen[:batches] for number in batch) == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sampler"), [("random", RandomSampler), ("sequential", SequentialSampler)]
+)
+def test_other_strategies_are_transformers_own(strategy, sampler, tmp_path):
+    run = recorder(tmp_path, train_sampling_strategy=strategy)
+    assert type(run.get_train_dataloader().batch_sampler.sampler) in (sampler, SeedableRandomSampler)
+    assert type(run.get_eval_dataloader(ragged()).batch_sampler.sampler) is SequentialSampler
+
+
+@pytest.mark.parametrize("budget", [0, -5, 2.5])
+def test_an_unusable_budget_is_refused(budget, tmp_path):
+    with pytest.raises(ValueError, match=f"max_tokens_per_batch is not usable; got {budget}; expected"):
+        arguments(tmp_path, max_tokens_per_batch=budget)
+
+
+@pytest.mark.parametrize(
+    "option", [{"train_sampling_strategy": "sequential"}, {"auto_find_batch_size": True}]
+)
+def test_a_budget_and_what_contradicts_it_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=f"max_tokens_per_batch .*{next(iter(option))}.*; expected .*one"):
+        arguments(tmp_path, max_tokens_per_batch=64, **option)
+
+
+def test_a_budget_below_the_longest_example_is_refused_before_training(tmp_path):
+    longest = max(map(len, ragged()["input_ids"]))
+    with pytest.raises(
+        ValueError, match=f"max_tokens_per_batch is too small; got 8; expected at least {longest}"
+    ):
+        recorder(tmp_path, max_tokens_per_batch=8).train()
+
+
+def test_a_budget_needs_lengths_and_grouping_does_without(tmp_path):
+    data = ragged().to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"needs the lengths of all .*; got IterableDataset; expected"):
+        recorder(tmp_path, data, max_tokens_per_batch=64, max_steps=2).train()
+    run = recorder(tmp_path, data, train_sampling_strategy="group_by_length", max_steps=2)
+    run.train()
+    assert run.seen == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("options", BY_LENGTH.values(), ids=BY_LENGTH)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_predictions_by_length_are_those_of_the_data_sets_order(drop_last, options, tmp_path):
+    """50 examples in batches of 16: the last has two, which `drop_last` leaves out."""
+    model = injected()
+    randomize(model)
+    data = ragged()
+    results = []
+    for chosen in ({}, options):
+        seen = []
+        run = LoRATrainer(
+            model=model,
+            args=arguments(tmp_path, per_device_eval_batch_size=16, dataloader_drop_last=drop_last, **chosen),
+            eval_dataset=data,
+            processing_class=tiny_tokenizer(),
+            compute_metrics=lambda prediction, seen=seen: seen.append(prediction) or {},
+        )
+        output = run.predict(data)
+        assert run.evaluate()["eval_loss"] > 0
+        for prediction in seen:
+            np.testing.assert_array_equal(prediction.predictions, output.predictions)
+            np.testing.assert_array_equal(prediction.label_ids, output.label_ids)
+        results.append(output)
+    plain, sorted_ = results
+    rows = np.arange(50)
+    if drop_last:
+        rows = np.sort(np.argsort([-len(ids) for ids in data["input_ids"]], kind="stable")[:48])
+        plain = run_without_dropping(model, data, tmp_path)
+    assert len(np.unique(plain.predictions[:, 0])) > 40
+    np.testing.assert_allclose(sorted_.predictions, plain.predictions[rows], atol=1e-5)
+    np.testing.assert_array_equal(sorted_.label_ids, np.array(data["labels"])[rows])
+    if not drop_last:
+        assert sorted_.metrics["test_loss"] == pytest.approx(plain.metrics["test_loss"], rel=1e-4)
+
+
+def run_without_dropping(model, data, directory):
+    return LoRATrainer(model=model, args=arguments(directory), processing_class=tiny_tokenizer()).predict(
+        data
+    )
+
+
+def test_evaluation_by_length_reads_the_longest_first(tmp_path):
+    run = recorder(tmp_path, train_sampling_strategy="group_by_length", per_device_eval_batch_size=16)
+    widths = [batch["input_ids"].shape[1] for batch in run.get_eval_dataloader(ragged())]
+    assert widths == sorted(widths, reverse=True) and widths[0] == 20 > widths[-1]
+
+
+@pytest.mark.parametrize("option", ["batch_eval_metrics", "eval_do_concat_batches"])
+def test_evaluation_by_batches_keeps_the_order_of_the_data_set(option, tmp_path):
+    options = {option: option == "batch_eval_metrics"}
+    run = recorder(tmp_path, train_sampling_strategy="group_by_length", **options)
+    numbers = [
+        n for batch in run.get_eval_dataloader(ragged()) for n in (batch["input_ids"][:, 1] - 5).tolist()
+    ]
+    assert numbers == list(range(50))
+
+
+def test_the_users_own_collator_is_kept(tmp_path):
+    assert type(recorder(tmp_path).data_collator) is QuickPadding
+    own = DataCollatorWithPadding(tiny_tokenizer())
+    run = LoRATrainer(model=injected(), args=arguments(tmp_path), data_collator=own, train_dataset=ragged())
+    assert run.data_collator is own

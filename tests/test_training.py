@@ -32,6 +32,8 @@ Train = Callable[..., dict[str, Any]]
 
 def command(base: Path, output: Path, *flags: object) -> list[str]:
     argv = ["--model_name_or_path", base, "--output_dir", output, "--max_seq_length", 32, "--use_cpu", "True"]
+    # In one precision on every machine, so that the numbers can be compared with peft's.
+    argv += ["--precision", "fp32"]
     argv += ["--per_device_train_batch_size", 8, "--num_train_epochs", 1, "--disable_tqdm", "True", *flags]
     return [str(part) for part in argv]
 
@@ -336,7 +338,8 @@ def test_other_tasks_train_and_evaluate_to_the_same_numbers(
     assert (info["problem_type"], info["labels"], info["text_columns"]) == (problem_type, labels, columns)
     assert {f"eval_{name}" for name in names} <= metrics.keys()
     capsys.readouterr()
-    assert cli.main(["evaluate", "--adapter", str(run), "--test_file", str(test), "--json"]) == 0
+    flags = ["--adapter", str(run), "--test_file", str(test), "--precision", "fp32", "--json"]
+    assert cli.main(["evaluate", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
     assert names <= report["metrics"].keys()
     for suffix, found in (("", report["metrics"]), ("_disabled", report["metrics_disabled"])):
@@ -519,7 +522,50 @@ def test_yaml_file_starts_the_same_run(
     config.write_text(
         f"model_name_or_path: {tiny_bert_dir}\ntrain_file: {texts}\noutput_dir: {tmp_path / 'yaml'}\n"
         "max_seq_length: 32\nuse_cpu: true\nper_device_train_batch_size: 8\nnum_train_epochs: 1\n"
-        "disable_tqdm: true\nlearning_rate: 2e-3\nlora_projections: qv\n"
+        "disable_tqdm: true\nlearning_rate: 2e-3\nlora_projections: qv\nprecision: fp32\n"
     )
     assert cli.main(["train", str(config)]) == 0
     assert same(tmp_path / "yaml", tmp_path / "flags")
+
+
+def test_a_budget_of_tokens_sets_the_number_of_steps(
+    train: Train, texts: Path, held_out: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ["--train_file", texts, "--validation_file", held_out[0], "--max_tokens_per_batch", 32]
+    metrics = train(tmp_path / "run", *flags)
+    # 48 texts of 8 tokens each: four to a batch, and not the eight of per_device_train_batch_size.
+    assert metrics["global_step"] == 12
+
+
+def test_grouping_by_length_is_the_default_of_the_command_line_and_can_be_left(
+    train: Train, texts: Path, tmp_path: Path
+) -> None:
+    runs = {name: tmp_path / name for name in ("default", "grouped", "random")}
+    train(runs["default"], "--train_file", texts)
+    train(runs["grouped"], "--train_file", texts, "--train_sampling_strategy", "group_by_length")
+    train(runs["random"], "--train_file", texts, "--train_sampling_strategy", "random")
+    assert same(runs["default"], runs["grouped"]) and not same(runs["default"], runs["random"])
+
+
+def test_a_run_in_bf16_says_so_and_gives_an_ordinary_adapter(
+    tiny_bert_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(tiny_bert_dir, tmp_path / "run", "--train_file", texts)
+    argv[argv.index("--precision") + 1] = "bf16"
+    metrics = run_training(argv)
+    assert "precision: bf16 (as asked for)" in capsys.readouterr().out
+    tensors = safetensors.torch.load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    rows, names = read_texts(texts)
+    classifier = TextClassifier.from_pretrained(tmp_path / "run", precision="fp32")
+    assert classifier.model.dtype == torch.float32 and 0 <= metrics["eval_accuracy"] <= 1
+    assert len(classifier.predict(rows)) == len(names)
+
+
+def test_the_flags_of_transformers_keep_their_meaning(
+    tiny_bert_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = command(tiny_bert_dir, tmp_path / "run", "--train_file", texts, "--bf16", "True")
+    argv[argv.index("--precision") + 1] = "auto"
+    run_training(argv)
+    assert "precision: fp32 (cast at every step, as --bf16 or --fp16 asks for)" in capsys.readouterr().out

@@ -1,0 +1,263 @@
+"""Which examples share a batch: of similar length, in a fixed number or within a budget of tokens.
+
+A plan is pure: the batches of an epoch follow from the lengths, the seed and the epoch alone. Every process
+draws the same epoch and takes its own share, so nothing is sent between processes, and a resumed run draws
+again what the interrupted one drew. A step is one batch for each of the `shards` processes.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from accelerate.data_loader import DataLoaderShard
+from torch.utils.data import Sampler
+
+Step = list[list[int]]  # for each process the indices of its batch
+
+# Padding hardly falls further when more batches than these are sorted together, and randomness does.
+_SORTED_TOGETHER = 50
+# What a data loader is made of besides its data and its batches.
+_LOADER_OPTIONS = (
+    "collate_fn",
+    "in_order",
+    "multiprocessing_context",
+    "num_workers",
+    "persistent_workers",
+    "pin_memory",
+    "prefetch_factor",
+    "worker_init_fn",
+)
+
+
+class Plan(Protocol):
+    """The batches of any epoch: always `steps` of them, of other examples in each epoch."""
+
+    lengths: np.ndarray
+    steps: int
+
+    def draw(self, rng: np.random.Generator) -> list[Step]:
+        """The steps of one epoch, in a random order."""
+
+
+class GroupByLength:
+    """Batches of `batch_size` examples of similar length.
+
+    A random permutation is cut into parts, each part is sorted by length and cut into steps, and the order of
+    all steps is shuffled: sorted steps in a row would pull the weights towards long examples, then short ones.
+    The last step may be smaller. Every example comes once; with `drop_last`, those that fill no step are left
+    out, others in each epoch. Where `batch_size` is 1, or there are fewer examples than processes, a few come
+    twice, as in accelerate, since every process has to take part in every step.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, batch_size: int, shards: int = 1, drop_last: bool = False
+    ) -> None:
+        self.lengths = lengths
+        self._shards = shards
+        full, rest = divmod(len(lengths), batch_size * shards)
+        sizes = [batch_size * shards] * full
+        if rest and not drop_last:
+            # Too few for one example on each process: the step before gives some away.
+            if rest < shards and full and batch_size > 1:
+                sizes[-1] -= shards - rest
+            sizes.append(max(rest, shards))
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self.steps = len(sizes)
+
+    def draw(self, rng: np.random.Generator) -> list[Step]:
+        """The steps of one epoch, in a random order."""
+        order = np.resize(rng.permutation(len(self.lengths)), self._sizes.sum())
+        steps: list[np.ndarray] = []
+        # In a random order, so that the smaller step may be of any length.
+        for sizes in np.array_split(rng.permutation(self._sizes), _parts(self.steps)):
+            part, order = np.split(order, [sizes.sum()])
+            # Stable, so that the random permutation decides between equal lengths.
+            part = part[np.argsort(-self.lengths[part], kind="stable")]
+            steps += np.split(part, np.cumsum(sizes)[:-1])
+        return [
+            [steps[index][rank :: self._shards].tolist() for rank in range(self._shards)]
+            for index in rng.permutation(self.steps)
+        ]
+
+
+class TokenBudget:
+    """Batches whose rows times the longest row are at most `budget` tokens, always in the same number.
+
+    The list sorted by length is dealt like cards into parts: each run of as many neighbours as there are parts
+    gives one random example to every part. So all parts have nearly the same lengths in every epoch, and one
+    partition, made for the longest that each place can get, fits them all: the number of batches is fixed,
+    while an example meets a random one of several neighbours at every other place of its batch. Cutting
+    random parts greedily would be a little more random, but the number of batches would change with the
+    epoch, and the learning rate's schedule with it. Where a batch begins varies as well, see `_cuts`.
+
+    The processes take one part each, so their batches at one step are equally long and equally large. Every
+    example comes once. Only where not even two short examples fit into a batch may too few be left for a step
+    of all processes: these are left out with `drop_last`, and otherwise a few come twice, as in accelerate.
+
+    Raises:
+        ValueError: the longest example is longer than the budget.
+    """
+
+    def __init__(self, lengths: np.ndarray, budget: int, shards: int = 1, drop_last: bool = False) -> None:
+        # An empty example is no reason to divide by zero.
+        ordered = np.sort(np.maximum(lengths, 1))[::-1]
+        if ordered[0] > budget:
+            raise ValueError(
+                f"max_tokens_per_batch is too small; got {budget}; expected at least {ordered[0]}, the tokens of "
+                "the longest example; raise it, or cut the texts shorter (max_seq_length)"
+            )
+        self.lengths = lengths
+        self._shards = shards
+        self._parts = shards * _parts(math.ceil(len(_starts(ordered, budget)) / shards))
+        # The longest example that a part can have at each of its places.
+        self._bounds = ordered[:: self._parts]
+        count = len(_starts(self._bounds, budget))
+        lowest = bisect_left(
+            range(budget + 1), -count, lo=ordered[0], key=lambda b: -len(_starts(self._bounds, b))
+        )
+        self._dealt = len(lengths)
+        self.steps = self._parts // shards * count
+        left = len(lengths) % self._parts
+        pair = 2 * int(self._bounds[-2]) if len(self._bounds) > 1 else math.inf
+        # Some parts lack the last place: where two places fit into a batch, the last batch gets two.
+        self._last_pair = left > 0 and pair <= budget
+        if self._last_pair:
+            lowest = max(lowest, int(pair))
+        elif left:
+            # Every batch is one example, and the parts that lack the last place have a batch less.
+            given = left - left % shards if drop_last else left + -left % shards
+            self._dealt += given - left
+            self.steps -= (self._parts - given) // shards
+        self._budgets = (lowest, (lowest + budget) // 2)
+
+    def draw(self, rng: np.random.Generator) -> list[Step]:
+        """The steps of one epoch, in a random order."""
+        dealt = self._deal(rng)
+        steps: list[Step] = []
+        for first in range(0, self._parts, self._shards):
+            parts = dealt[:, first : first + self._shards]
+            for batch in np.split(parts, self._cuts(rng)):
+                step = [column[column >= 0].tolist() for column in batch.T]
+                if step[0]:
+                    steps.append(step)
+        return [steps[index] for index in rng.permutation(len(steps))]
+
+    def _deal(self, rng: np.random.Generator) -> np.ndarray:
+        """The examples `(places, parts)`, the longest first; -1 where a part has no example."""
+        size = len(self.lengths)
+        order = np.lexsort((rng.random(size), -self.lengths))  # equal lengths in a random order
+        if self._dealt < size:
+            order = order[np.sort(rng.permutation(size)[: self._dealt])]
+        order = np.append(order, np.resize(rng.permutation(order), max(0, self._dealt - size)))
+        whole = len(order) - len(order) % self._parts
+        dealt = np.full((len(self._bounds), self._parts), -1)
+        dealt[: whole // self._parts] = rng.permuted(order[:whole].reshape(-1, self._parts), axis=1)
+        dealt[-1, : len(order) - whole] = rng.permutation(order[whole:])
+        return dealt
+
+    def _cuts(self, rng: np.random.Generator) -> list[int]:
+        """Where the batches of a part begin, without the first.
+
+        Any budget from the smallest that needs no more batches up to the given one gives the same number, and
+        other cuts. The smallest fills all batches equally, the given one leaves a small batch at the end: the
+        draw is from the lower half.
+        """
+        low, high = self._budgets
+        cuts = _starts(self._bounds, int(rng.integers(low, high + 1)))[1:]
+        if cuts and self._last_pair:
+            cuts[-1] = min(cuts[-1], len(self._bounds) - 2)
+        return cuts
+
+
+class EpochBatches(Sampler[list[int]]):
+    """A batch sampler: the batches of one process, drawn from a plan by seed and epoch.
+
+    It divides the examples between processes itself. Trainer and accelerate call `set_epoch`.
+    """
+
+    def __init__(self, plan: Plan, seed: int, rank: int = 0) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.rank = rank
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> EpochBatches:
+        """Itself: here accelerate looks for `set_epoch` when it skips the first batches of a resumed epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the batches of this epoch, from 0, from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = self.plan.draw(np.random.default_rng((self.seed, self.epoch)))
+        if steps and self.epoch == 0:
+            # The longest batch comes first of all: if memory runs out, it does so at once.
+            longest = [max(self.plan.lengths[batch].max() for batch in step) for step in steps]
+            steps.insert(0, steps.pop(int(np.argmax(longest))))
+        return (step[self.rank] for step in steps)
+
+
+def token_lengths(dataset: Any) -> np.ndarray | None:
+    """The number of `input_ids` of each example; None for data without them, of unknown size or empty.
+
+    Arrow columns tell their lengths without a token being read; any other data set is read row by row.
+    """
+    if not isinstance(dataset, Sized) or not len(dataset):
+        return None
+    # A transform that runs at reading may change what the column holds.
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        if "input_ids" not in dataset.column_names:
+            return None
+        lengths = pc.list_value_length(dataset.data.column("input_ids"))
+        # A selection or a shuffle lies beside the columns; read through it, a row costs ten microseconds.
+        chosen = dataset._indices
+        lengths = lengths if chosen is None else lengths.take(chosen.column(0))
+        return lengths.to_numpy().astype(np.int64)
+    rows: Any = dataset
+    found = []
+    for index in range(len(dataset)):
+        row = rows[index]
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            return None
+        found.append(len(row["input_ids"]))
+    return np.array(found, dtype=np.int64)
+
+
+def with_batches(loader: DataLoaderShard, batches: EpochBatches) -> DataLoaderShard:
+    """The loader that accelerate prepared, with batches that are divided between processes already.
+
+    accelerate's own division takes batches of one size and repeats examples to fill the last.
+    """
+    options = {name: getattr(loader, name) for name in _LOADER_OPTIONS}
+    return DataLoaderShard(
+        loader.dataset,
+        device=loader.device,
+        batch_sampler=batches,
+        _non_blocking=loader._non_blocking,
+        **options,
+    )
+
+
+def _parts(steps: int) -> int:
+    """Into how many parts, each sorted by itself, an epoch of so many steps is cut."""
+    # A small set has at least two (or its batches would never change), four if these are of four steps or more.
+    return max(1, min(steps, max(2, min(4, steps // 4), math.ceil(steps / _SORTED_TOGETHER))))
+
+
+def _starts(ordered: np.ndarray, budget: int) -> list[int]:
+    """Where the batches begin if each takes as many examples of falling length as fit: the fewest batches."""
+    starts = [0]
+    while (following := starts[-1] + budget // int(ordered[starts[-1]])) < len(ordered):
+        starts.append(following)
+    return starts

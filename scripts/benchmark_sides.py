@@ -1,0 +1,133 @@
+"""What the training benchmarks compare: one classifier under hf_lora, under peft, fully trained, and the bound."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_lora import LoRAConfig, inject_lora
+from hf_lora.acceleration import fast_training
+from hf_lora.head import cast_inputs
+
+PEFT_TARGETS = ["query", "key", "value", "attention.output.dense"]
+SHAPES = {
+    "minilm": {
+        "num_hidden_layers": 6,
+        "hidden_size": 384,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "bert-base": {
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step: a shape, how precisely, on how many tokens, and what is adapted (top `layers`; None: all)."""
+
+    shape: str
+    precision: str
+    dropout: float
+    batch: int
+    length: int
+    rank: int = 8
+    layers: int | None = None
+
+    @property
+    def adapted(self) -> tuple[int, ...]:
+        """The adapted blocks, counted from 0."""
+        total = SHAPES[self.shape]["num_hidden_layers"]
+        return tuple(range(total - (self.layers or total), total))
+
+    def model(self, dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
+        """The random classifier, its frozen part in `dtype`."""
+        torch.manual_seed(0)
+        config = BertConfig(
+            **SHAPES[self.shape],
+            num_labels=5,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+        )
+        model = BertForSequenceClassification(config)
+        if dtype != torch.float32:
+            model.to(dtype).classifier.float()
+            cast_inputs(model, ["classifier"])
+        return model.train()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """A batch without padding."""
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(1000, 30000, (self.batch, self.length), generator=generator)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.randint(0, 5, (self.batch,), generator=generator),
+        }
+
+
+class Step:
+    """Forward, backward and the gradients set to None: what a training step costs beside a small optimizer."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool = False) -> None:
+        self.model, self.inputs, self.autocast = model, inputs, autocast
+
+    def around(self) -> AbstractContextManager[Any]:
+        """What a trainer does around the step."""
+        return nullcontext()
+
+    def __call__(self) -> None:
+        with self.around():
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                loss = self.model(**self.inputs).loss
+            loss.backward()
+        self.model.zero_grad()
+
+
+class _FastStep(Step):
+    def around(self) -> AbstractContextManager[Any]:
+        return fast_training(self.model)
+
+
+def hf_lora_step(case: Case) -> Step:
+    """Our layers on a base in the case's precision, with the trainer's fast path."""
+    model = case.model(torch.bfloat16 if case.precision == "bf16" else torch.float32)
+    inject_lora(model, LoRAConfig(rank=case.rank, dropout=case.dropout, layers=case.adapted))
+    return _FastStep(model, case.inputs())
+
+
+def peft_step(case: Case) -> Step:
+    """peft as its users run it: fp32 weights, and autocast for bf16."""
+    config = LoraConfig(
+        r=case.rank,
+        lora_alpha=16,
+        lora_dropout=case.dropout,
+        target_modules=PEFT_TARGETS,
+        layers_to_transform=list(case.adapted),
+        task_type=TaskType.SEQ_CLS,
+    )
+    model = get_peft_model(case.model(), config).train()
+    return Step(model, case.inputs(), autocast=case.precision == "bf16")
+
+
+def bound_step(case: Case) -> Step:
+    """The frozen network and the gradients of its activations, from the lowest adapted block up: no adapters."""
+    model = case.model(torch.bfloat16 if case.precision == "bf16" else torch.float32)
+    model.requires_grad_(False)
+    first = case.adapted[0]
+    below = model.bert.encoder.layer[first - 1] if first else model.bert.embeddings
+    below.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+    return Step(model, case.inputs())
+
+
+STEPS = {"hf_lora": hf_lora_step, "peft": peft_step, "bound": bound_step}
