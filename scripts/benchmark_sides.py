@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_lora import LoRAConfig, inject_lora
 from hf_lora.acceleration import fast_training
+from hf_lora.first_token import first_token_only
 from hf_lora.head import cast_inputs
 
 PEFT_TARGETS = ["query", "key", "value", "attention.output.dense"]
@@ -77,33 +80,48 @@ class Case:
 
 
 class Step:
-    """Forward, backward and the gradients set to None: what a training step costs beside a small optimizer."""
+    """Forward, backward and the gradients set to None: what a training step costs beside a small optimizer.
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool = False) -> None:
-        self.model, self.inputs, self.autocast = model, inputs, autocast
+    inside: contexts that a trainer enters once for a whole run; they are entered for each step, outside of its time.
+    """
 
-    def around(self) -> AbstractContextManager[Any]:
-        """What a trainer does around the step."""
-        return nullcontext()
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        *,
+        autocast: bool = False,
+        inside: Sequence[Callable[[nn.Module], AbstractContextManager[Any]]] = (),
+    ) -> None:
+        self.model, self.inputs, self.autocast, self.inside = model, inputs, autocast, inside
 
-    def __call__(self) -> None:
-        with self.around():
+    def __call__(self) -> float:
+        """One step; returns its seconds."""
+        with ExitStack() as stack:
+            for context in self.inside:
+                stack.enter_context(context(self.model))
+            start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                loss = self.model(**self.inputs).loss
-            loss.backward()
-        self.model.zero_grad()
-
-
-class _FastStep(Step):
-    def around(self) -> AbstractContextManager[Any]:
-        return fast_training(self.model)
+                self.loss = self.model(**self.inputs).loss
+            self.loss.backward()
+            self.model.zero_grad()
+            return time.perf_counter() - start
 
 
 def hf_lora_step(case: Case) -> Step:
-    """Our layers on a base in the case's precision, with the trainer's fast path."""
+    """Our layers on a base in the case's precision, as the trainer runs them."""
+    return _hf_lora(case, (fast_training, first_token_only))
+
+
+def whole_block_step(case: Case) -> Step:
+    """The same without sparing the last block the tokens that the classifier does not read."""
+    return _hf_lora(case, (fast_training,))
+
+
+def _hf_lora(case: Case, inside: Sequence[Callable[[nn.Module], AbstractContextManager[Any]]]) -> Step:
     model = case.model(torch.bfloat16 if case.precision == "bf16" else torch.float32)
     inject_lora(model, LoRAConfig(rank=case.rank, dropout=case.dropout, layers=case.adapted))
-    return _FastStep(model, case.inputs())
+    return Step(model, case.inputs(), inside=inside)
 
 
 def peft_step(case: Case) -> Step:
@@ -130,4 +148,4 @@ def bound_step(case: Case) -> Step:
     return Step(model, case.inputs())
 
 
-STEPS = {"hf_lora": hf_lora_step, "peft": peft_step, "bound": bound_step}
+STEPS = {"hf_lora": hf_lora_step, "whole block": whole_block_step, "peft": peft_step, "bound": bound_step}
