@@ -156,6 +156,15 @@ def rewrite(directory, change):
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
+def test_large_numbers_are_not_taken_for_damage(tmp_path):
+    directory = save_adapter(trained(), tmp_path / "a")
+    rewrite(directory, lambda tensors: tensors[QUERY].fill_(3e38))
+    model = tiny_classifier("bert")
+    load_adapter(model, directory)
+    lora_A = model.bert.encoder.layer[0].attention.self.query.lora_A
+    assert lora_A.sum() == torch.inf and torch.equal(lora_A, torch.full_like(lora_A, 3e38))
+
+
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
 CLASSIFIER = "base_model.model.classifier.weight"
 
@@ -175,6 +184,11 @@ CLASSIFIER = "base_model.model.classifier.weight"
             r"expected \(3, 32\); load the base with num_labels=2",
         ),
         (lambda t: t[QUERY].fill_(torch.nan), "is damaged; .* holds something else than finite numbers"),
+        # These add up to NaN and not to infinity.
+        (
+            lambda t: t[CLASSIFIER][0, :2].copy_(torch.tensor([torch.inf, -torch.inf])),
+            "is damaged; .*classifier",
+        ),
         (
             lambda t: t.update({QUERY: torch.zeros(4, 32, dtype=torch.int64)}),
             "something else than finite numbers",

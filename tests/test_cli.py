@@ -12,6 +12,8 @@ import pytest
 
 from hf_lora import cli
 from hf_lora.arguments import GROUPS
+from hf_lora.inference import CPU_TOKENS, TOKENS
+from hf_lora.precision import PRECISIONS
 from hf_lora.version import __version__
 
 COMMANDS = ("train", "evaluate", "predict", "merge", "info", "targets")
@@ -87,6 +89,22 @@ for argv in {HELP!r}:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = [line for line in done.stdout.splitlines() if line.startswith("loaded:")]
     assert loaded == ["loaded:"] * len(HELP)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_the_flags_of_speed_are_those_of_the_library(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [command, "--adapter", "x"]
+    assert cli.make_parser().parse_args(given).precision == PRECISIONS[0] == "auto"
+    for precision in PRECISIONS:
+        options = cli.make_parser().parse_args([*given, "--precision", precision])
+        assert (options.precision, options.batch_size) == (precision, None)
+    assert run(command, "--adapter", "x", "--precision", "fp16") == 2
+    assert "fp16" in capsys.readouterr().err
+    run(command, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"as many as make {CPU_TOKENS:,} tokens; {TOKENS:,} on a GPU" in shown
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"]], ids=" ".join)

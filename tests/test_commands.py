@@ -378,3 +378,38 @@ def test_targets_takes_some_roles(capsys: Captured, tiny_bert_dir: Path) -> None
     report = json.loads(run(capsys, *command))
     assert report["roles"] == {"o": MODULES["o"], "v": MODULES["v"]}
     assert report["lora_parameters"] == 4 * 8 * (32 + 32)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_commands_tell_on_standard_error_how_the_model_runs(
+    precision: str, capsys: Captured, adapter_dir: Path, tiny_csv: Path
+) -> None:
+    for command in (["predict", "good"], ["evaluate", "--test_file", tiny_csv, "--json"]):
+        argv = [*command, "--adapter", adapter_dir, "--precision", precision]
+        assert cli.main([str(part) for part in argv]) == 0
+        captured = capsys.readouterr()
+        line = f"precision: {precision} (as asked for); the adapter merged into the weights"
+        assert line in captured.err.splitlines()
+        assert "precision:" not in captured.out and json.loads(captured.out)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+def test_evaluate_counts_what_predict_predicts(
+    precision: str, capsys: Captured, adapter_dir: Path, tiny_csv: Path
+) -> None:
+    given = ["--adapter", adapter_dir, "--precision", precision]
+    report = json.loads(run(capsys, "evaluate", *given, "--test_file", tiny_csv, "--json"))
+    lines = run(capsys, "predict", *given, "--input_file", tiny_csv).splitlines()
+    _, truth = read_texts(tiny_csv)
+    right = [json.loads(line)["label"] == label for line, label in zip(lines, truth, strict=True)]
+    assert report["metrics"]["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_merge_keeps_the_precision_of_the_base(capsys: Captured, tiny_bert_dir: Path, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(tiny_bert_dir).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", LABELS)
+    run(capsys, "merge", "--adapter", adapter, "--output_dir", tmp_path / "merged", "--json")
+    tensors = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    kinds = {name.startswith("classifier."): tensor.dtype for name, tensor in tensors.items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}

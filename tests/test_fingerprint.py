@@ -33,6 +33,23 @@ def test_fp32_and_bf16_copies_agree() -> None:
     assert fingerprint(copies) == fingerprint(tensors)
 
 
+def test_each_tensor_has_its_own_bytes_whatever_the_types_of_the_others() -> None:
+    tensors = {
+        "a": torch.arange(3, dtype=torch.float16) / 3,
+        "b": torch.randn(5000, 3, generator=torch.Generator().manual_seed(6)),
+        "c": torch.arange(-4, 4, dtype=torch.int8),
+        "d": torch.randn(7, dtype=torch.float64) * 1e-9,
+        "e": torch.empty(0),
+        "f": torch.randn(2, 2).to(torch.bfloat16),
+    }
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        # 15,000 values are more than are sampled: every fourth.
+        values = tensor.flatten()[:: 4 if name == "b" else 1].to(torch.bfloat16)
+        digest.update(f"{name}:{tuple(tensor.shape)};".encode() + bytes(values.view(torch.uint8).tolist()))
+    assert fingerprint(tensors) == f"sha256-sampled-bf16:{digest.hexdigest()}"
+
+
 def test_order_of_names_and_memory_layout_do_not_matter() -> None:
     tensors = random_tensors()
     other = {

@@ -13,9 +13,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from hf_lora import LoRAConfig, TextClassifier, inference, load_classifier, save_adapter
+from hf_lora import (
+    LoRAConfig,
+    TextClassifier,
+    head_parameters,
+    inference,
+    load_classifier,
+    lora_disabled,
+    lora_layers,
+    lora_parameters,
+    save_adapter,
+)
 from hf_lora.fingerprint import fingerprint
-from hf_lora.inference import WINDOW
+from hf_lora.inference import CPU_TOKENS, WINDOW, _rounded
+from hf_lora.inject import base_parameters
+from hf_lora.precision import Precision
 
 LONG = "the film was good and the meal was awful but we had fun " * 5
 TEXTS = [
@@ -260,3 +272,234 @@ def test_check_base_false_takes_other_weights(adapter_dir: Path, other_base: Pat
     classifier = TextClassifier.from_pretrained(adapter_dir, **options)
     expected = peft_logits(other_base, adapter_dir, TEXTS)
     torch.testing.assert_close(classifier.logits(TEXTS), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_merged_or_not_the_logits_are_those_of_peft(
+    merge: bool, tiny_bert_dir: Path, adapter_dir: Path
+) -> None:
+    classifier = TextClassifier.from_pretrained(adapter_dir, merge=merge, precision="fp32")
+    assert classifier.merged is merge
+    assert ("merged into the weights" in classifier.setting) is merge
+    expected = peft_logits(tiny_bert_dir, adapter_dir, TEXTS)
+    torch.testing.assert_close(classifier.logits(TEXTS), expected, rtol=0, atol=1e-5)
+
+
+def test_bf16_differs_by_its_rounding_and_no_clear_label_does(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    directory = make_adapter(tiny_bert_dir, tmp_path / "adapter", ("a", "b", "c"), max_length=32)
+    classifier = TextClassifier.from_pretrained(directory, precision="bf16")
+    texts = [f"{first} {second}" for first in TEXTS for second in TEXTS]
+    expected, actual = peft_logits(tiny_bert_dir, directory, texts), classifier.logits(texts)
+    assert actual.dtype == torch.float32
+    # What bf16 costs: the same model, merged by peft and cast as a whole.
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=3)
+    plain = PeftModel.from_pretrained(base, directory).merge_and_unload().eval().to(torch.bfloat16)
+    bound = 1.5 * (plain_logits(plain, texts).float() - expected).abs().max()
+    assert 0 < (actual - expected).abs().max() < bound < 0.5 * expected.std()
+    best = expected.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 2 * bound
+    assert clear.sum() > len(texts) / 2 and len(expected[clear].argmax(-1).unique()) > 1
+    assert torch.equal(actual[clear].argmax(-1), expected[clear].argmax(-1))
+
+
+def test_in_bf16_head_and_adapter_stay_fp32(adapter_dir: Path) -> None:
+    classifier = TextClassifier.from_pretrained(adapter_dir, precision="bf16")
+    assert classifier.precision == Precision("bf16", "as asked for")
+    assert classifier.setting == "precision: bf16 (as asked for); the adapter merged into the weights"
+    kept = {*head_parameters(classifier.model).values(), *lora_parameters(classifier.model).values()}
+    for name, parameter in classifier.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter in kept else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_disabled_on_the_merged_and_cast_model_is_the_head_on_the_base(
+    precision: str, tiny_bert_dir: Path, adapter_dir: Path
+) -> None:
+    classifier = TextClassifier.from_pretrained(adapter_dir, precision=precision)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=2).eval()
+    plain.classifier.load_state_dict(classifier.model.classifier.state_dict())
+    expected, before = plain_logits(plain, TEXTS), classifier.logits(TEXTS)
+    tolerance = {"fp32": 1e-5, "bf16": 0.02 * expected.std().item()}[precision]
+    with lora_disabled(classifier.model):
+        torch.testing.assert_close(classifier.logits(TEXTS), expected, rtol=0, atol=tolerance)
+    assert torch.equal(classifier.logits(TEXTS), before)
+    assert (before - expected).abs().max() > 10 * tolerance
+    trained_on = classifier.info.base_model.fingerprint
+    assert fingerprint(base_parameters(classifier.model)) == trained_on
+
+
+@pytest.mark.parametrize("instruction", ["avx512_bf16", None])
+def test_auto_takes_what_the_hardware_is_good_at(
+    instruction: str | None, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
+    classifier = TextClassifier.from_pretrained(adapter_dir, device="cpu")
+    assert classifier.precision is not None and classifier.merged
+    assert classifier.precision.name == ("fp32" if instruction is None else "bf16")
+    assert classifier.model.dtype == classifier.precision.dtype
+
+
+@pytest.fixture
+def bf16_base(tiny_bert_dir: Path, tmp_path: Path) -> Path:
+    AutoModel.from_pretrained(tiny_bert_dir).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tiny_tokenizer().save_pretrained(tmp_path / "bf16")
+    return tmp_path / "bf16"
+
+
+def test_a_base_stored_in_bf16_is_merged_in_fp32_if_that_is_wanted(bf16_base: Path, tmp_path: Path) -> None:
+    directory = make_adapter(bf16_base, tmp_path / "adapter", LABELS, max_length=32)
+    classifier = TextClassifier.from_pretrained(directory, precision="fp32")
+    stored = AutoModel.from_pretrained(bf16_base, dtype=torch.float32).state_dict()
+    for name, layer in lora_layers(classifier.model).items():
+        exact = stored[f"{name.removeprefix('bert.')}.weight"] + layer.scaling * layer.lora_B @ layer.lora_A
+        torch.testing.assert_close(layer.weight, exact, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(layer.weight, exact.to(torch.bfloat16).float())
+
+
+def test_without_a_precision_the_base_keeps_its_types(
+    bf16_base: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    directory = make_adapter(bf16_base, tmp_path / "adapter", LABELS, max_length=32)
+    for path, dtype in ((directory, torch.bfloat16), (adapter_dir, torch.float32)):
+        classifier = TextClassifier.from_pretrained(path, precision=None)
+        assert classifier.precision is None and classifier.model.dtype == dtype
+        assert classifier.model.classifier.weight.dtype == torch.float32
+        assert classifier.setting.startswith("precision: as the model was loaded; ")
+
+
+class _Quantized(torch.nn.Parameter):
+    """Stands in for torchao's tensors, which are told by where their type comes from."""
+
+    def dequantize(self) -> Tensor:
+        return self.data
+
+
+_Quantized.__module__ = "torchao.stand_in"
+
+
+def test_a_quantized_base_runs_as_it_is(adapter_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = TextClassifier.from_pretrained(adapter_dir, precision="fp32").logits(TEXTS)
+    original = inference.load_trained
+
+    def loaded(*args: Any, **options: Any) -> Any:
+        model, tokenizer, info = original(*args, **options)
+        query = model.bert.encoder.layer[0].intermediate.dense
+        query.weight = _Quantized(query.weight.data, requires_grad=False)
+        return model, tokenizer, info
+
+    monkeypatch.setattr(inference, "load_trained", loaded)
+    classifier = TextClassifier.from_pretrained(adapter_dir)
+    assert classifier.precision is None and not classifier.merged
+    assert classifier.setting == "precision: as the model was loaded; the adapter beside the weights"
+    torch.testing.assert_close(classifier.logits(TEXTS), plain, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"is quantized .* got precision='bf16'; expected 'auto'"):
+        TextClassifier.from_pretrained(adapter_dir, precision="bf16")
+
+
+def shapes_of(classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes `(rows, tokens)` of all batches that the model gets from now on."""
+    shapes: list[torch.Size] = []
+    forward = classifier.model.forward
+
+    def spy(*args: Any, **inputs: Any) -> Any:
+        assert all(tensor.shape == inputs["input_ids"].shape for tensor in inputs.values())
+        shapes.append(inputs["input_ids"].shape)
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(classifier.model, "forward", spy)
+    return shapes
+
+
+def short_texts(count: int) -> list[str]:
+    """Texts of 1 to 25 words, no two neighbours of the same length."""
+    words = tiny_tokenizer().convert_ids_to_tokens(range(5, 40))
+    return [" ".join(words[(row + i) % 35] for i in range(1 + row * 7 % 25)) for row in range(count)]
+
+
+def test_many_short_texts_are_never_more_than_the_budget_at_once(
+    classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = short_texts(10_000)
+    shapes = shapes_of(classifier, monkeypatch)
+    results = classifier.predict(texts)
+    assert max(rows * tokens for rows, tokens in shapes) <= CPU_TOKENS == 2048
+    assert sum(rows for rows, _ in shapes) == len(texts)
+    # Sorted, so that next to nothing is computed for padding.
+    computed = sum(rows * tokens for rows, tokens in shapes)
+    assert computed < 1.1 * sum(len(text.split()) + 2 for text in texts)
+    assert [result["text"] for result in results] == texts
+    some = range(0, len(texts), 997)
+    alone = torch.tensor([list(classifier.predict(texts[row])["scores"].values()) for row in some])
+    together = torch.tensor([list(results[row]["scores"].values()) for row in some])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+def test_the_peak_does_not_grow_with_the_number_of_texts(classifier: TextClassifier) -> None:
+    def peak_after(count: int) -> float:
+        Path("/proc/self/clear_refs").write_text("5")
+        for _ in classifier.predict_stream(iter(short_texts(count))):
+            pass
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+    few = peak_after(2 * WINDOW)
+    # The texts themselves are 2 MB; ten windows of activations kept would be 200 MB more.
+    assert peak_after(10 * WINDOW) < few + 20
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_batch_size_is_kept(
+    batch_size: int, classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = shapes_of(classifier, monkeypatch)
+    classifier.logits(TEXTS, batch_size=batch_size)
+    whole, rest = divmod(len(TEXTS), batch_size)
+    assert [rows for rows, _ in shapes] == [batch_size] * whole + [rest] * bool(rest)
+
+
+def test_a_text_longer_than_the_budget_goes_alone(
+    classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = classifier.logits(TEXTS)
+    monkeypatch.setattr(inference, "CPU_TOKENS", 10)
+    shapes = shapes_of(classifier, monkeypatch)
+    torch.testing.assert_close(classifier.logits(TEXTS), expected, rtol=0, atol=1e-5)
+    assert shapes[0] == (1, 32) and max(rows * tokens for rows, tokens in shapes[2:]) <= 10
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("texts", [TEXTS, PAIRS])
+def test_padding_is_the_tokenizers_with_the_length_rounded_up(
+    side: str, texts: Sequence[Any], classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier.tokenizer, "padding_side", side)
+    encoded = classifier._encode(texts)
+    expected = classifier.tokenizer.pad(encoded, padding="max_length", max_length=32, return_tensors="pt")
+    actual = classifier._padded(encoded)
+    assert actual.keys() == expected.keys()
+    columns = actual["input_ids"].shape[1]
+    longest = max(len(ids) for ids in encoded["input_ids"])
+    assert longest <= columns == min(_rounded(longest), 32)
+    for name, tensor in expected.items():
+        kept = tensor[:, :columns] if side == "right" else tensor[:, 32 - columns :]
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], kept), name
+
+
+def test_a_model_that_is_not_told_what_is_padding_gets_no_more_than_it_needs(
+    classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = {"input_ids": [list(range(17))]}
+    assert classifier._padded(encoded)["input_ids"].shape == (1, 17)
+    masked = {**encoded, "attention_mask": [[1] * 17]}
+    assert classifier._padded(masked)["input_ids"].shape == (1, 18)
+    monkeypatch.setattr(classifier.model.config, "pad_token_id", None)
+    assert classifier._padded(masked)["input_ids"].shape == (1, 17)
+
+
+def test_lengths_are_rounded_to_few_sizes_at_little_cost() -> None:
+    lengths = range(1, 513)
+    rounded = [_rounded(length) for length in lengths]
+    assert all(a >= b for a, b in zip(rounded, lengths, strict=True))
+    assert max(a / b for a, b in zip(rounded, lengths, strict=True)) < 1.125
+    assert len(set(rounded)) <= 15 + 8 * 5 + 1

@@ -142,6 +142,25 @@ def test_merge_equals_forward_and_unmerge_restores_every_bit(model_type, batch):
     assert_same(weights(model), before)
 
 
+@pytest.mark.parametrize("form", ["module", "parametrization"])
+def test_the_pretrained_weight_follows_a_merged_model_into_another_precision(form, batch):
+    model, pretrained = injected(form=form), tiny_classifier()
+    merge_lora(model)
+    for dtype in (torch.bfloat16, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        for name, layer in lora_layers(model).items():
+            # Kept as it was, in fp32: rounded only for as long as the model is in bf16.
+            expected = pretrained.get_submodule(name).weight.to(dtype)
+            assert layer.base_weight.dtype == dtype and torch.equal(layer.base_weight, expected)
+    with lora_disabled(model):
+        pretrained.classifier.load_state_dict(model.classifier.state_dict())
+        expected = pretrained.to(torch.bfloat16)(**batch).logits
+        assert torch.equal(model(**batch).logits, expected)
+    unmerge_lora(model)
+    for name, layer in lora_layers(model).items():
+        assert torch.equal(layer.base_weight, pretrained.get_submodule(name).weight), name
+
+
 def test_merging_twice_and_unmerging_twice_are_errors():
     model = injected()
     with pytest.raises(ValueError, match="the model is not merged; got 8 such layers"):

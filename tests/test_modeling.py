@@ -4,11 +4,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import LABELS, randomize
+from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from hf_lora import LoRAConfig, head_parameters, load_classifier, lora_parameters, save_adapter
+from hf_lora import LoRAConfig, head_parameters, inject_lora, load_classifier, lora_parameters, save_adapter
 from hf_lora.inject import injection
-from hf_lora.modeling import load_trained, meta_classifier
+from hf_lora.modeling import cast_frozen, load_trained, meta_classifier
 
 
 @pytest.fixture
@@ -156,3 +157,38 @@ def test_a_head_in_fp32_on_an_encoder_of_either_precision_trains_without_autocas
     logits.sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(p.dtype == p.grad.dtype == torch.float32 for p in trained)
+
+
+def test_casting_leaves_adapter_head_and_tables_of_angles_in_fp32():
+    model = tiny_model("llama")
+    inject_lora(model, LoRAConfig(rank=2))
+    angles = model.model.rotary_emb.inv_freq.clone()
+    cast_frozen(model, torch.bfloat16)
+    kept = {id(p) for p in (*lora_parameters(model).values(), *head_parameters(model).values())}
+    assert len(kept) == 2 * 2 * 4 + 1
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if id(parameter) in kept else torch.bfloat16), name
+    assert torch.equal(model.model.rotary_emb.inv_freq, angles) and angles.dtype == torch.float32
+    # As transformers does it.
+    twin = type(model)._from_config(model.config, dtype=torch.bfloat16)
+    assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_casting_back_and_forth_does_not_cast_the_head(classifier):
+    head = classifier.classifier.weight.detach().clone()
+    cast_frozen(classifier, torch.bfloat16)
+    cast_frozen(classifier, torch.float32)
+    assert {p.dtype for p in classifier.parameters()} == {torch.float32}
+    assert torch.equal(classifier.classifier.weight, head)
+
+
+def test_a_head_inside_the_encoder_is_cast_with_it(tiny_bert_dir, tmp_path):
+    base = without_pooler(tiny_bert_dir, tmp_path / "base")
+    model, _ = load_classifier(base, LABELS, LoRAConfig(rank=4))
+    assert "bert.pooler" in injection(model).head
+    ids = torch.arange(5, 15)[None]
+    expected = model.eval()(ids).logits
+    cast_frozen(model, torch.bfloat16)
+    assert model.bert.pooler.dense.weight.dtype == torch.bfloat16
+    assert model.classifier.weight.dtype == model(ids).logits.dtype == torch.float32
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0.05, atol=0.01)
