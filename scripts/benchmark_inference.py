@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_output_arguments(parser, plot=False)
     parser.add_argument("--adapter", help="adapter directory (default: one with a random update)")
-    parser.add_argument("--texts", type=int, default=1000, help="sentences for the speed (default: 1000)")
+    parser.add_argument("--texts", type=int, default=600, help="sentences for the speed (default: 600)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--many", type=int, default=10_000, help="sentences for the memory (default: 10000)")
     parser.add_argument("--memory", choices=("hf_lora", "pipeline"), help=argparse.SUPPRESS)
