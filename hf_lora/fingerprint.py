@@ -34,20 +34,21 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def _samples(tensors: Sequence[Tensor]) -> list[memoryview]:
     """The sampled values of each tensor, as the bytes of bf16 numbers.
 
-    Those of one device and type are gathered at once: a model has hundreds of tensors, and what each of them
-    costs by itself is most of the time; on a GPU each would be waited for.
+    Those of one device are fetched at once: a model has hundreds of tensors, and a GPU would be waited for at
+    each. They are rounded one by one, which is too little work to be shared among threads: on a busy machine
+    sharing costs more than all the rest.
     """
-    groups: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
+    devices: dict[torch.device, dict[int, Tensor]] = {}
     for index, tensor in enumerate(tensors):
         if type(tensor).__module__.startswith("torchao"):
             tensor = tensor.dequantize()
         flat = tensor.detach().reshape(-1)
         step = max(1, math.ceil(flat.numel() / SAMPLES))
-        groups.setdefault((tensor.device, tensor.dtype), {})[index] = flat[::step]
+        devices.setdefault(tensor.device, {})[index] = flat[::step].to(torch.bfloat16)
     samples = [memoryview(b"")] * len(tensors)
-    for group in groups.values():
-        together = torch.cat(list(group.values())).to(torch.bfloat16).cpu().view(torch.uint8).numpy()
-        values, start = memoryview(together), 0
+    for group in devices.values():
+        values = memoryview(torch.cat(list(group.values())).cpu().view(torch.uint8).numpy())
+        start = 0
         for index, sample in group.items():
             end = start + torch.bfloat16.itemsize * len(sample)
             samples[index], start = values[start:end], end

@@ -60,8 +60,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "bf16_instructions": [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         **{package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")},
     }
 
@@ -123,10 +122,8 @@ def resident_mb() -> float:
 
 
 def peak_mb() -> float:
-    """The most megabytes this process had in memory, since it began or since `reset_peak`.
-
-    Not `ru_maxrss`, which begins at the size of the process that started this one.
-    """
+    """The most megabytes this process had in memory, since it began or since `reset_peak`."""
+    # Not ru_maxrss, which begins at the size of the process that started this one.
     return _memory("VmHWM")
 
 
@@ -145,7 +142,7 @@ def _memory(field: str) -> float:
 
 
 def _cpu_name() -> str:
-    """The processor's own name, which `platform.processor` knows on few systems."""
+    # `platform.processor` knows it on few systems.
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
