@@ -85,9 +85,7 @@ class _Attention(torch.autograd.Function):
             scores.view(batch, heads, queries, -1).add_(bias)
         probabilities = scores.softmax(-1)
         del scores
-        dropped, mask, factor = probabilities, None, 1.0
-        if p > 0.0:
-            dropped, mask, factor = drop(probabilities, p)
+        dropped, mask, factor = drop(probabilities, p)
         ctx.scale, ctx.p, ctx.factor, ctx.shape = scale, p, factor, (batch, heads)
         ctx.save_for_backward(q, k, v, probabilities, mask)
         output = torch.bmm(dropped, v)
@@ -102,11 +100,9 @@ class _Attention(torch.autograd.Function):
         grad = grad.transpose(1, 2).flatten(0, 1)
         if ctx.factor != 1.0:
             grad = grad * ctx.factor
-        dropped = probabilities if mask is None else drop_again(probabilities, mask, ctx.p)
+        dropped = drop_again(probabilities, mask, ctx.p)
         grad_v = torch.bmm(dropped.transpose(1, 2), grad)
-        grad_p = torch.bmm(grad, v.transpose(1, 2))
-        if mask is not None:
-            grad_p = drop_again(grad_p, mask, ctx.p)
+        grad_p = drop_again(torch.bmm(grad, v.transpose(1, 2)), mask, ctx.p)
         grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
         grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale)
         grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale)

@@ -27,10 +27,7 @@ class QuickPadding(DataCollatorWithPadding):
             return super().__call__(features)
         columns: dict[str, Any] = {name: [row[name] for row in features] for name in features[0]}
         lengths = np.fromiter(map(len, columns[main]), np.int64, len(features))
-        places = np.arange(lengths.max())
-        if tokenizer.padding_side == "left":
-            places = places[::-1]
-        filled = places < lengths[:, None]
+        filled = filled_places(lengths, lengths.max(), tokenizer.padding_side)
         fillers = {
             main: tokenizer.pad_token_id,
             "token_type_ids": tokenizer.pad_token_type_id,
@@ -40,7 +37,7 @@ class QuickPadding(DataCollatorWithPadding):
             fillers["attention_mask"] = 0
             columns.setdefault("attention_mask", [[1] * length for length in lengths])
         for name in fillers.keys() & columns.keys():
-            columns[name] = _padded(columns[name], filled, fillers[name])
+            columns[name] = padded(columns[name], filled, fillers[name])
         for name in ("label", "label_ids"):
             if name in columns:
                 columns["labels"] = columns.pop(name)
@@ -66,8 +63,14 @@ def quick_collator(collator: Any) -> Any:
     return collator if own_padding or tokenizer.pad_token_id is None else QuickPadding(tokenizer)
 
 
-def _padded(rows: Sequence[Iterable[int]], filled: np.ndarray, filler: int) -> Tensor:
-    """`rows` in the places `(batch, longest)` that are `filled`, and `filler` elsewhere."""
-    padded = np.full(filled.shape, filler, dtype=np.int64)
-    padded[filled] = np.fromiter(chain.from_iterable(rows), np.int64)
-    return torch.from_numpy(padded)
+def filled_places(lengths: np.ndarray, width: int, side: str) -> np.ndarray:
+    """Which places `(batch, width)` rows of these lengths take, with padding on the `side` "left" or "right"."""
+    places = np.arange(width)
+    return (places[::-1] if side == "left" else places) < lengths[:, None]
+
+
+def padded(rows: Sequence[Iterable[int]], filled: np.ndarray, filler: int) -> Tensor:
+    """`rows` in the places `(batch, width)` that are `filled`, and `filler` elsewhere."""
+    values = np.full(filled.shape, filler, dtype=np.int64)
+    values[filled] = np.fromiter(chain.from_iterable(rows), np.int64)
+    return torch.from_numpy(values)

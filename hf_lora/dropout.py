@@ -59,12 +59,15 @@ def _as_int32(number: int) -> int:
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
     """x with elements zeroed, the mask, and the factor that is still to be applied.
 
     `factor * dropped` is dropout of x. The mask is what `drop_again` takes; where x is on a CPU it is int8, -1
-    for kept elements and 0 for others, and the factor is 1 / (1 - p): products can take it up at no cost.
+    for kept elements and 0 for others, and the factor is 1 / (1 - p): products can take it up at no cost. With p = 0
+    it is x itself, without a mask.
     """
+    if p == 0.0:
+        return x, None, 1.0
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         dropped, mask = torch.native_dropout(x, p, True)
         return dropped, mask, 1.0
@@ -72,8 +75,10 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     return _kept(x, mask), mask.to(torch.int8), 1.0 / (1.0 - p)
 
 
-def drop_again(x: Tensor, mask: Tensor, p: float) -> Tensor:
+def drop_again(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """The same elements of x zeroed, and scaled as `drop` did: for x itself or its gradient."""
+    if mask is None:
+        return x
     if mask.dtype == torch.int8:
         return _kept(x, mask)
     return torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - p))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lora.modes import evaluating
+from hf_lora.probing import evaluating, relative_difference
 
 _ROWS, _TOKENS = 3, 7
 
@@ -71,7 +71,7 @@ def _join_to_cut(model: nn.Module) -> str | None:
         return None
     # Products of other shapes round otherwise; another token read would change the first digits.
     tolerance = torch.finfo(next(model.parameters()).dtype).eps ** (2 / 3)
-    return name if (got - expected).norm() <= tolerance * expected.norm() else None
+    return name if relative_difference(got, expected) <= tolerance else None
 
 
 def _probe(model: nn.Module) -> dict[str, Tensor] | None:
@@ -89,9 +89,9 @@ def _probe(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """The logits in double precision; None if the model cannot run on this."""
+    """The logits; None if the model cannot run on this."""
     try:
-        return model(**inputs)["logits"].double()
+        return model(**inputs)["logits"]
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
         return None
 

@@ -77,7 +77,10 @@ def cast_inputs(model: nn.Module, layers: Iterable[str]) -> None:
     type, nor under autocast, which decides itself.
     """
     for name in layers:
-        model.get_submodule(name).register_forward_pre_hook(_cast_inputs)
+        layer = model.get_submodule(name)
+        # Once: a model whose base came in half precision may be cast again.
+        if _cast_inputs not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_cast_inputs)
 
 
 def _cast_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

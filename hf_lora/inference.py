@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lora.collation import filled_places, padded
 from hf_lora.hub import adapter_directory
 from hf_lora.inject import is_injected, lora_layers, merge_lora
 from hf_lora.modeling import cast_frozen, load_trained
@@ -184,15 +185,8 @@ class TextClassifier:
         # Only where the model is told what is padding; others may read it in a batch of one text too.
         if "attention_mask" in batch and self.model.config.pad_token_id == tokenizer.pad_token_id:
             width = max(width, min(_rounded(width), self._max_length()))
-        used = np.arange(width) < lengths[:, None]
-        if tokenizer.padding_side == "left":
-            used = used[:, ::-1]
-        padded = {}
-        for name, rows in batch.items():
-            values = np.full(used.shape, padding[name], dtype=np.int64)
-            values[used] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=lengths.sum())
-            padded[name] = torch.from_numpy(values)
-        return padded
+        filled = filled_places(lengths, width, tokenizer.padding_side)
+        return {name: padded(rows, filled, padding[name]) for name, rows in batch.items()}
 
 
 def _batches(lengths: Sequence[int], batch_size: int | None, budget: int) -> Iterator[list[int]]:

@@ -63,14 +63,11 @@ class _LoRALinear(torch.autograd.Function):
         p: float,
     ) -> Tensor:
         A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-        mask, factor = None, 1.0
+        mask, factor, hidden = None, 1.0, None
         if p == 0.0 and _is_merged(len(x), weight, lora_A):
-            hidden = None
             y = F.linear(x, torch.addmm(weight, B, A, alpha=scaling), bias)
         else:
-            dropped = x
-            if p > 0.0:
-                dropped, mask, factor = drop(x, p)
+            dropped, mask, factor = drop(x, p)
             hidden = A @ dropped.T
             y = F.linear(x, weight, bias)
             y.addmm_(hidden.T, B.T, alpha=scaling * factor)
@@ -94,8 +91,7 @@ class _LoRALinear(torch.autograd.Function):
         if needs_A or (needs_x and not merged):
             H = (B.T @ G.T).mul_(ctx.scale)
         if needs_A:
-            dropped = x if mask is None else drop_again(x, mask, ctx.p)
-            grad_A = (H @ dropped).to(lora_A.dtype)
+            grad_A = (H @ drop_again(x, mask, ctx.p)).to(lora_A.dtype)
         if needs_x:
             grad_x = G @ (torch.addmm(weight, B, A, alpha=ctx.scale) if merged else weight)
             if mask is not None:

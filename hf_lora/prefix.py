@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lora.inject import injection
-from hf_lora.modes import evaluating
+from hf_lora.probing import evaluating
 
 # Trainer lets GPUs multiply fp32 with the ten digits of TF32.
 _TF32 = 2.0**-10

@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_lora.batching import token_lengths
 from hf_lora.prefix import FrozenPrefix
 from hf_lora.prefix_store import StateStore
+from hf_lora.probing import relative_difference
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,8 @@ class PrefixCache:
                 "run without cache_frozen_prefix"
             ) from error
         differences = {
-            "frozen blocks that see the padding": _difference(alone, states[row, start:stop]),
-            "other logits from the kept states": _difference(replayed, logits),
+            "frozen blocks that see the padding": relative_difference(alone, states[row, start:stop]),
+            "other logits from the kept states": relative_difference(replayed, logits),
         }
         for what, difference in differences.items():
             if not difference <= self.prefix.tolerance:
@@ -200,6 +201,11 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+def ordinary(inputs: Any) -> AbstractContextManager[None]:
+    """What a training step is wrapped in without a cache: nothing."""
+    return nullcontext()
+
+
 @contextmanager
 def prefix_cache(trainer: Any) -> Iterator[Callable[[Mapping[str, Any]], AbstractContextManager[None]]]:
     """What a Trainer wraps each training step in, a context for the step's inputs; inside, the cache lives.
@@ -209,7 +215,7 @@ def prefix_cache(trainer: Any) -> Iterator[Callable[[Mapping[str, Any]], Abstrac
     """
     mode = getattr(trainer.args, "cache_frozen_prefix", "no")
     if mode == "no":
-        yield lambda inputs: nullcontext()
+        yield ordinary
         return
     for what, present, instead in _REFUSED:
         if present(trainer):
@@ -242,10 +248,3 @@ def _content(value: Any) -> bytes:
     if not isinstance(value, Tensor):
         return repr(value).encode()
     return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _difference(got: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over that of what is expected; 0 where both are zero."""
-    got, expected = got.cpu().double(), expected.cpu().double()
-    distance = float((got - expected).norm())
-    return distance if distance == 0 else distance / max(float(expected.norm()), 1e-30)

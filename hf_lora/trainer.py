@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hf_lora.evaluation_order import LongestFirst, metrics_in_order, order_of, r
 from hf_lora.first_token import first_token_only
 from hf_lora.inject import head_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CardFacts, render_card
-from hf_lora.prefix_cache import prefix_cache
+from hf_lora.prefix_cache import ordinary, prefix_cache
 from hf_lora.tensors import load_tensors
 
 # Prefixes that wrappers put into parameter names: FSDP1, torch.compile, DDP.
@@ -59,7 +59,7 @@ class LoRATrainer(Trainer):
         if kwargs.get("data_collator") is None:
             self.data_collator = quick_collator(self.data_collator)
         self.facts = CardFacts()
-        self._replaying: Callable[[Any], AbstractContextManager[None]] = _ordinary
+        self._replaying: Callable[[Any], AbstractContextManager[None]] = ordinary
         self._class_weights = class_weights(
             getattr(self.args, "class_weights", None),
             self.train_dataset,
@@ -79,7 +79,7 @@ class LoRATrainer(Trainer):
             try:
                 return super().train(*args, **kwargs)
             finally:
-                self._replaying = _ordinary
+                self._replaying = ordinary
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's own, with the outputs of a cached prefix in the place of the blocks that gave them."""
@@ -257,10 +257,6 @@ def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         quantized._hf_peft_config_loaded = False
-
-
-def _ordinary(inputs: Any) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _unwrapped(name: str) -> str:

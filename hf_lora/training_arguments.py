@@ -40,7 +40,6 @@ class LoRATrainingArguments(TrainingArguments):
             "The number of examples then varies, and per_device_train_batch_size does not apply."
         },
     )
-
     cache_frozen_prefix: str = field(
         default="no",
         metadata={

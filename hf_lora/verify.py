@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from hf_lora.inject import lora_layers
+from hf_lora.probing import evaluating
 from hf_lora.update import LoRALayer
 
 LENGTH = 8
@@ -204,7 +205,6 @@ def _recorded(layers: Mapping[str, LoRALayer]) -> Iterator[set[int]]:
 def _as_it_was(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
     """Inside, the model is in evaluation mode; after, everything the probe may touch is as before."""
     modules = list(model.modules())
-    modes = [module.training for module in modules]
     buffers = [
         {
             name: (buffer, None if buffer is None else buffer.clone())
@@ -218,8 +218,7 @@ def _as_it_was(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
     required_grad = [tensor.requires_grad for tensor in touched]
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=cuda):
-            model.eval()
+        with torch.random.fork_rng(devices=cuda), evaluating(model):
             yield
     finally:
         with torch.no_grad():
@@ -227,8 +226,7 @@ def _as_it_was(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
                 parameter.copy_(value)
             for tensor, required in zip(touched, required_grad, strict=True):
                 tensor.requires_grad_(required)
-            for module, mode, before in zip(modules, modes, buffers, strict=True):
-                module.training = mode
+            for module, before in zip(modules, buffers, strict=True):
                 module._buffers.clear()
                 for name, (buffer, content) in before.items():
                     module._buffers[name] = buffer

@@ -69,7 +69,6 @@ def data_sets(directory: Path) -> list[DataSet]:
         files = {"train_file": str(amazon / "train.csv"), "test_file": str(amazon / "test.csv")}
         return [articles, DataSet("Amazon sentences", files, 64, 32)]
     path = directory / "sentences.csv"
-    if not path.is_file():
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("text", "label"), *bbc_sentences(3000)])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *bbc_sentences(3000)])
     return [articles, DataSet("BBC News sentences", {"train_file": str(path)}, 64, 32)]

@@ -24,8 +24,8 @@ import peft
 import torch
 import transformers
 from benchmark_data import BASE
-from benchmark_sides import PEFT_TARGETS
-from benchmarks import add_output_arguments, in_process, machine, paired, report, summary, write_json
+from benchmark_sides import peft_config
+from benchmarks import add_output_arguments, in_process, machine, paired, report, summary, timed, write_json
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
@@ -55,7 +55,7 @@ print(json.dumps(time.perf_counter() - start))
 def onto_a_model(base: nn.Module, adapter: str, rounds: int) -> dict[str, Any]:
     """Seconds to load an adapter onto `base` and to put a new one into it, ours against peft's."""
     config = LoRAConfig(rank=RANK)
-    theirs = peft.LoraConfig(r=RANK, target_modules=PEFT_TARGETS, task_type=peft.TaskType.SEQ_CLS)
+    theirs = peft_config(r=RANK)
     sides: dict[str, dict[str, Callable[[Any], object]]] = {
         "load": {
             "hf_lora": lambda model: load_adapter(model, adapter),
@@ -67,7 +67,7 @@ def onto_a_model(base: nn.Module, adapter: str, rounds: int) -> dict[str, Any]:
         },
     }
 
-    def timed(act: Callable[[Any], object]) -> Callable[[], float]:
+    def on_a_copy(act: Callable[[Any], object]) -> Callable[[], float]:
         def seconds() -> float:
             model = copy.deepcopy(base)
             gc.collect()
@@ -81,7 +81,7 @@ def onto_a_model(base: nn.Module, adapter: str, rounds: int) -> dict[str, Any]:
     for what, both in sides.items():
         for act in both.values():
             act(copy.deepcopy(base))
-        times = paired({name: timed(act) for name, act in both.items()}, rounds)
+        times = paired({name: on_a_copy(act) for name, act in both.items()}, rounds)
         result[what] = summary(times, reference="peft")
     return result
 
@@ -97,15 +97,6 @@ def whole_classifier(adapter: str, rounds: int) -> dict[str, Any]:
         merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
         return merged.eval(), AutoTokenizer.from_pretrained(adapter)
 
-    def timed(load: Callable[[], object]) -> Callable[[], float]:
-        def seconds() -> float:
-            gc.collect()
-            start = time.perf_counter()
-            load()
-            return time.perf_counter() - start
-
-        return seconds
-
     ours(), theirs()
     times = paired({"hf_lora": timed(ours), "transformers and peft": timed(theirs)}, rounds)
     return summary(times, reference="transformers and peft")
@@ -115,12 +106,9 @@ def starting(rounds: int) -> dict[str, Any]:
     """Seconds that whole processes take, and the import of hf_lora inside one that has transformers."""
 
     def process(*arguments: str) -> Callable[[], float]:
-        def seconds() -> float:
-            start = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-            return time.perf_counter() - start
-
-        return seconds
+        return timed(
+            lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        )
 
     sides = {
         "python -c pass": process("-c", "pass"),

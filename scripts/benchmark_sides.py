@@ -18,7 +18,6 @@ from hf_lora.acceleration import fast_training
 from hf_lora.first_token import first_token_only
 from hf_lora.head import cast_inputs
 
-PEFT_TARGETS = ["query", "key", "value", "attention.output.dense"]
 SHAPES = {
     "minilm": {
         "num_hidden_layers": 6,
@@ -124,15 +123,16 @@ def _hf_lora(case: Case, inside: Sequence[Callable[[nn.Module], AbstractContextM
     return Step(model, case.inputs(), inside=inside)
 
 
+def peft_config(**options: Any) -> LoraConfig:
+    """peft's configuration for BERT's q, k, v and o under a classification head."""
+    targets = ["query", "key", "value", "attention.output.dense"]
+    return LoraConfig(target_modules=targets, task_type=TaskType.SEQ_CLS, **options)
+
+
 def peft_step(case: Case) -> Step:
     """peft as its users run it: fp32 weights, and autocast for bf16."""
-    config = LoraConfig(
-        r=case.rank,
-        lora_alpha=16,
-        lora_dropout=case.dropout,
-        target_modules=PEFT_TARGETS,
-        layers_to_transform=list(case.adapted),
-        task_type=TaskType.SEQ_CLS,
+    config = peft_config(
+        r=case.rank, lora_alpha=16, lora_dropout=case.dropout, layers_to_transform=list(case.adapted)
     )
     model = get_peft_model(case.model(), config).train()
     return Step(model, case.inputs(), autocast=case.precision == "bf16")

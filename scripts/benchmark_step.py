@@ -14,8 +14,6 @@ import argparse
 import gc
 import json
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,6 +29,7 @@ from benchmarks import (
     reset_peak,
     resident_mb,
     summary,
+    timed,
     write_json,
 )
 
@@ -60,13 +59,12 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     del steps
     gc.collect()
     milliseconds = {name: [1000 * second for second in seconds] for name, seconds in times.items()}
+    to_peft, to_bound = (summary(milliseconds, reference=side) for side in ("peft", "bound"))
     return {
         **asdict(case),
         "ms": summary(milliseconds),
-        "hf_lora/peft": summary(milliseconds, reference="peft")["hf_lora"]["ratio"],
-        "hf_lora/bound": summary(milliseconds, reference="bound")["hf_lora"]["ratio"],
-        "whole block/bound": summary(milliseconds, reference="bound")["whole block"]["ratio"],
-        "peft/bound": summary(milliseconds, reference="bound")["peft"]["ratio"],
+        "hf_lora/peft": to_peft["hf_lora"]["ratio"],
+        **{f"{side}/bound": to_bound[side]["ratio"] for side in ("hf_lora", "whole block", "peft")},
     }
 
 
@@ -95,17 +93,8 @@ def siblings(rounds: int) -> dict[str, Any]:
     sides = {"apart": apart, "together": together}
     for side in sides.values():
         side()
-    times = paired({name: _timed(side) for name, side in sides.items()}, 10 * rounds)
+    times = paired({name: timed(side) for name, side in sides.items()}, 10 * rounds)
     return summary({name: [1000 * s for s in seconds] for name, seconds in times.items()}, reference="apart")
-
-
-def _timed(step: Callable[[], None]) -> Callable[[], float]:
-    def seconds() -> float:
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-
-    return seconds
 
 
 def memory(side: str, case: Case) -> dict[str, float]:

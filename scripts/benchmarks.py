@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.metadata
 import json
 import os
@@ -11,6 +12,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -77,6 +79,18 @@ def paired(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, l
         for name, side in sides.items():
             figures[name].append(side())
     return figures
+
+
+def timed(act: Callable[[], object]) -> Callable[[], float]:
+    """A side for `paired`: the seconds that `act` takes, with garbage collected before."""
+
+    def seconds() -> float:
+        gc.collect()
+        start = time.perf_counter()
+        act()
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def summary(

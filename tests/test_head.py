@@ -81,3 +81,10 @@ def test_inputs_of_the_right_type_are_not_touched():
     expected = model(**tiny_inputs("bert")).logits
     cast_inputs(model, ["classifier"])
     assert torch.equal(model(**tiny_inputs("bert")).logits, expected)
+
+
+def test_casting_the_inputs_again_adds_nothing():
+    model = tiny_model("bert")
+    for _ in range(2):
+        cast_inputs(model, ["classifier"])
+    assert len(model.classifier._forward_pre_hooks) == 1

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_lora"
 LEVELS = (
     ("version", "registry", "atomic", "sidecar", "arguments", "adapter_arguments", "tables"),
-    ("dropout", "fingerprint", "bundled", "precision", "class_weights", "prefix_store", "modes"),
+    ("dropout", "fingerprint", "bundled", "precision", "class_weights", "prefix_store", "probing"),
     ("training_arguments",),
     ("batching", "collation", "evaluation_order"),
     ("batch_plan",),
