@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hf_lora import peft_format, sidecar
@@ -28,12 +28,18 @@ from hf_lora.inject import (
     remove_lora,
 )
 from hf_lora.sidecar import AdapterInfo, BaseModel
+from hf_lora.targets import find_targets
 from hf_lora.tensors import adapter_tensors, load_tensors
+from hf_lora.untrusted import MAX_JSON_BYTES, parse_object, parse_tensors, read_bytes
 from hf_lora.version import __version__
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _DIGESTED = (TENSORS, CONFIG)
+# Tensors of this rank may be made before their shapes are compared.
+_SMALL_RANK = 1024
+# For all patterns and modules of an adapter; honest ones take milliseconds.
+_PATTERNS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,9 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
 
 def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True) -> LoRAConfig:
     """Put an adapter that was read into a plain model, as `load_adapter` does."""
-    inject_lora(model, files.config, head=_head_in(files, model), blank=True)
+    head = _head_in(files, model)
+    _check_ranks(model, files, head)
+    inject_lora(model, files.config, head=head, blank=True)
     try:
         if check_base and files.info is not None:
             _check_fingerprint(model, files)
@@ -143,10 +151,13 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
                 f"not an adapter directory; {name} is missing in {str(directory)!r}; got {present}"
             )
     # Each file is read once, so that what is checked is what is used.
-    contents = {name: (directory / name).read_bytes() for name in _DIGESTED}
+    contents = {
+        name: read_bytes(directory, name, limit=limit)
+        for name, limit in ((TENSORS, None), (CONFIG, MAX_JSON_BYTES))
+    }
     info = None
     if (directory / sidecar.FILE).is_file():
-        text = (directory / sidecar.FILE).read_text(encoding="utf-8")
+        text = read_bytes(directory, sidecar.FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
         info = AdapterInfo.from_json(text, str(directory / sidecar.FILE))
         for name, expected in info.sha256.items():
             if name in _DIGESTED and _sha256(contents[name]) != expected:
@@ -154,12 +165,11 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
                     f"{name} in {str(directory)!r} was changed after it was written; its sha256 is not the one in "
                     f"{sidecar.FILE}; restore it, or delete {sidecar.FILE} to load the files as a bare PEFT adapter"
                 )
-    try:
-        peft_config = json.loads(contents[CONFIG].decode("utf-8"))
-        tensors = safetensors.torch.load(contents[TENSORS])
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"the adapter in {str(directory)!r} cannot be read: {error}") from None
+    peft_config = parse_object(contents[CONFIG], str(directory / CONFIG))
+    tensors = parse_tensors(contents[TENSORS], str(directory / TENSORS))
     lora = info.lora if info else None
+    if info is not None:
+        _check_label_count(info, tensors, directory)
     config = peft_format.from_peft(peft_config, tensors) if lora is None else LoRAConfig.from_dict(lora)
     return AdapterFiles(directory, config, peft_config, tensors, info)
 
@@ -192,6 +202,39 @@ def _info_from_config(model: nn.Module) -> AdapterInfo:
             getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
         ),
     )
+
+
+def _check_label_count(info: AdapterInfo, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """More labels than any tensor has rows have no head: none is made for them."""
+    rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.ndim), default=0)
+    if len(info.labels) > rows:
+        raise ValueError(
+            f"{sidecar.FILE} in {str(directory)!r} lists {len(info.labels)} labels; got no head of that size in "
+            f"{TENSORS}; expected at most {rows}"
+        )
+
+
+def _check_ranks(model: nn.Module, files: AdapterFiles, head: list[str]) -> None:
+    """Refuse ranks that the file's tensors do not have before anything of that size is made."""
+    rows: dict[str, int] = {}
+    for key, tensor in files.tensors.items():
+        for end in (".lora_A.weight", ".lora_embedding_A"):
+            if key.endswith(end) and tensor.ndim:
+                rows[key.removeprefix(peft_format.PREFIX).removesuffix(end)] = tensor.shape[0]
+    deadline = time.monotonic() + _PATTERNS_SECONDS
+    for target in find_targets(model, files.config, head):
+        rank = files.config.rank_of(target.name)
+        files.config.alpha_of(target.name)
+        if rank > max(rows.get(target.name, 0), _SMALL_RANK):
+            raise ValueError(
+                f"the adapter in {str(files.directory)!r} has another rank in its configuration than in its tensors "
+                f"at {target.name!r}; got {rank}; expected {rows.get(target.name, 'no tensors')}"
+            )
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"the patterns of the adapter in {str(files.directory)!r} take too long to match; expected less than "
+                f"{_PATTERNS_SECONDS:g} s; use module names"
+            )
 
 
 def _check_fingerprint(model: nn.Module, files: AdapterFiles) -> None:

@@ -27,8 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("HF_LORA_TRACEBACK"):
             raise
-        print(f"hf-lora: {' '.join(str(error).split())}", file=sys.stderr)
+        if _first_to_fail():
+            from hf_lora.tables import printable
+
+            print(f"hf-lora: {_process()}{printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+    except Exception:
+        if _first_to_fail():
+            raise
+        return 1  # another process of this run has failed and said why; this one has only lost it
     except KeyboardInterrupt:
         print("hf-lora: interrupted", file=sys.stderr)
         return 130
@@ -138,11 +145,32 @@ def _train(argv: list[str]) -> int:
 
         print(make_training_parser().format_help())
         return 0
+    from hf_lora.launching import relaunched, take_launch_options
+
+    launch, argv = take_launch_options(argv)
+    if launch is not None:
+        return relaunched(launch, argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    from hf_lora.processes import leave
     from hf_lora.training import run_training
 
     run_training(argv)
+    leave()
     return 0
+
+
+def _first_to_fail() -> bool:
+    """Whether an error is this process's own to tell: one message for a run of several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from hf_lora.processes import first_to_fail
+
+    return first_to_fail()
+
+
+def _process() -> str:
+    """Which process of several speaks."""
+    return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _quiet_libraries() -> None:

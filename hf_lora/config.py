@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from hf_lora.architectures import ROLES
 from hf_lora.initializers import INITIALIZERS
 from hf_lora.registry import Registry
+from hf_lora.untrusted import check_pattern, full_match, shortened
 from hf_lora.update import VARIANTS
 
 # The factor of B A for a rank and alpha (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
@@ -66,20 +66,29 @@ class LoRAConfig:
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is not a probability; got {self.dropout!r}; expected 0 <= dropout < 1")
+            raise ValueError(
+                f"dropout is not a probability; got {shortened(self.dropout)}; expected 0 <= dropout < 1"
+            )
         object.__setattr__(self, "projections", _checked_projections(self.projections))
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
         object.__setattr__(self, "layers", _checked_layers(self.layers))
-        for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-            _check_pattern("rank_pattern", pattern)
-        for pattern, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-            _check_pattern("alpha_pattern", pattern)
+        for what, patterns, check in (
+            ("rank_pattern", self.rank_pattern, _check_rank),
+            ("alpha_pattern", self.alpha_pattern, _check_alpha),
+        ):
+            if not isinstance(patterns, Mapping):
+                raise ValueError(
+                    f"{what} is no mapping; got {shortened(patterns)}; expected {{pattern: number}}"
+                )
+            for pattern, value in patterns.items():
+                check_pattern(what, pattern)
+                check(f"{what}[{shortened(pattern)}]", value)
         if self.bias not in BIAS_MODES:
-            raise ValueError(f"unknown bias mode; got {self.bias!r}; expected one of {', '.join(BIAS_MODES)}")
+            raise ValueError(
+                f"unknown bias mode; got {shortened(self.bias)}; expected one of {', '.join(BIAS_MODES)}"
+            )
         if self.form not in FORMS:
-            raise ValueError(f"unknown form; got {self.form!r}; expected one of {', '.join(FORMS)}")
+            raise ValueError(f"unknown form; got {shortened(self.form)}; expected one of {', '.join(FORMS)}")
         INITIALIZERS.get(self.init)
         VARIANTS.get(self.variant)
         SCALINGS.get(self.scaling)
@@ -107,13 +116,15 @@ class LoRAConfig:
         known = {entry.name for entry in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"unknown LoRAConfig keys; got {unknown}; expected some of {sorted(known)}")
+            raise ValueError(
+                f"unknown LoRAConfig keys; got {shortened(unknown)}; expected some of {sorted(known)}"
+            )
         return cls(**values)
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a PEFT pattern key applies to a module: the pattern must match the end of its dotted name."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return full_match(rf"(.*\.)?({pattern})", name)
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -121,35 +132,33 @@ def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _check_rank(what: str, rank: object) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(
-            f"{what} is not a rank; got {rank!r}; expected a whole number of at least 1, such as 8"
+            f"{what} is not a rank; got {shortened(rank)}; expected a whole number of at least 1, such as 8"
         )
 
 
 def _check_alpha(what: str, alpha: object) -> None:
     if not _is_number(alpha) or alpha <= 0:  # type: ignore[operator]
-        raise ValueError(f"{what} is not usable; got {alpha!r}; expected a number above 0, such as 16")
-
-
-def _check_pattern(what: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
         raise ValueError(
-            f"{what} has an invalid pattern; got {pattern!r}; expected a regular expression ({error})"
-        ) from None
+            f"{what} is not usable; got {shortened(alpha)}; expected a number above 0, such as 16"
+        )
 
 
 def _checked_projections(projections: str) -> str:
     letters = "".join(projections) if isinstance(projections, list | tuple | set) else projections
     if not isinstance(letters, str) or not letters or set(letters) - set(ROLES):
         raise ValueError(
-            f"projections are not roles; got {projections!r}; expected letters of {ROLES!r}, such as 'qv'; "
+            f"projections are not roles; got {shortened(projections)}; expected letters of {ROLES!r}, such as 'qv'; "
             "for modules by name use target_modules"
         )
     return "".join(role for role in ROLES if role in letters)
@@ -159,12 +168,12 @@ def _checked_targets(targets: Sequence[str] | str | None) -> tuple[str, ...] | s
     if targets is None:
         return None
     if isinstance(targets, str):
-        _check_pattern("target_modules", targets)
+        check_pattern("target_modules", targets)
         return targets
-    names = tuple(targets)
+    names = tuple(targets) if isinstance(targets, Sequence | set | frozenset) else ()
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(
-            f"target_modules is not usable; got {targets!r}; expected module names such as ['query', 'value'], "
+            f"target_modules is not usable; got {shortened(targets)}; expected names such as ['query', 'value'], "
             "a regular expression, or 'all-linear'"
         )
     return tuple(dict.fromkeys(names))
@@ -173,7 +182,9 @@ def _checked_targets(targets: Sequence[str] | str | None) -> tuple[str, ...] | s
 def _checked_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
-    numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+    numbers = (layers,) if isinstance(layers, int) else tuple(layers) if isinstance(layers, Sequence) else ()
     if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise ValueError(f"layers are not block numbers; got {layers!r}; expected such as [0, 1] or [-2, -1]")
+        raise ValueError(
+            f"layers are not block numbers; got {shortened(layers)}; expected such as [0, 1] or [-2, -1]"
+        )
     return tuple(dict.fromkeys(numbers))

@@ -162,6 +162,8 @@ def load_trained(
             f"the adapter in {str(directory)!r} names no base model; pass base='<Hub id or directory>'"
         )
     info = files.info or _info_of_foreign(files, base)
+    # Never by what the adapter names, nor by a question on the terminal.
+    hub.setdefault("trust_remote_code", False)
     revision = info.base_model.revision if base == info.base_model.name_or_path else None
     model, missing = load_base(
         base, info.labels, problem_type=info.problem_type, revision=revision, dtype=dtype, **hub
@@ -176,7 +178,7 @@ def load_trained(
     injection(model).info = info
     has_tokenizer = (Path(directory) / "tokenizer_config.json").is_file()
     tokenizer = (
-        AutoTokenizer.from_pretrained(directory)
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         if has_tokenizer
         else load_tokenizer(base, revision=revision, **hub)
     )

@@ -13,6 +13,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.head import belongs_to
 from hf_lora.inject import Injection, lora_layers
 from hf_lora.targets import has_suffix
+from hf_lora.untrusted import check_types, shortened
 from hf_lora.update import VARIANTS
 
 PREFIX = "base_model.model."
@@ -35,6 +36,21 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # Initializations that leave the base weights as they are; the others rewrite them on load.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# What the keys that are read may hold besides null.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "target_modules": (list, str),
+    "modules_to_save": (list,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "bias": (str,),
+    "use_dora": (bool,),
+    "use_rslora": (bool,),
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+}
 _FACTOR_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
@@ -73,27 +89,37 @@ def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
     that the configuration does not name.
     """
     if values.get("peft_type") != "LORA":
-        raise ValueError(f"not a LoRA adapter; got peft_type={values.get('peft_type')!r}; expected 'LORA'")
+        raise ValueError(
+            f"not a LoRA adapter; got peft_type={shortened(values.get('peft_type'))}; expected 'LORA'"
+        )
+    check_types(values, _KINDS, "the adapter's PEFT configuration")
     for key, unused in _UNSUPPORTED.items():
         if values.get(key) not in unused:
-            raise ValueError(f"the adapter uses {key}, which hf_lora does not support; got {values[key]!r}")
+            raise ValueError(
+                f"the adapter uses {key}, which hf_lora does not support; got {shortened(values[key])}"
+            )
     init = values.get("init_lora_weights", True)
     if init not in _HARMLESS_INITS:
         raise ValueError(
-            f"the adapter's init_lora_weights={init!r} rewrites the base weights on load, which hf_lora refuses; "
+            f"the adapter's init_lora_weights={shortened(init)} rewrites the base weights on load, which is refused; "
             "convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     return LoRAConfig(
-        rank=values.get("r", 8),
-        alpha=values.get("lora_alpha", 8),
-        dropout=values.get("lora_dropout", 0.0),
+        rank=_given(values, "r", 8),
+        alpha=_given(values, "lora_alpha", 8),
+        dropout=_given(values, "lora_dropout", 0.0),
         target_modules=_adapted_modules(keys, values.get("target_modules")),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
-        bias=values.get("bias", "none"),
+        bias=_given(values, "bias", "none"),
         variant="dora" if values.get("use_dora") else "lora",
         scaling="rslora" if values.get("use_rslora") else "standard",
     )
+
+
+def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = values.get(key)
+    return default if value is None else value
 
 
 def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
@@ -111,7 +137,8 @@ def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
         stray = [name for name in names if not any(has_suffix(name, str(suffix)) for suffix in declared)]
         if stray:
             raise ValueError(
-                f"the adapter's tensors and its target_modules disagree; got {stray[0]!r}; expected one of {declared}"
+                f"the adapter's tensors and its target_modules disagree; got {shortened(stray[0])}; "
+                f"expected one of {shortened(declared)}"
             )
     return names
 

@@ -162,8 +162,8 @@ class FrozenPrefix:
             )
 
 
-def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The outermost list that the adapted modules lie in, and its dotted name."""
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost `nn.ModuleList`s that the adapted modules lie in, by dotted name."""
     found: dict[str, nn.ModuleList] = {}
     for target in injection(model).targets:
         parts = target.module.split(".")
@@ -172,6 +172,12 @@ def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         outermost = next(((name, m) for name, m in lists if isinstance(m, nn.ModuleList)), None)
         if outermost is not None:
             found.setdefault(*outermost)
+    return found
+
+
+def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The one list of blocks that the adapted modules lie in, and its dotted name."""
+    found = block_lists(model)
     if len(found) != 1:
         raise ValueError(
             f"cache_frozen_prefix needs one list of blocks that holds the adapted modules; got {len(found)} in "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -29,12 +29,15 @@ class Registry(Generic[K, V]):
 
     def get(self, key: K) -> V:
         """The entry of `key`. Raises ValueError that names the known keys and the closest of them."""
-        if key in self._entries:
+        # What cannot be a key, such as a list out of a file, is unknown too.
+        if isinstance(key, Hashable) and key in self._entries:
             return self._entries[key]
         names = [str(name) for name in self._entries]
         close = difflib.get_close_matches(str(key), names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown {self.what}; got {key!r}; expected one of {', '.join(names)}{hint}")
+        raise ValueError(
+            f"unknown {self.what}; got {repr(key)[:80]}; expected one of {', '.join(names)}{hint}"
+        )
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries

@@ -7,9 +7,26 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from hf_lora.untrusted import check_types, parse_object, shortened
+
 FILE = "hf_lora.json"
 FORMAT_VERSION = 1
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+# What each key may hold besides null.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "problem_type": (str,),
+    "max_length": (int,),
+    "text_columns": (list,),
+    "projections": (str,),
+    "lora": (dict,),
+    "base_model": (dict,),
+    "metrics": (dict,),
+    "sha256": (dict,),
+    "hf_lora_version": (str,),
+    "transformers_version": (str,),
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +71,7 @@ class AdapterInfo:
     @classmethod
     def from_json(cls, text: str, source: str = FILE) -> AdapterInfo:
         """Parse the file's text. Raises ValueError, naming `source`, for anything but what `to_json` writes."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{source} is not a JSON object; got {type(values).__name__}")
+        values = parse_object(text.encode("utf-8", "surrogatepass"), source)
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
@@ -68,13 +80,22 @@ class AdapterInfo:
             )
         unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
         if unknown:
-            raise ValueError(f"{source} has unknown keys; got {unknown}")
+            raise ValueError(f"{source} has unknown keys; got {shortened(unknown)}")
         labels = values.get("labels")
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"{source} has no usable labels; got {labels!r}; expected a list of strings")
+            raise ValueError(
+                f"{source} has no usable labels; got {shortened(labels)}; expected a list of strings"
+            )
+        check_types(values, _KINDS, source)
         base = values.pop("base_model", None) or {}
+        check_types(base, dict.fromkeys((entry.name for entry in fields(BaseModel)), (str,)), source)
+        digests = values.get("sha256") or {}
+        check_types(digests, dict.fromkeys(digests, (str,)), source)
         try:
-            info = cls(**{**values, "base_model": BaseModel(**base)})
+            info = cls(
+                **{name: value for name, value in values.items() if value is not None},
+                base_model=BaseModel(**base),
+            )
         except TypeError as error:
             raise ValueError(f"{source} cannot be read: {error}") from None
-        return replace(info, labels=tuple(labels), text_columns=tuple(info.text_columns or ()))
+        return replace(info, labels=tuple(labels), text_columns=tuple(info.text_columns))

@@ -18,6 +18,7 @@ from hf_lora.layers import LAYER_TYPES
 from hf_lora.layouts import layout_of
 from hf_lora.parametrization import is_adaptable
 from hf_lora.quantized import layer_type_of
+from hf_lora.untrusted import full_match
 
 ALL_LINEAR = "all-linear"
 
@@ -156,7 +157,7 @@ def _by_name(
         return [name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
     everything = [*names, *bare]
     if isinstance(wanted, str):
-        found = [name for name in everything if re.fullmatch(wanted, name)]
+        found = [name for name in everything if full_match(wanted, name)]
         if not found:
             raise ValueError(
                 f"target_modules matches nothing; got the expression {wanted!r}, which must match a whole name; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -9,30 +10,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_lora.acceleration import fast_training
 from hf_lora.atomic import write_text
 from hf_lora.batch_plan import by_length, training_plan
 from hf_lora.batching import EpochBatches, token_lengths, with_batches
-from hf_lora.checkpoint import TENSORS, adapter_info, read_adapter, save_adapter
+from hf_lora.checkpoint import adapter_info, save_adapter
+from hf_lora.checkpointing import CheckpointingTrainer
 from hf_lora.class_weights import class_weights
 from hf_lora.collation import quick_collator
 from hf_lora.evaluation_order import LongestFirst, metrics_in_order, order_of, restored
+from hf_lora.fingerprint import fingerprint
 from hf_lora.first_token import first_token_only
-from hf_lora.inject import head_parameters, injection, trainable_parameter_count
+from hf_lora.inject import base_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CardFacts, render_card
+from hf_lora.parameter_groups import has_own_rates, parameter_groups
+from hf_lora.preemption import saving_on_sigterm
 from hf_lora.prefix_cache import ordinary, prefix_cache
-from hf_lora.tensors import load_tensors
+from hf_lora.processes import check_equal, keep_frozen_local, mean_shares, process_count
+from hf_lora.sharding import check_fsdp, name_blocks
+from hf_lora.version import __version__
 
-# Prefixes that wrappers put into parameter names: FSDP1, torch.compile, DDP.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "module.")
 
-
-class LoRATrainer(Trainer):
+class LoRATrainer(CheckpointingTrainer):
     """Trainer for a model with LoRA: the same signature, adapter-only checkpoints, strict loading.
 
     The optimizer holds LoRA, head and trained biases and nothing else. Losses under gradient accumulation
@@ -60,6 +66,11 @@ class LoRATrainer(Trainer):
             self.data_collator = quick_collator(self.data_collator)
         self.facts = CardFacts()
         self._replaying: Callable[[Any], AbstractContextManager[None]] = ordinary
+        self._shares: dict[int, float] = {}
+        self._share = 1.0
+        if self.is_fsdp_enabled:
+            check_fsdp(self.accelerator.state.fsdp_plugin)
+            name_blocks(self.model)
         self._class_weights = class_weights(
             getattr(self.args, "class_weights", None),
             self.train_dataset,
@@ -69,23 +80,49 @@ class LoRATrainer(Trainer):
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own with `acceleration`, without work for unread tokens, and with a cached prefix if asked for."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own with `acceleration`, without work for unread tokens, and with a cached prefix if asked for.
+
+        resume_from_checkpoint: a directory, or True for the newest whole checkpoint in `args.output_dir`.
+        SIGTERM saves a checkpoint and raises `hf_lora.preemption.Preempted`, which exits with 143.
+        Raises ValueError for a checkpoint that is not whole, and where processes do not train the same.
+        """
+        resume = self.checkpoint_to_resume(resume_from_checkpoint)
+        if process_count() > 1:
+            self._check_processes()
+            self._remember_base()
+            keep_frozen_local(self.model)
+        if resume is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Before the model is sharded; for the rest Trainer does so itself.
+            self._load_adapter_checkpoint(resume)
         with (
             fast_training(self.model),
             first_token_only(self.model),
             prefix_cache(self) as self._replaying,
+            saving_on_sigterm(self),
         ):
             try:
-                return super().train(*args, **kwargs)
+                return super().train(resume, *args, **kwargs)
             finally:
                 self._replaying = ordinary
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Trainer's own; notes the share that each batch's mean loss has in the mean over the step's examples."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        sizes = [find_batch_size(batch) or 0 for batch in batches]
+        shares = mean_shares(sizes, self.args.device)
+        self._shares = dict(zip(map(id, batches), shares, strict=True))
+        return batches, items
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's own, with the outputs of a cached prefix in the place of the blocks that gave them."""
+        self._share = self._shares.get(id(inputs), 1.0)
         inputs = self._prepare_inputs(inputs)
-        with self._replaying(inputs):
-            return super().training_step(model, inputs, *args, **kwargs)
+        try:
+            with self._replaying(inputs):
+                return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self._share = 1.0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches: of similar length, or within a budget of tokens, where the arguments say so."""
@@ -116,9 +153,12 @@ class LoRATrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each (learning rate, weight decay) that LoRA+, head rate and decay give."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self._has_own_rates():
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and has_own_rates(self.args):
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(self._parameter_groups(model or self.model), **kwargs)
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = optimizer_class(
+                parameter_groups(model or self.model, self.model, self.args, decayed), **kwargs
+            )
         optimizer = super().create_optimizer(model)
         self._check_optimizer(optimizer)
         return optimizer
@@ -130,9 +170,20 @@ class LoRATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; with class weights, the weighted one, label smoothing included."""
+        """The model's own loss; with class weights, the weighted one, label smoothing included.
+
+        In training it is multiplied so that gradients are of the mean over all examples of a step, however they
+        are divided over processes and accumulated batches.
+        """
+        loss, outputs = self._loss(model, inputs, num_items_in_batch)
+        loss = loss if self._share == 1.0 else loss * self._share
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
         if self._class_weights is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, True, items)
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs["logits"]
@@ -143,7 +194,7 @@ class LoRATrainer(Trainer):
             loss = F.cross_entropy(
                 logits.float(), labels, weight=weights, label_smoothing=self.args.label_smoothing_factor
             )
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def create_model_card(self, **_: Any) -> None:
         """Write `README.md` into the output directory from what was measured."""
@@ -168,32 +219,7 @@ class LoRATrainer(Trainer):
             tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
             metrics=self.facts.metrics,
             texts={"README.md": self._card()},
-            state_dict=state_dict,
         )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._load_adapter_checkpoint(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_adapter_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_adapter_checkpoint(self, directory: str) -> None:
-        files = read_adapter(directory)
-        config = injection(self.model).config
-        for target in injection(self.model).targets:
-            saved, own = files.config.scaling_of(target.name), config.scaling_of(target.name)
-            if saved != own:
-                raise ValueError(
-                    f"the checkpoint {directory!r} has another scaling (alpha / rank) at {target.name!r}; "
-                    f"got {saved:g}; expected {own:g}; resume with the rank and alpha it was trained with"
-                )
-        load_tensors(self.model, files.tensors, source=str(Path(directory) / TENSORS))
 
     def _card(self) -> str:
         model = self.accelerator.unwrap_model(self.model)
@@ -206,31 +232,21 @@ class LoRATrainer(Trainer):
             log_history=self.state.log_history,
         )
 
-    def _has_own_rates(self) -> bool:
-        return any(
-            getattr(self.args, name, None) is not None for name in ("head_learning_rate", "lora_plus_ratio")
+    def _check_processes(self) -> None:
+        """Every process must start from the same weights, data and versions."""
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        lengths = token_lengths(self.train_dataset)
+        digest = (
+            "of unknown length" if lengths is None else hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
         )
-
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        decayed = set(self.get_decay_parameter_names(model))
-        rates = self._own_rates()
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                rate = rates.get(_unwrapped(name), float(self.args.learning_rate))
-                decay = self.args.weight_decay if name in decayed else 0.0
-                groups.setdefault((rate, decay), []).append(parameter)
-        return [
-            {"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()
-        ]
-
-    def _own_rates(self) -> dict[str, float]:
-        """The learning rates of the parameters that have one of their own, by name in the plain model."""
-        rate = float(self.args.learning_rate)
-        head_rate = getattr(self.args, "head_learning_rate", None) or rate
-        ratio = getattr(self.args, "lora_plus_ratio", None) or 1.0
-        rates = dict.fromkeys(head_parameters(self.model), head_rate)
-        return rates | {f"{p.layer}.lora_B": rate * ratio for p in injection(self.model).placements}
+        check_equal(
+            {
+                "hf_lora, torch or transformers": f"{__version__}, {torch.__version__}, {transformers.__version__}",
+                "base model": fingerprint(base_parameters(self.model)),
+                "adapter and head at the start": fingerprint(trained),
+                "training set": digest,
+            }
+        )
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing trained may be missing from the optimizer: the head made after it is the classic case."""
@@ -257,9 +273,3 @@ def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         quantized._hf_peft_config_loaded = False
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

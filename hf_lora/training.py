@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from hf_lora.model_card import CardFacts
 from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
 from hf_lora.precision import choose_precision
-from hf_lora.run_directory import prepare_output
+from hf_lora.processes import on_first
+from hf_lora.run_directory import prepare_output, reserved
+from hf_lora.sharding import whole_weights
 from hf_lora.tables import print_class_errors, print_table
 from hf_lora.trainer import LoRATrainer
 from hf_lora.training_arguments import LoRATrainingArguments
@@ -44,7 +47,18 @@ def run_training(argv: list[str]) -> dict[str, Any]:
     config = lora_config(lora_args)
     if run_args.dry_run:
         return dry_run(model_args, config, args)
-    resume = prepare_output(args, run_args)
+    with reserved(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        return _run(model_args, data_args, config, run_args, args)
+
+
+def _run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: LoRAConfig,
+    run_args: RunArguments,
+    args: LoRATrainingArguments,
+) -> dict[str, Any]:
+    resume = on_first(lambda: prepare_output(args, run_args))
     set_seed(args.seed)
     if not torch.cuda.is_available():
         args.dataloader_pin_memory = False  # has no effect without a GPU but a warning at every epoch
@@ -61,20 +75,26 @@ def run_training(argv: list[str]) -> dict[str, Any]:
     )
     # Once more, so that the head and A do not depend on what the data preparation drew.
     set_seed(args.seed)
-    model, tokenizer = load_classifier(
-        model_args.model_name_or_path,
-        data.labels,
-        config,
-        problem_type=data.problem_type,
-        max_length=data.max_length,
-        text_columns=data.text_columns,
-        revision=model_args.model_revision,
-        dtype=precision.dtype,
-        **hub,
-    )
+    with whole_weights():
+        model, tokenizer = load_classifier(
+            model_args.model_name_or_path,
+            data.labels,
+            config,
+            problem_type=data.problem_type,
+            max_length=data.max_length,
+            text_columns=data.text_columns,
+            revision=model_args.model_revision,
+            dtype=precision.dtype,
+            **hub,
+        )
     report = verify_injection(model, probe_batch(model, tokenizer), allow_unused=True)
+    if args.ddp_find_unused_parameters is None:
+        # Looking for them costs a walk through the graph at every step; the probe has just looked.
+        args.ddp_find_unused_parameters = bool(report.unused)
     if args.process_index == 0:
         print(trainable_parameter_count(model), precision, report, sep="\n", flush=True)
+        if args.world_size > 1:
+            print(f"processes: {args.world_size} ({args.parallel_mode.value})", flush=True)
     trainer = make_trainer(model, tokenizer, data, args, run_args)
     trainer.facts = CardFacts(
         model_name=Path(args.output_dir).name,

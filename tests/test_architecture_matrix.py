@@ -1,12 +1,6 @@
 """Every check for every entry of the table: an entry with a tiny configuration is tested with no new test code."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
 from architecture_checks import CHECKS, run_checks
 
 from hf_lora.architectures import ARCHITECTURES

@@ -1,12 +1,7 @@
 """The benchmarks compare what they say: the same network, and gradients for the same parameters."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import benchmark_sides
+import pytest
 from benchmark_sides import STEPS, Case
 
 TINY = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}

@@ -7,18 +7,11 @@ import platform
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import tiny_classifier
-
-from hf_lora import LoRAConfig, TextClassifier, inject_lora, lora_disabled
-from hf_lora.inject import is_injected
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
 import benchmark_inference
 import benchmark_load
 import benchmarks
+import pytest
+import torch
 from benchmarks import (
     add_output_arguments,
     in_process,
@@ -31,6 +24,10 @@ from benchmarks import (
     summary,
     write_json,
 )
+from conftest import tiny_classifier
+
+from hf_lora import LoRAConfig, TextClassifier, inject_lora, lora_disabled
+from hf_lora.inject import is_injected
 
 SCRIPTS = Path(benchmarks.__file__).parent
 Captured = pytest.CaptureFixture[str]

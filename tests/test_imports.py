@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_lora"
 LEVELS = (
-    ("version", "registry", "atomic", "sidecar", "arguments", "adapter_arguments", "tables"),
+    ("version", "registry", "atomic", "arguments", "adapter_arguments", "tables", "untrusted", "processes"),
+    ("sidecar", "checkpoints", "preemption", "launching"),
     ("dropout", "fingerprint", "bundled", "precision", "class_weights", "prefix_store", "probing"),
     ("training_arguments",),
     ("batching", "collation", "evaluation_order"),
@@ -25,10 +26,11 @@ LEVELS = (
     ("targets",),
     ("inject",),
     ("prefix",),
-    ("prefix_cache",),
+    ("prefix_cache", "sharding", "parameter_groups"),
     ("peft_format",),
     ("tensors",),
     ("checkpoint",),
+    ("checkpointing",),
     ("adapter_values",),
     ("arithmetic",),
     ("extract",),

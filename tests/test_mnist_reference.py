@@ -18,7 +18,6 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
 import mnist_data  # noqa: E402
 import mnist_mlp  # noqa: E402

@@ -1,0 +1,160 @@
+"""Checkpoints are whole or not there: staged, summed, renamed, found again, rotated."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from hf_lora.checkpoints import (
+    CHECKSUMS,
+    checkpoints,
+    clear_leftovers,
+    newest_complete,
+    problem,
+    rotate,
+    writing_checkpoint,
+)
+
+
+def write(output: Path, step: int, text: str = "state") -> Path:
+    """A checkpoint with three files, one of them in a folder."""
+    target = output / f"checkpoint-{step}"
+    with writing_checkpoint(target) as folder:
+        (folder / "state.json").write_text(text)
+        (folder / "weights.bin").write_bytes(bytes(range(200)))
+        (folder / "more").mkdir()
+        (folder / "more" / "rng.pth").write_bytes(b"random")
+    return target
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in output.iterdir())
+
+
+def test_a_checkpoint_appears_whole_with_the_digests_of_its_files(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint-3"
+    with writing_checkpoint(target) as folder:
+        (folder / "state.json").write_text("hello")
+        assert not target.exists() and checkpoints(tmp_path) == []
+    assert names(tmp_path) == ["checkpoint-3"] and problem(target) is None
+    listed = json.loads((target / CHECKSUMS).read_text())["files"]
+    # sha256 of "hello".
+    digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    assert listed == {"state.json": {"bytes": 5, "sha256": digest}}
+
+
+def test_an_error_leaves_no_trace_and_the_older_one_untouched(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    with pytest.raises(RuntimeError, match="boom"), writing_checkpoint(tmp_path / "checkpoint-2") as folder:
+        (folder / "state.json").write_text("half")
+        raise RuntimeError("boom")
+    assert names(tmp_path) == ["checkpoint-1"] and problem(tmp_path / "checkpoint-1") is None
+
+
+def test_only_the_writer_makes_and_names_the_folder(tmp_path: Path) -> None:
+    target, waits = tmp_path / "checkpoint-1", []
+    (tmp_path / ".checkpoint-1.partial").mkdir()
+    with writing_checkpoint(target, writes=False, wait=lambda: waits.append(names(tmp_path))) as folder:
+        (folder / "rng_state_1.pth").write_bytes(b"mine")
+    assert len(waits) == 3 and names(tmp_path) == [".checkpoint-1.partial"]
+
+
+def test_a_file_cut_off_at_any_byte_is_seen_and_the_one_before_is_used(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    files = [path for path in sorted(newer.rglob("*")) if path.is_file()]
+    for path in files:
+        content = path.read_bytes()
+        for length in {
+            0,
+            1,
+            len(content) // 2,
+            len(content) - 1,
+            *random.Random(0).sample(range(len(content)), 3),
+        }:
+            path.write_bytes(content[:length])
+            chosen, broken = newest_complete(tmp_path)
+            assert chosen == older and list(broken) == [newer], (path.name, length)
+        path.write_bytes(content)
+    assert newest_complete(tmp_path) == (newer, {})
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda c: (c / "state.json").unlink(), "state.json is missing"),
+        (lambda c: (c / "state.json").write_text("stats"), "state.json was changed"),
+        (lambda c: (c / "state.json").write_text("longer"), "has 6 bytes, expected 5"),
+        (lambda c: (c / CHECKSUMS).unlink(), "checksums.json is missing"),
+        (lambda c: (c / CHECKSUMS).write_text("[]"), "cannot be read"),
+        (lambda c: (c / CHECKSUMS).write_text('{"files": {"a": 1}}'), "cannot be read"),
+        (
+            lambda c: (c / CHECKSUMS).write_text('{"files": {"../x": {"bytes": 1, "sha256": "a"}}}'),
+            "names a file outside",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(harm, message: str, tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, 1)
+    harm(checkpoint)
+    assert message in str(problem(checkpoint))
+
+
+def test_order_is_by_number_and_other_names_are_left_alone(tmp_path: Path) -> None:
+    for step in (10, 9, 100):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "expected"),
+    [
+        (None, None, [1, 2, 3, 4]),
+        (0, None, [1, 2, 3, 4]),
+        (2, None, [3, 4]),
+        (1, None, [4]),
+        (1, 2, [2, 4]),
+        (2, 1, [1, 4]),
+        (3, 4, [2, 3, 4]),
+    ],
+)
+def test_rotation_keeps_the_newest_and_the_best(limit, best, expected, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    rotate(tmp_path, limit, tmp_path / "checkpoint-4", best and f"elsewhere/checkpoint-{best}")
+    assert [int(path.name.partition("-")[2]) for path in checkpoints(tmp_path)] == expected
+    assert all(problem(path) is None for path in checkpoints(tmp_path))
+
+
+def test_rotation_deletes_later_steps_of_a_run_that_was_given_up_first(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 9):
+        write(tmp_path, step)
+    rotate(tmp_path, 3, tmp_path / "checkpoint-3", None)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_writing_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path, 1, "first")
+    target = write(tmp_path, 1, "second")
+    assert (target / "state.json").read_text() == "second"
+    assert names(tmp_path) == ["checkpoint-1"] and problem(target) is None
+
+
+def test_leftovers_of_a_killed_run_go_and_a_replaced_checkpoint_comes_back(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    os.rename(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-1.replaced")
+    write(tmp_path, 2)
+    for name in (".checkpoint-2.replaced", ".checkpoint-3.partial", ".checkpoint-0.deleted", ".checkpoint-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == [".checkpoint-x", "checkpoint-1", "checkpoint-2"]
+    assert problem(tmp_path / "checkpoint-1") is None

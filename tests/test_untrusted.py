@@ -1,0 +1,338 @@
+"""Files of others: any contents give a correct load or a ValueError in one line, in bounded memory and time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize, tiny_classifier
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_lora import LoRAConfig, TextClassifier, inject_lora, load_adapter, remove_lora, save_adapter
+from hf_lora.checkpoint import CONFIG, TENSORS
+from hf_lora.cli import main
+from hf_lora.inject import is_injected
+from hf_lora.sidecar import FILE
+from hf_lora.tables import printable
+from hf_lora.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_pattern, full_match, read_bytes
+
+MANY = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+PLAIN = tiny_classifier()
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+)
+EVIL = st.sampled_from(
+    [
+        10**9,
+        -1,
+        0,
+        1e308,
+        float("nan"),
+        float("inf"),
+        10**400,
+        "../../../etc/passwd",
+        "(a+)+$",
+        "(.*)*(.*)*x",
+        "\x1b[2J",
+        ["query"] * 1000,
+        {"(a|a)*b": 8},
+        {"query": 10**9},
+        {".*": -3},
+        {"query": "8"},
+        [[[[]]]],
+        "pt" * 2000,
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an adapter that loads, its sidecar without digests, so that changes are not seen by them."""
+    model = tiny_classifier()
+    inject_lora(model, LoRAConfig(rank=4, alpha=8, rank_pattern={"query": 2}))
+    randomize(model)
+    directory = save_adapter(model, tmp_path_factory.mktemp("good") / "adapter")
+    info = json.loads((directory / FILE).read_text())
+    info["sha256"] = {}
+    (directory / FILE).write_text(json.dumps(info))
+    return {name: (directory / name).read_bytes() for name in (TENSORS, CONFIG, FILE)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def attempt(folder: Path, files: dict[str, bytes]) -> str | None:
+    """Load the files: the error's message, or None. Anything but a ValueError, and a slow one, fails the test."""
+    for name in (TENSORS, CONFIG, FILE):
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    before = {name: tensor.clone() for name, tensor in PLAIN.state_dict().items()}
+    start = time.monotonic()
+    message = None
+    try:
+        load_adapter(PLAIN, folder)
+    except ValueError as error:
+        message = str(error)
+        assert message and len(message) < 5000
+    else:
+        with torch.no_grad():
+            PLAIN(input_ids=torch.tensor([[5, 6, 7]]))
+    finally:
+        if is_injected(PLAIN):
+            assert message is None
+            remove_lora(PLAIN)
+            # The head came with the adapter, which is a correct load.
+            PLAIN.load_state_dict(before)
+    assert time.monotonic() - start < 15
+    after = PLAIN.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return message
+
+
+def test_the_good_adapter_loads(good: dict[str, bytes], folder: Path) -> None:
+    assert attempt(folder, good) is None
+    assert attempt(folder, {name: good[name] for name in (TENSORS, CONFIG)}) is None
+
+
+@MANY
+@given(data=st.data())
+def test_damaged_tensors(good: dict[str, bytes], folder: Path, data: st.DataObject) -> None:
+    content = bytearray(good[TENSORS])
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Mostly in the header, where structure is.
+        where = data.draw(st.integers(0, min(len(content), 4000) - 1))
+        content[where] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))]
+    attempt(folder, {**good, TENSORS: bytes(content)})
+
+
+@MANY
+@given(data=st.data())
+def test_lying_headers(good: dict[str, bytes], folder: Path, data: st.DataObject) -> None:
+    length = int.from_bytes(good[TENSORS][:8], "little")
+    header = json.loads(good[TENSORS][8 : 8 + length])
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(sorted(header)))
+        change = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "drop", "rename", "any"]))
+        if change == "drop":
+            header.pop(key)
+        elif change == "rename":
+            header[data.draw(st.text(max_size=30))] = header.pop(key)
+        elif change == "any" or not isinstance(header[key], dict):
+            header[key] = data.draw(VALUES)
+        elif change == "dtype":
+            kinds = [
+                "F64",
+                "F16",
+                "BF16",
+                "F8_E4M3",
+                "F8_E5M2",
+                "I64",
+                "U8",
+                "BOOL",
+                "C64",
+                "X",
+                "F8_E8M0",
+                "F4",
+            ]
+            header[key]["dtype"] = data.draw(st.sampled_from(kinds))
+        else:
+            numbers = st.integers(-1, 2**63) | st.integers(0, 64)
+            header[key][change] = data.draw(st.lists(numbers, max_size=3) | VALUES)
+        if not header:
+            break
+    text = json.dumps(header).encode()
+    prefix = data.draw(st.just(len(text)) | st.integers(0, 2**64 - 1)).to_bytes(8, "little")
+    attempt(folder, {**good, TENSORS: prefix + text + good[TENSORS][8 + length :]})
+
+
+@pytest.mark.parametrize("name", [CONFIG, FILE])
+@MANY
+@given(data=st.data())
+def test_any_configuration(name: str, good: dict[str, bytes], folder: Path, data: st.DataObject) -> None:
+    files = good if name == FILE else {key: good[key] for key in (TENSORS, CONFIG)}
+    values: Any = json.loads(files[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = values
+        # Into the sidecar's own objects too: the LoRAConfig, the base model.
+        inner = [key for key, value in values.items() if isinstance(value, dict)]
+        if inner and data.draw(st.booleans()):
+            place = values[data.draw(st.sampled_from(sorted(inner)))]
+        keys = st.sampled_from(sorted(place)) if place else st.text(max_size=8)
+        place[data.draw(keys | st.text(max_size=8))] = copy.deepcopy(data.draw(EVIL | VALUES))
+    attempt(folder, {**files, name: json.dumps(values).encode("utf-8", "surrogatepass")})
+
+
+@pytest.mark.parametrize("name", [CONFIG, FILE])
+@MANY
+@given(
+    content=st.binary(max_size=200)
+    | VALUES.map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass"))
+)
+def test_any_bytes_as_json(name: str, content: bytes, good: dict[str, bytes], folder: Path) -> None:
+    files = good if name == FILE else {key: good[key] for key in (TENSORS, CONFIG)}
+    assert attempt(folder, {**files, name: content}) is not None
+
+
+@pytest.mark.parametrize("name", [CONFIG, FILE])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
+        (b'{"r": 1' + b"0" * 10_000 + b"}", "not valid JSON"),
+        (b" " * (MAX_JSON_BYTES + 1), "too large"),
+        (b"\xff\xfe", "JSON"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_json_without_end(
+    name: str, content: bytes, message: str, good: dict[str, bytes], folder: Path
+) -> None:
+    assert message in str(attempt(folder, {**good, name: content}))
+
+
+def changed(good: dict[str, bytes], name: str, **values: Any) -> dict[str, bytes]:
+    return {**good, name: json.dumps({**json.loads(good[name]), **values}).encode()}
+
+
+def test_a_rank_of_a_billion_is_refused_before_anything_is_made(good: dict[str, bytes], folder: Path) -> None:
+    bare = {name: good[name] for name in (TENSORS, CONFIG)}
+    lora = json.loads(good[FILE])["lora"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for files in (
+        changed(bare, CONFIG, r=10**9, rank_pattern={}),
+        changed(bare, CONFIG, rank_pattern={"query": 10**9}),
+        changed(good, FILE, lora={**lora, "rank": 10**9, "rank_pattern": {}}),
+    ):
+        assert "another rank in its configuration than in its tensors" in str(attempt(folder, files))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
+
+
+def test_millions_of_labels_make_no_head(good: dict[str, bytes], folder: Path) -> None:
+    labels = [f"{index}" for index in range(300_000)]
+    assert "lists 300000 labels" in str(attempt(folder, changed(good, FILE, labels=labels)))
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*!", "(a|a|b|.)*!", "((.*)*)*!"])
+def test_a_pattern_that_backtracks_for_ever_is_refused_in_time(
+    pattern: str, good: dict[str, bytes], folder: Path
+) -> None:
+    lora = json.loads(good[FILE])["lora"]
+    bare = {name: good[name] for name in (TENSORS, CONFIG)}
+    for files in (
+        changed(bare, CONFIG, alpha_pattern={pattern: 3.0}),
+        changed(good, FILE, lora={**lora, "rank_pattern": {pattern: 2, "query": 2}}),
+        changed(good, FILE, lora={**lora, "target_modules": pattern}),
+    ):
+        start = time.monotonic()
+        message = attempt(folder, files)
+        assert time.monotonic() - start < 5
+        assert (
+            message is None
+            or "takes too long" in message
+            or "does not fit" in message
+            or "nothing" in message
+        )
+
+
+def test_patterns_are_those_of_pythons_own_expressions() -> None:
+    assert full_match(r".*\.(query|value)", "layer.0.query") and not full_match("query", "layer.query")
+    for pattern in ("(", "a" * 2000, 3, None):
+        with pytest.raises(ValueError, match="pattern"):
+            check_pattern("rank_pattern", pattern)
+
+
+def test_a_negative_alpha_is_refused(good: dict[str, bytes], folder: Path) -> None:
+    bare = {name: good[name] for name in (TENSORS, CONFIG)}
+    assert "alpha is not usable; got -8" in str(attempt(folder, changed(bare, CONFIG, lora_alpha=-8)))
+
+
+def test_an_oversized_header_is_refused_before_it_is_parsed(good: dict[str, bytes], folder: Path) -> None:
+    content = (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{" * 100
+    assert "header of 16,777,217 bytes" in str(attempt(folder, {**good, TENSORS: content}))
+
+
+def test_links_out_of_the_directory_are_refused_and_those_of_a_hub_cache_followed(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (adapter / "out").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"out in .* is a link to another place"):
+        read_bytes(adapter, "out")
+    (adapter / "device").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="link to another place"):
+        read_bytes(adapter, "device")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "d1gest").write_text("{}")
+    (snapshot / CONFIG).symlink_to(Path("../../blobs/d1gest"))
+    assert read_bytes(snapshot, CONFIG) == b"{}"
+
+
+def test_a_linked_adapter_directory_is_an_ordinary_one(good: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    for name, content in good.items():
+        (tmp_path / "real" / name).write_bytes(content)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    load_adapter(tiny_classifier(), tmp_path / "link")
+
+
+class Exploit:
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_pickles_are_never_loaded(good: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_bytes(good[CONFIG])
+    for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin"):
+        (tmp_path / name).write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(ValueError, match=f"{TENSORS} is missing"):
+        load_adapter(tiny_classifier(), tmp_path)
+    (tmp_path / TENSORS).write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(ValueError, match="safetensors"):
+        load_adapter(tiny_classifier(), tmp_path)
+
+
+def test_code_beside_an_adapter_is_not_run(adapter_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "adapter"
+    copy.mkdir()
+    for path in adapter_dir.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    try:
+        TextClassifier.from_pretrained(copy)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_control_characters_of_others_do_not_reach_the_terminal(
+    good: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printable("a\x1b[31mb\n\u202ec\x00 é 漢") == "a\\x1b[31mb\\n\\u202ec\\x00 é 漢"
+    files = changed(good, FILE, labels=["\x1b]0;owned\x07", "b\rc", "fine"])
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert main(["info", "--adapter", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and "\r" not in printed and "owned" in printed
+    missing = str(tmp_path / "\x1b[2Jgone")
+    assert main(["info", "--adapter", missing]) == 2
+    assert "\x1b" not in capsys.readouterr().err
