@@ -109,9 +109,10 @@ class LoRATrainer(CheckpointingTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Trainer's own; notes the share that each batch's mean loss has in the mean over the step's examples."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        sizes = [find_batch_size(batch) or 0 for batch in batches]
-        shares = mean_shares(sizes, self.args.device)
-        self._shares = dict(zip(map(id, batches), shares, strict=True))
+        # A loss function of the user's gets the number of all examples and divides by it itself.
+        if self.compute_loss_func is None:
+            shares = mean_shares([find_batch_size(batch) or 0 for batch in batches], self.args.device)
+            self._shares = dict(zip(map(id, batches), shares, strict=True))
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -234,19 +235,20 @@ class LoRATrainer(CheckpointingTrainer):
 
     def _check_processes(self) -> None:
         """Every process must start from the same weights, data and versions."""
-        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         lengths = token_lengths(self.train_dataset)
         digest = (
             "of unknown length" if lengths is None else hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
         )
-        check_equal(
-            {
-                "hf_lora, torch or transformers": f"{__version__}, {torch.__version__}, {transformers.__version__}",
-                "base model": fingerprint(base_parameters(self.model)),
-                "adapter and head at the start": fingerprint(trained),
-                "training set": digest,
-            }
-        )
+        facts = {
+            "hf_lora, torch or transformers": f"{__version__}, {torch.__version__}, {transformers.__version__}",
+            "base model": fingerprint(base_parameters(self.model)),
+            "training set": digest,
+        }
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Sharded, each process takes its part of its own; DDP sends the first process's to all.
+            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            facts["adapter and head at the start"] = fingerprint(trained)
+        check_equal(facts)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing trained may be missing from the optimizer: the head made after it is the classic case."""

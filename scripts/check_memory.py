@@ -69,9 +69,10 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
         callbacks=[watch],
     )
     trainer.train()
-    late = [point for point in watch.points if point[0] > steps // 2]
-    slope = float(np.polyfit(*zip(*late, strict=True), 1)[0])
-    return {"points": watch.points, "mb_per_1000_steps": 1000 * slope, "growth_mb": late[-1][1] - late[0][1]}
+    late = np.array([point for point in watch.points if point[0] > steps // 2])
+    slope = float(np.polyfit(late[:, 0], late[:, 1], 1)[0])
+    growth = float(late[-1, 1] - late[0, 1])
+    return {"points": watch.points, "mb_per_1000_steps": 1000 * slope, "growth_mb": growth}
 
 
 def main() -> None:

@@ -143,6 +143,41 @@ def test_gradient_accumulation_gives_the_loss_and_gradients_of_the_large_batch(t
         torch.testing.assert_close(tensor, results[1][2][key], atol=1e-6, rtol=1e-4)
 
 
+def mean_of_all(outputs, labels, num_items_in_batch):
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("loss_function", [None, mean_of_all])
+def test_batches_of_different_sizes_give_the_mean_over_their_examples(loss_function, tmp_path):
+    """Ten examples as 4, 4 and 2, accumulated: the gradients of one batch of ten, not of the mean of three means."""
+    gradients = []
+    for name, options in (
+        ("whole", {"per_device_train_batch_size": 10}),
+        ("parts", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}),
+    ):
+        model = tiny_classifier("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        torch.manual_seed(1)
+        inject_lora(model, LoRAConfig(rank=4))
+        randomize(model)
+        run = LoRATrainer(
+            model=model,
+            args=arguments(tmp_path / name, max_steps=1, max_grad_norm=0.0, **options),
+            train_dataset=dataset(10),
+            compute_loss_func=loss_function,
+        )
+        found = []
+        run.create_optimizer().register_step_pre_hook(
+            lambda optimizer, *_, found=found, model=model: found.extend(
+                p.grad.clone() for p in model.parameters() if p.requires_grad
+            )
+        )
+        run.train()
+        gradients.append(found)
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-5)
+
+
 def test_checkpoints_hold_the_adapter_and_no_base_weight(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=3)
     run.train()
