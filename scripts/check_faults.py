@@ -216,7 +216,9 @@ def shared(folder: Path) -> dict[str, Any]:
     job = Job(folder, "shared")
     first = job.start()
     until(lambda: job.newest() > 0 or first.poll() is not None, 60.0)
+    first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second has tried
     code, last = job.finish("--resume_from_checkpoint")
+    first.send_signal(signal.SIGCONT)
     first.communicate()
     return {"exit_code": code, "message": last, "first": first.returncode}
 
