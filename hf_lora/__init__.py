@@ -13,6 +13,7 @@ from hf_lora.version import __version__
 if TYPE_CHECKING:
     from hf_lora.checkpoint import load_adapter, save_adapter
     from hf_lora.config import LoRAConfig
+    from hf_lora.hub import push_adapter
     from hf_lora.inference import TextClassifier
     from hf_lora.inject import (
         head_parameters,
@@ -42,6 +43,7 @@ _HOMES = {
     "trainable_parameter_count": "inject",
     "save_adapter": "checkpoint",
     "load_adapter": "checkpoint",
+    "push_adapter": "hub",
     "load_classifier": "modeling",
     "LoRATrainer": "trainer",
     "LoRATrainingArguments": "training_arguments",
@@ -62,6 +64,7 @@ __all__ = [
     "lora_layers",
     "lora_parameters",
     "merge_lora",
+    "push_adapter",
     "remove_lora",
     "save_adapter",
     "trainable_parameter_count",

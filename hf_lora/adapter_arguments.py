@@ -1,4 +1,4 @@
-"""The command lines of `resize`, `add` and `extract`: light, without torch, for `hf-lora --help`."""
+"""The command lines of `resize`, `add`, `extract` and `push`: light, without torch, for `hf-lora --help`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MODULE = "hf_lora.adapter_commands"
 
 
 def add_adapter_commands(commands: Any) -> None:
-    """Add the three parsers to what `ArgumentParser.add_subparsers` returned.
+    """Add the parsers to what `ArgumentParser.add_subparsers` returned.
 
     The options say in `module` where the function called `command` is.
     """
@@ -50,6 +50,19 @@ def add_adapter_commands(commands: Any) -> None:
     _add_output(extract)
     for parser in (resize, add, extract):
         parser.set_defaults(module=MODULE)
+    _add_push(commands)
+
+
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser("push", help="push an adapter to the Hub: its own files, and nothing else")
+    push.add_argument("--adapter", required=True, help="adapter directory")
+    push.add_argument("--repo_id", required=True, help="user/name of the repository, made if it is missing")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--revision", help="branch to push to, made if it is missing (default: main)")
+    push.add_argument("--create_pr", action="store_true", help="open a pull request; main stays as it is")
+    push.add_argument("--commit_message", help="what the commit says (default: Upload LoRA adapter)")
+    push.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
+    push.set_defaults(module="hf_lora.hub_commands")
 
 
 def _add_budget(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -71,6 +71,9 @@ class DataArguments:
         128, help="Longer texts are cut to this many tokens; the number cut is reported."
     )
     validation_fraction: float = _option(0.2, help="Share of the training data held out when none is given.")
+    split_seed: int | None = _option(
+        None, help="Seed of the held-out part and of --max_train_samples; default: --seed."
+    )
     encoding: str = _option("utf-8", help="Character encoding of the files.")
     max_train_samples: int | None = _option(None, help="Use only this many training examples.")
     max_eval_samples: int | None = _option(None, help="Use only this many validation examples.")

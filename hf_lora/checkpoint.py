@@ -65,19 +65,17 @@ def save_adapter(
     *,
     tokenizer: Any = None,
     metrics: Mapping[str, Any] | None = None,
-    texts: Mapping[str, str] | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write the adapter and head of an injected model as a PEFT adapter directory; returns its path.
 
     tokenizer: saved beside, so that the directory is self-contained.
     metrics: measured results for the sidecar; those already known are kept.
-    texts: more files by name, such as the model card under "README.md".
-    state_dict: the full tensors by name where the model's own are sharded (FSDP, ZeRO-3).
+    files: more files by name, such as the model card under "README.md".
     The files appear whole or not at all. Raises ValueError for NaN or infinity, before writing.
     """
     directory = Path(directory)
-    tensors = adapter_tensors(model, state_dict)
+    tensors = adapter_tensors(model)
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(
@@ -91,8 +89,8 @@ def save_adapter(
     with writing_adapter(directory, tensors, config, info) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for name, text in (texts or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     return directory
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress
 
 from hf_lora.checkpoint import TENSORS, adapter_info, read_adapter
 from hf_lora.checkpoints import newest_complete, problem, rotate, writing_checkpoint
+from hf_lora.hub import adapter_contents, create_repository, push_contents
 from hf_lora.inject import injection
 from hf_lora.processes import on_first, wait_for_all
 from hf_lora.sharding import gathered, loading_without_frozen_weights, shard_on_cpu
@@ -22,9 +29,22 @@ from hf_lora.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
+# Where a run's last checkpoint is kept in the repository, as by transformers.
+_LAST_CHECKPOINT = "last-checkpoint"
+
 
 class CheckpointingTrainer(Trainer):
-    """Trainer whose checkpoints hold adapter, optimizer, schedule and random states, and no frozen weight."""
+    """Trainer whose checkpoints hold adapter, optimizer, schedule and random states, and no frozen weight.
+
+    What it pushes to the Hub is an adapter directory, and by `hub_strategy` checkpoints.
+    """
+
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None
+
+    @cached_property
+    def _uploads(self) -> HfApi:
+        return HfApi()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's own; FSDP also where the processes are on CPUs."""
@@ -38,6 +58,104 @@ class CheckpointingTrainer(Trainer):
             self._save(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository and the branch to push to before any time is spent on training.
+
+        Raises ValueError, in one line, in every process.
+        """
+        args = self.args
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        self.hub_model_id = on_first(
+            lambda: create_repository(
+                name,
+                private=args.hub_private_repo if private is None else private,
+                revision=args.hub_revision,
+                token=token or args.hub_token,
+            )
+        )
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo | None] | None:
+        """Save the adapter into the output directory and push its own files; every process has to call it.
+
+        Returns the commit, of which the first process knows, or without `blocking` a Future of it. Raises ValueError,
+        in one line, where it could not be pushed; it is saved all the same. kwargs: what Trainer's card takes; ours,
+        written by `save_model`, is made of what was measured.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        contents = adapter_contents(Path(self.args.output_dir))
+        options = {"commit_message": commit_message, "token": token, "revision": revision}
+        if not blocking:
+            return self._push_later(contents, **options)
+        try:
+            return self._push(contents, **options)
+        except ValueError as error:
+            raise ValueError(
+                f"the adapter is saved in {self.args.output_dir!r}, but not on the Hub: {error}; "
+                "push it with `hf-lora push`"
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the adapter of a checkpoint in the background, and by `hub_strategy` the checkpoint itself.
+
+        A checkpoint is what a run goes on from: these strategies, and nothing else, take optimizer and random states
+        to the Hub. All is read before training goes on, since the folder may be deleted for a newer one.
+        """
+        args, folder = self.args, Path(checkpoint_folder)
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        running = self.push_in_progress
+        if running is not None and not running.is_done() and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        contents = adapter_contents(folder)
+        place = {HubStrategy.CHECKPOINT: _LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: folder.name}
+        if args.hub_strategy in place:
+            files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+            inside = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+            contents |= {f"{place[args.hub_strategy]}/{name}": content for name, content in inside.items()}
+        at = f"step {self.state.global_step}"
+        if args.save_strategy == SaveStrategy.EPOCH:
+            at = f"epoch {int(self.state.epoch or 0)}"
+        job = self._push_later(contents, commit_message=f"Training in progress, {at}")
+        if running is None or running.is_done():
+            self.push_in_progress = PushInProgress([job])
+        else:
+            running.jobs.append(job)
+
+    def _push(self, contents: Mapping[str, bytes], **options: Any) -> CommitInfo:
+        args = self.args
+        options["token"] = options.get("token") or args.hub_token
+        options["revision"] = options.get("revision") or args.hub_revision
+        assert self.hub_model_id is not None
+        return push_contents(contents, self.hub_model_id, **options).commit
+
+    def _push_later(self, contents: Mapping[str, bytes], **options: Any) -> Future[CommitInfo | None]:
+        """One push after the other, in a thread of its own; what hinders one is told and hinders nothing else."""
+
+        def push() -> CommitInfo | None:
+            try:
+                return self._push(contents, **options)
+            except ValueError as error:
+                logger.warning("not pushed (%s): %s", options["commit_message"], error)
+                return None
+
+        return self._uploads.run_as_future(push)
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The whole checkpoint that is meant: True is the newest in the output directory.

@@ -11,6 +11,9 @@ from importlib import import_module
 
 from hf_lora.adapter_arguments import add_adapter_commands
 from hf_lora.arguments import help_text
+from hf_lora.export_arguments import add_export_commands
+from hf_lora.insight_arguments import add_insight_commands
+from hf_lora.sweep_arguments import add_sweep_commands
 from hf_lora.version import __version__
 
 
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             return _train(argv[1:])
-        options = make_parser().parse_args(argv)
+        options = _options(argv)
         _quiet_libraries()
         commands = import_module(getattr(options, "module", "hf_lora.commands"))
         return getattr(commands, options.command)(options)
@@ -108,7 +111,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     targets.add_argument("--json", action="store_true", help="print one JSON object")
     add_adapter_commands(commands)
+    add_export_commands(commands)
+    add_insight_commands(commands)
+    add_sweep_commands(commands)
     return parser
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    """The parsed options; what the parser of `sweep` does not know is for the runs that it trains."""
+    parser = make_parser()
+    options, others = parser.parse_known_args(argv)
+    if "train_argv" in options:
+        options.train_argv = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return options
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:

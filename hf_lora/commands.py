@@ -40,8 +40,8 @@ COMPARED = 1000
 
 def evaluate(options: argparse.Namespace) -> int:
     """Metrics and errors by class on labelled data, with the adapter and with it disabled."""
-    classifier = _classifier(options, precision=options.precision)
-    data = _test_data(options, classifier)
+    classifier = classifier_of(options, precision=options.precision)
+    data = labelled_data(options, classifier)
     pairs = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
     texts = [pair[0] if len(pair) == 1 else pair for pair in pairs]
     references = data.splits["test"].with_format("numpy")["labels"][:]
@@ -71,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """One JSON object a line for each text, in order, while the texts are being read."""
-    classifier = _classifier(options, precision=options.precision)
+    classifier = classifier_of(options, precision=options.precision)
     texts = _texts(options, classifier)
     if options.output_file is None:
         _write_predictions(classifier, texts, sys.stdout, options.batch_size)
@@ -89,7 +89,7 @@ def merge(options: argparse.Namespace) -> int:
     if output.exists():
         raise ValueError(f"output_dir exists; got {str(output)!r}; expected a new directory")
     # In the types of the base, so that the checkpoint has them too.
-    classifier = _classifier(options, merge=False, precision=None)
+    classifier = classifier_of(options, merge=False, precision=None)
     given = options.texts or options.input_file
     texts = list(islice(_texts(options, classifier), COMPARED)) if given else []
     before = classifier.logits(texts) if texts else None
@@ -210,7 +210,10 @@ def _factor(files: AdapterFiles, module: str, which: str) -> torch.Tensor:
     return next(files.tensors[name] for name in names if name in files.tensors)
 
 
-def _classifier(options: argparse.Namespace, *, merge: bool = True, precision: str | None) -> TextClassifier:
+def classifier_of(
+    options: argparse.Namespace, *, merge: bool = True, precision: str | None
+) -> TextClassifier:
+    """The classifier that the options of a subcommand name."""
     return TextClassifier.from_pretrained(
         options.adapter,
         revision=options.revision,
@@ -221,7 +224,8 @@ def _classifier(options: argparse.Namespace, *, merge: bool = True, precision: s
     )
 
 
-def _test_data(options: argparse.Namespace, classifier: TextClassifier) -> ClassificationData:
+def labelled_data(options: argparse.Namespace, classifier: TextClassifier) -> ClassificationData:
+    """The labelled texts that the options name, as the classifier reads texts; its labels in its order."""
     info = classifier.info
     columns = [options.text_column, options.text_pair_column]
     if columns == [None, None] and info.text_columns:
@@ -233,7 +237,7 @@ def _test_data(options: argparse.Namespace, classifier: TextClassifier) -> Class
         text_column=columns[0],
         text_pair_column=columns[1],
         label_column=options.label_column,
-        max_length=info.max_length or DataConfig.max_length,
+        max_length=info.max_length or min(DataConfig.max_length, classifier.tokenizer.model_max_length),
         encoding=options.encoding,
         max_test_samples=options.max_test_samples,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,18 +33,33 @@ _CLASS_SCORES = [
 ]
 
 
+CLASS_F1 = "class_f1_"
+"""Before a label's name, the F1 of that label among the metrics that trackers plot."""
+
+
 def class_errors(predictions: Any, references: Any, labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return for each label its "support", the examples that have it, and how many of them are "wrong".
+    """Return for each label its "support", the examples that have it, and how many are "wrong" or "false_positives".
 
     Both arrays are class ids `(examples,)`, or for multi-label rows of 0 and 1 `(examples, len(labels))`. An
-    example is wrong for a label that it has and is not given.
+    example is wrong for a label that it has and is not given, a false positive for one that it is given and has not.
     """
     given, truth = (_one_hot(np.asarray(array), len(labels)) for array in (predictions, references))
-    support, missed = truth.sum(axis=0), (truth & ~given).sum(axis=0)
+    counts = {
+        "support": truth.sum(axis=0),
+        "wrong": (truth & ~given).sum(axis=0),
+        "false_positives": (given & ~truth).sum(axis=0),
+    }
     return {
-        label: {"support": int(support[index]), "wrong": int(missed[index])}
+        label: {name: int(count[index]) for name, count in counts.items()}
         for index, label in enumerate(labels)
     }
+
+
+def class_f1(errors: Mapping[str, int]) -> float:
+    """The F1 of a label from its counts, as `class_errors` gives them; 0 where it neither occurs nor is given."""
+    right = errors["support"] - errors["wrong"]
+    touched = 2 * right + errors["wrong"] + errors["false_positives"]
+    return 2 * right / touched if touched else 0.0
 
 
 def _one_hot(classes: np.ndarray, count: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from transformers import EvalPrediction
 
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.metric_classes import (
+    CLASS_F1,
     F1,
     METRICS,
     Accuracy,
@@ -29,6 +30,7 @@ from hf_lora.metric_classes import (
     Spearman,
     UndefinedMetricError,
     class_errors,
+    class_f1,
 )
 from hf_lora.registry import Registry
 
@@ -50,6 +52,7 @@ __all__ = [
     "UndefinedMetricError",
     "class_errors",
     "class_errors_beside",
+    "class_f1",
     "compute_metrics",
 ]
 
@@ -112,8 +115,12 @@ EVALUATIONS.register(
 EVALUATIONS.register(REGRESSION, Evaluation(("pearson", "spearman", "mse"), _regression_inputs))
 
 
-def compute_metrics(problem_type: str, labels: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+def compute_metrics(
+    problem_type: str, labels: Sequence[str], *, by_class: bool = False
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return the function that the Trainer calls with logits `(examples, len(labels))` and label ids.
+
+    by_class: the F1 of every label too, under "class_f1_<label>", as trackers plot them.
 
     A metric that is undefined for some predictions, such as ROC AUC where a class is absent, is left out of
     their results; the reason is logged once.
@@ -137,6 +144,9 @@ def compute_metrics(problem_type: str, labels: Sequence[str]) -> Callable[[EvalP
                 if name not in explained:
                     explained.add(name)
                     logger.warning("%s is left out of the results: %s", name, error)
+        if by_class and "prediction_scores" in inputs:
+            errors = class_errors(inputs["predictions"], inputs["references"], labels)
+            results |= {f"{CLASS_F1}{label}": class_f1(counts) for label, counts in errors.items()}
         return results
 
     return compute

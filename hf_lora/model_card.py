@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from hf_lora.config import LoRAConfig
 from hf_lora.inject import ParameterCount
+from hf_lora.metric_classes import CLASS_F1, class_f1
 from hf_lora.sidecar import AdapterInfo
 
 TEMPLATE = "model_card.md.jinja"
+CURVE = "training_curve.png"
 
 # The arguments that decide a run's result, in the order the card shows them.
 _HYPERPARAMETERS = (
@@ -59,7 +65,13 @@ class CardFacts:
     """Results by name: `eval_...` on the validation split, `test_...` on the test split."""
     label_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     class_errors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """By label: `support`, `wrong`, and `wrong_disabled` with the adapter switched off."""
+    """By label: `support`, `wrong`, `false_positives`, and `wrong_disabled` with the adapter switched off."""
+    seconds: float | None = None
+    """How long the training took, without evaluations."""
+    device: str | None = None
+    """What it ran on."""
+    place: str | None = None
+    """The repository or relative directory that the snippets name."""
 
 
 def render_card(
@@ -70,13 +82,14 @@ def render_card(
     facts: CardFacts,
     args: Any = None,
     log_history: Sequence[Mapping[str, Any]] = (),
+    curve: str | None = None,
 ) -> str:
     """The text of the card: YAML metadata and markdown.
 
-    args: the TrainingArguments of the run; log_history: the Trainer's.
+    args: the TrainingArguments of the run; log_history: the Trainer's. curve: the name of its picture beside the card.
     """
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "number": _number}
     template = environment.from_string(resources.files("hf_lora").joinpath(TEMPLATE).read_text("utf-8"))
     return template.render(
         metadata=_metadata(info, facts).to_yaml(),
@@ -88,6 +101,15 @@ def render_card(
         results=_results(facts.metrics),
         hyperparameters=_hyperparameters(args),
         history=_history(log_history),
+        curve=curve,
+        place=facts.place or "<this repository or directory>",
+        classes=_classes(facts.class_errors),
+        worse=[
+            label
+            for label, row in facts.class_errors.items()
+            if row["wrong"] > row.get("wrong_disabled", row["wrong"])
+        ],
+        torch_version=importlib.metadata.version("torch").partition("+")[0],
     )
 
 
@@ -96,8 +118,12 @@ def _cell(text: Any) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
 def _metadata(info: AdapterInfo, facts: CardFacts) -> ModelCardData:
-    base = info.base_model.name_or_path
+    base = _hub_id(info.base_model.name_or_path)
     tags = ["lora", "transformers", "hf_lora", "peft"] + ([f"base_model:adapter:{base}"] if base else [])
     return ModelCardData(
         base_model=base,
@@ -112,6 +138,17 @@ def _metadata(info: AdapterInfo, facts: CardFacts) -> ModelCardData:
         eval_results=_eval_results(facts) or None,
         metrics=sorted({_INDEXED[name] for _, name in _indexed(facts.metrics)}) or None,
     )
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, if it can be one on the Hub: its card rules refuse a local directory."""
+    if name is None or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def _indexed(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -151,7 +188,25 @@ def _results(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _is_result(key: str) -> bool:
     other = ("_runtime", "_samples_per_second", "_steps_per_second", "_disabled")
-    return key.startswith(("eval_", "test_")) and not key.endswith(other)
+    return key.startswith(("eval_", "test_")) and not key.endswith(other) and CLASS_F1 not in key
+
+
+def _classes(errors: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """One row for each label: its counts, precision, recall and F1; None where a quotient has nothing below it."""
+    rows = []
+    for label, row in errors.items():
+        right = row["support"] - row["wrong"]
+        given = right + row.get("false_positives", 0)
+        rows.append(
+            {
+                "label": label,
+                **row,
+                "precision": right / given if given else None,
+                "recall": right / row["support"] if row["support"] else None,
+                "f1": class_f1(row),
+            }
+        )
+    return rows
 
 
 def _hyperparameters(args: Any) -> list[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,10 @@ from hf_lora.inject import injection, lora_layers, trained_biases
 from hf_lora.update import FACTORS
 
 
-def adapter_tensors(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What is saved, under PEFT's keys: A, B, the head and trained biases, fp32 on the CPU, contiguous."""
-    names = model.state_dict()
-    own = names if state_dict is None else state_dict
-    files = (*_factors(model, own).values(), _whole_tensors(model, own, names))
+    own = model.state_dict()
+    files = (*_factors(model, own).values(), _whole_tensors(model, own))
     return {key: as_saved(tensor) for part in files for key, tensor in part.items()}
 
 
@@ -40,14 +39,11 @@ def _factors(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, dict[str,
     return files
 
 
-def _whole_tensors(model: nn.Module, own: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The keys and tensors of what is saved as it is: the head and the trained biases.
-
-    own: tensors by name. names: those of the whole model.
-    """
+def _whole_tensors(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The keys and tensors of what is saved as it is: the head and the trained biases."""
     state = injection(model)
     targets = {target.module for target in state.targets}
-    head = {peft_format.PREFIX + name: own[name] for name in names if belongs_to(name, state.head)}
+    head = {peft_format.PREFIX + name: own[name] for name in own if belongs_to(name, state.head)}
     biases = sorted(trained_biases(model, state))
     return head | {peft_format.bias_key(name, targets): own[name] for name in biases}
 
@@ -59,7 +55,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     Raises ValueError, before any change, for missing, unexpected, wrongly shaped or non-finite tensors.
     """
     own = model.state_dict()
-    factors, whole = _factors(model, own), _whole_tensors(model, own, own)
+    factors, whole = _factors(model, own), _whole_tensors(model, own)
     expected = {
         key: tuple(tensor.shape) for part in (*factors.values(), whole) for key, tensor in part.items()
     }

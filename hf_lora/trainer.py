@@ -25,16 +25,18 @@ from hf_lora.checkpoint import adapter_info, save_adapter
 from hf_lora.checkpointing import CheckpointingTrainer
 from hf_lora.class_weights import class_weights
 from hf_lora.collation import quick_collator
+from hf_lora.curves import training_curve
 from hf_lora.evaluation_order import LongestFirst, metrics_in_order, order_of, restored
 from hf_lora.fingerprint import fingerprint
 from hf_lora.first_token import first_token_only
 from hf_lora.inject import base_parameters, injection, trainable_parameter_count
-from hf_lora.model_card import CardFacts, render_card
+from hf_lora.model_card import CURVE, CardFacts, render_card
 from hf_lora.parameter_groups import has_own_rates, parameter_groups
 from hf_lora.preemption import saving_on_sigterm
 from hf_lora.prefix_cache import ordinary, prefix_cache
 from hf_lora.processes import check_equal, keep_frozen_local, mean_shares, process_count
 from hf_lora.sharding import check_fsdp, name_blocks
+from hf_lora.training_arguments import LoRATrainingArguments
 from hf_lora.version import __version__
 
 
@@ -65,6 +67,8 @@ class LoRATrainer(CheckpointingTrainer):
         if kwargs.get("data_collator") is None:
             self.data_collator = quick_collator(self.data_collator)
         self.facts = CardFacts()
+        if isinstance(self.args, LoRATrainingArguments):
+            self.args.lora_settings = injection(self.model).config.to_dict()
         self._replaying: Callable[[Any], AbstractContextManager[None]] = ordinary
         self._shares: dict[int, float] = {}
         self._share = 1.0
@@ -214,15 +218,18 @@ class LoRATrainer(CheckpointingTrainer):
         if not self.args.should_save:
             return
         tokenizer = self.processing_class
+        # The curve belongs to a finished run, whose results are known, and not to each checkpoint.
+        curve = training_curve(self.state.log_history) if self.facts.metrics else None
+        files: dict[str, str | bytes] = {"README.md": self._card(curve=curve is not None)}
         save_adapter(
             self.accelerator.unwrap_model(self.model),
             output_dir or self.args.output_dir,
             tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
             metrics=self.facts.metrics,
-            texts={"README.md": self._card()},
+            files=files if curve is None else files | {CURVE: curve},
         )
 
-    def _card(self) -> str:
+    def _card(self, *, curve: bool = False) -> str:
         model = self.accelerator.unwrap_model(self.model)
         return render_card(
             adapter_info(model),
@@ -231,6 +238,7 @@ class LoRATrainer(CheckpointingTrainer):
             facts=self.facts,
             args=self.args,
             log_history=self.state.log_history,
+            curve=CURVE if curve else None,
         )
 
     def _check_processes(self) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,28 +17,27 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 
 from hf_lora.acceleration import set_threads
 from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
-from hf_lora.atomic import write_text
-from hf_lora.checkpoint import TENSORS
 from hf_lora.config import LoRAConfig
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
-from hf_lora.inject import inject_lora, lora_disabled, trainable_parameter_count
-from hf_lora.metrics import class_errors_beside, compute_metrics
+from hf_lora.inject import inject_lora, trainable_parameter_count
+from hf_lora.metrics import compute_metrics
 from hf_lora.model_card import CardFacts
 from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
 from hf_lora.precision import choose_precision
 from hf_lora.processes import on_first
+from hf_lora.results import finish
 from hf_lora.run_directory import prepare_output, reserved
 from hf_lora.sharding import whole_weights
-from hf_lora.tables import print_class_errors, print_table
 from hf_lora.trainer import LoRATrainer
 from hf_lora.training_arguments import LoRATrainingArguments
 from hf_lora.verify import probe_batch, verify_injection
 
 
-def run_training(argv: list[str]) -> dict[str, Any]:
+def run_training(argv: list[str], *, data: ClassificationData | None = None) -> dict[str, Any]:
     """Parse `argv`, train, evaluate and export; returns what it wrote to `metrics.json`.
 
+    data: what `prepare_data` gives for these arguments, where several runs share it; None: it is prepared here.
     Raises ValueError, in one line, for anything the user can mend.
     """
     model_args, data_args, lora_args, run_args, args = parse_training(argv)
@@ -48,7 +45,7 @@ def run_training(argv: list[str]) -> dict[str, Any]:
     if run_args.dry_run:
         return dry_run(model_args, config, args)
     with reserved(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
-        return _run(model_args, data_args, config, run_args, args)
+        return _run(model_args, data_args, config, run_args, args, data)
 
 
 def _run(
@@ -57,6 +54,7 @@ def _run(
     config: LoRAConfig,
     run_args: RunArguments,
     args: LoRATrainingArguments,
+    data: ClassificationData | None,
 ) -> dict[str, Any]:
     resume = on_first(lambda: prepare_output(args, run_args))
     set_seed(args.seed)
@@ -66,8 +64,9 @@ def _run(
         set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     hub = hub_options(model_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision, **hub)
-    with args.main_process_first(desc="preparing the data"):
-        data = prepare_data(data_config(data_args, model_args, args), tokenizer)
+    if data is None:
+        with args.main_process_first(desc="preparing the data"):
+            data = prepare_data(data_config(data_args, model_args, args), tokenizer)
     if args.process_index == 0:
         print(data.report, flush=True)
     precision = choose_precision(
@@ -102,6 +101,7 @@ def _run(
         license=run_args.model_card_license,
         language=run_args.language,
         label_counts=data.report.label_counts,
+        place=args.hub_model_id or (None if Path(args.output_dir).is_absolute() else args.output_dir),
     )
     clock = EvaluationClock()
     trainer.add_callback(clock)
@@ -142,7 +142,9 @@ def data_config(arguments: DataArguments, model: ModelArguments, args: LoRATrain
     """The DataConfig that the command line's arguments ask for."""
     values = asdict(arguments)
     values["max_length"] = values.pop("max_seq_length")
-    return DataConfig(**values, seed=args.seed, cache_dir=model.cache_dir, token=model.token)
+    split_seed = values.pop("split_seed")
+    seed = args.seed if split_seed is None else split_seed
+    return DataConfig(**values, seed=seed, cache_dir=model.cache_dir, token=model.token)
 
 
 def hub_options(arguments: ModelArguments) -> dict[str, Any]:
@@ -192,73 +194,9 @@ def make_trainer(
         train_dataset=data.splits["train"],
         eval_dataset=data.splits["validation"],
         processing_class=tokenizer,
-        compute_metrics=compute_metrics(data.problem_type, data.labels),
+        compute_metrics=compute_metrics(data.problem_type, data.labels, by_class=bool(args.report_to)),
         callbacks=callbacks,
     )
-
-
-def finish(trainer: LoRATrainer, data: ClassificationData, train_metrics: dict[str, float]) -> dict[str, Any]:
-    """Evaluate with the adapter and with it disabled, save the adapter, write and show `metrics.json`."""
-    args = trainer.args
-    output = Path(args.output_dir)
-    metrics: dict[str, Any] = {}
-    errors: dict[str, dict[str, int]] = {}
-    for split, prefix in (("validation", "eval"), ("test", "test")):
-        if split in data.splits:
-            measured, errors = evaluate_split(trainer, data, split, prefix)
-            metrics |= measured
-    count = trainable_parameter_count(trainer.model)
-    metrics |= {
-        "train_loss": train_metrics["train_loss"],
-        "train_runtime": train_metrics["train_runtime"],
-        "trainable_parameters": count.trainable,
-        "total_parameters": count.total,
-        "epochs": trainer.state.epoch,
-        "global_step": trainer.state.global_step,
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    trainer.facts.metrics, trainer.facts.class_errors = metrics, errors
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        metrics["adapter_bytes"] = (output / TENSORS).stat().st_size
-        metrics["class_errors"] = errors
-        write_text(output / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-        show(metrics, errors, str(count), output)
-    return metrics
-
-
-def evaluate_split(
-    trainer: LoRATrainer, data: ClassificationData, split: str, prefix: str
-) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """The split's metrics (those with the adapter disabled under `..._disabled`) and errors by class."""
-    result = trainer.predict(data.splits[split], metric_key_prefix=prefix)
-    with lora_disabled(trainer.model):
-        disabled = trainer.predict(data.splits[split], metric_key_prefix=prefix)
-    timing = ("_runtime", "_per_second")
-    metrics = dict(result.metrics)
-    metrics |= {f"{name}_disabled": v for name, v in disabled.metrics.items() if not name.endswith(timing)}
-    if data.problem_type != "single_label_classification":
-        return metrics, {}
-    return metrics, class_errors_beside(
-        result.predictions, disabled.predictions, result.label_ids, data.labels
-    )
-
-
-def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str, output: Path) -> None:
-    """Print the run's results as tables."""
-    skipped = ("_runtime", "_per_second", "_disabled", "loss")
-    names = [n for n in metrics if n.startswith(("eval_", "test_")) and not n.endswith(skipped)]
-    rows = [(name, metrics[name], metrics.get(f"{name}_disabled")) for name in names]
-    print_table("results", ("metric", "with adapter", "adapter disabled"), rows)
-    if errors:
-        print_class_errors(errors)
-    facts = [
-        ("parameters", count),
-        ("training", f"{metrics['train_runtime']:.1f} s, {metrics['global_step']} steps"),
-        ("peak memory", f"{metrics['peak_memory_mb']:.0f} MB"),
-        ("adapter", f"{output} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"),
-    ]
-    print_table("run", ("what", "value"), facts)
 
 
 def dry_run(model_args: ModelArguments, config: LoRAConfig, args: LoRATrainingArguments) -> dict[str, Any]:
@@ -271,12 +209,6 @@ def dry_run(model_args: ModelArguments, config: LoRAConfig, args: LoRATrainingAr
     print("\n".join(names))
     print(f"{len(names)} modules; {trainable_parameter_count(model)} with a head of 2 labels")
     return {"modules": names}
-
-
-def peak_memory_mb() -> float:
-    """The largest resident memory of this process so far, in megabytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def _json_object(name: str, text: str | None) -> dict[str, Any]:

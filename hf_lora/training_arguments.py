@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -68,6 +69,11 @@ class LoRATrainingArguments(TrainingArguments):
             )
         if self.max_tokens_per_batch is not None:
             self._check_token_budget(self.max_tokens_per_batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as trackers log them: with the LoRA settings, where a LoRATrainer has taken them."""
+        lora = getattr(self, "lora_settings", None)
+        return super().to_dict() | ({"lora": dict(lora)} if lora else {})
 
     def _check_token_budget(self, budget: int) -> None:
         if not isinstance(budget, int) or budget < 1:

@@ -34,7 +34,12 @@ def read_bytes(directory: Path, name: str, *, limit: int | None = None) -> bytes
     path = directory / name
     real, root = path.resolve(), directory.resolve()
     # In a Hub cache, models--a--b/snapshots/<commit>/<file> links to models--a--b/blobs/<digest>.
-    if not real.is_relative_to(root) and real.parent != root.parent.parent / "blobs":
+    stores = [
+        folder.parent.parent / "blobs"
+        for folder in (root, *root.parents)
+        if folder.parent.name == "snapshots"
+    ]
+    if not real.is_relative_to(root) and real.parent not in stores:
         raise ValueError(
             f"{name} in {str(directory)!r} is a link to another place; got {str(real)!r}; expected a file"
         )

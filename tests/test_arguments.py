@@ -65,12 +65,13 @@ def test_no_name_is_taken_twice() -> None:
 
 def test_data_arguments_are_fields_of_data_config() -> None:
     [data] = [group for group in GROUPS if group.__name__ == "DataArguments"]
-    names = {entry.name for entry in fields(data)} - {"max_seq_length"} | {"max_length"}
+    names = {entry.name for entry in fields(data)} - {"max_seq_length", "split_seed"} | {"max_length"}
     assert names | {"seed", "cache_dir", "token"} == {entry.name for entry in fields(DataConfig)}
 
 
 def test_data_defaults_are_those_of_data_config() -> None:
     [data] = [group for group in GROUPS if group.__name__ == "DataArguments"]
     library = {entry.name: entry.default for entry in fields(DataConfig)}
+    library["split_seed"] = None  # the run's own seed
     for entry in fields(data):
         assert entry.default == library[entry.name.replace("max_seq_length", "max_length")], entry.name

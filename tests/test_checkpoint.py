@@ -94,7 +94,7 @@ def test_a_fresh_pooler_is_saved_and_restored(batch, tmp_path):
 def test_the_files_and_their_contents(tmp_path):
     model = trained(projections="qv")
     directory = save_adapter(
-        model, tmp_path / "a", metrics={"eval_accuracy": 0.5}, texts={"README.md": "card"}
+        model, tmp_path / "a", metrics={"eval_accuracy": 0.5}, files={"README.md": "card"}
     )
     names = {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json", "README.md"}
     assert {path.name for path in directory.iterdir()} == names

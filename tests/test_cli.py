@@ -16,7 +16,10 @@ from hf_lora.inference import CPU_TOKENS, TOKENS
 from hf_lora.precision import PRECISIONS
 from hf_lora.version import __version__
 
-COMMANDS = ("train", "evaluate", "predict", "merge", "info", "targets")
+COMMANDS = (
+    *("train", "evaluate", "predict", "merge", "info", "targets"),
+    *("resize", "add", "extract", "push", "export", "inspect", "report", "sweep"),
+)
 HELP = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
 HEAVY = {
     "torch",

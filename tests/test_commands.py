@@ -84,8 +84,13 @@ def expected(tiny_bert_dir: Path, adapter_dir: Path, tiny_csv: Path) -> dict[str
         "metrics": pytest.approx(scored(enabled, truth), abs=1e-6),
         "metrics_disabled": pytest.approx(scored(disabled, truth), abs=1e-6),
         "classes": {
-            name: {"support": 24, "wrong": wrong[name][0], "wrong_disabled": wrong[name][1]}
-            for name in LABELS
+            name: {
+                "support": 24,
+                "wrong": wrong[name][0],
+                "wrong_disabled": wrong[name][1],
+                "false_positives": int(((enabled.argmax(-1) == i) & (truth != i)).sum()),
+            }
+            for i, name in enumerate(LABELS)
         },
     }
 

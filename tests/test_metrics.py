@@ -127,10 +127,10 @@ def test_constant_scores_have_no_correlation(name: str) -> None:
 
 def test_class_errors_by_hand() -> None:
     expected = {
-        "a": {"support": 3, "wrong": 1},
-        "b": {"support": 2, "wrong": 1},
-        "c": {"support": 1, "wrong": 0},
-        "d": {"support": 0, "wrong": 0},
+        "a": {"support": 3, "wrong": 1, "false_positives": 0},
+        "b": {"support": 2, "wrong": 1, "false_positives": 1},
+        "c": {"support": 1, "wrong": 0, "false_positives": 1},
+        "d": {"support": 0, "wrong": 0, "false_positives": 0},
     }
     assert class_errors(PREDICTIONS, REFERENCES, list("abcd")) == expected
     metric = ClassErrors(labels=list("abcd"))
@@ -139,9 +139,9 @@ def test_class_errors_by_hand() -> None:
 
 def test_class_errors_multi_label_by_hand() -> None:
     assert class_errors(GIVEN_ROWS, TRUTH_ROWS, list("abc")) == {
-        "a": {"support": 2, "wrong": 1},
-        "b": {"support": 2, "wrong": 0},
-        "c": {"support": 2, "wrong": 0},
+        "a": {"support": 2, "wrong": 1, "false_positives": 1},
+        "b": {"support": 2, "wrong": 0, "false_positives": 0},
+        "c": {"support": 2, "wrong": 0, "false_positives": 1},
     }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from hf_lora.config import LoRAConfig
 from hf_lora.inject import ParameterCount
-from hf_lora.model_card import CardFacts, render_card
+from hf_lora.model_card import CURVE, CardFacts, render_card
 from hf_lora.sidecar import AdapterInfo, BaseModel
 
 INFO = AdapterInfo(
@@ -42,9 +43,9 @@ FACTS = CardFacts(
     metrics=METRICS,
     label_counts={"train": {"sport": 501, "trade": 402, "weather": 303}, "test": {"sport": 51, "trade": 42}},
     class_errors={
-        "sport": {"support": 51, "wrong": 4, "wrong_disabled": 19},
-        "trade": {"support": 42, "wrong": 7, "wrong_disabled": 23},
-        "weather": {"support": 0, "wrong": 0, "wrong_disabled": 0},
+        "sport": {"support": 51, "wrong": 4, "false_positives": 7, "wrong_disabled": 19},
+        "trade": {"support": 42, "wrong": 7, "false_positives": 4, "wrong_disabled": 3},
+        "weather": {"support": 0, "wrong": 0, "false_positives": 0, "wrong_disabled": 0},
     },
 )
 ARGS = SimpleNamespace(
@@ -126,11 +127,12 @@ def test_tables_show_the_facts(card: str) -> None:
         ["accuracy", "0.9123", "0.8765"],
         ["f1_macro", "0.8988", "0.8543"],
     ]
-    assert by_header[("label", "examples", "wrong", "wrong without adapter")] == [
-        ["sport", "51", "4", "19"],
-        ["trade", "42", "7", "23"],
-        ["weather", "0", "0", "0"],
+    assert by_header[("label", "examples", "wrong", "wrong without", "precision", "recall", "F1")] == [
+        ["sport", "51", "4", "19", "0.8704", "0.9216", "0.8952"],  # 47/54, 47/51, 94/105
+        ["trade", "42", "7", "3", "0.8974", "0.8333", "0.8642"],  # 35/39, 35/42, 70/81
+        ["weather", "0", "0", "0", "", "", "0.0000"],
     ]
+    assert "What became worse: trade has more errors with the adapter than without it." in card
     assert by_header[("setting", "value")] == [
         ["adapted projections", "qv"],
         ["rank", "6"],
@@ -163,7 +165,8 @@ def test_tables_show_the_facts(card: str) -> None:
 def test_every_number_in_the_text_is_a_fact(card: str) -> None:
     prose = re.sub(r"```.*?```|^\|.*?$|`[^`]*`", "", body(card), flags=re.DOTALL | re.MULTILINE)
     share = f"{100 * (12_000 + 345) / 987_654:.2f}"
-    known = {"12,345", share, "987,654", "77", "1.2.3", "5.4.3"}
+    torch_version = importlib.metadata.version("torch").partition("+")[0]
+    known = {"12,345", share, "987,654", "77", "1.2.3", "5.4.3", torch_version}
     assert set(re.findall(r"\d[\d.,]*\d|\d", prose)) == known
     assert "`org/base-encoder` at `rev-x`" in card
 
@@ -200,7 +203,7 @@ def test_every_task_renders_whole_tables_and_valid_code(case: str) -> None:
     calls = [call for block in code for call in ast.walk(ast.parse(block)) if isinstance(call, ast.keyword)]
     counts = [ast.literal_eval(call.value) for call in calls if call.arg == "num_labels"]
     assert counts == [len(info.labels)] * 2
-    assert "None" not in re.sub(r"with hf_lora None.*", "", body(card))
+    assert "None" not in re.sub(r"with hf_lora None, transformers None.*", "", body(card))
     assert f"| labels | {', '.join(info.labels)} |" in card
 
 
@@ -227,6 +230,25 @@ def test_regression_card_indexes_its_own_metrics() -> None:
     ]
 
 
+def test_the_curve_the_time_and_the_place_are_shown_where_they_are_known() -> None:
+    facts = CardFacts(seconds=61.7, device="2 threads of a CPU", place="me/news")
+    card = render(facts=facts, args=ARGS, curve=CURVE)
+    assert "![The losses by step](training_curve.png)" in card
+    assert "62 seconds on 2 threads of a CPU." in card
+    assert card.count('"me/news"') == 3 and "<this repository" not in card
+    plain = render(facts=CardFacts(), args=ARGS)
+    assert "](training_curve" not in plain and " seconds" not in plain
+    assert plain.count('"<this repository or directory>"') == 3
+
+
+@pytest.mark.parametrize("base", [".", "/models/bert", "a/b/c", None])
+def test_a_base_that_is_no_hub_id_stays_out_of_the_metadata(base: str | None) -> None:
+    info = AdapterInfo(labels=("a", "b"), base_model=BaseModel(base))
+    data = ModelCard(render(info, CardFacts())).data.to_dict()
+    assert "base_model" not in data and "base_model_relation" not in data
+    assert not [tag for tag in data["tags"] if tag.startswith("base_model")]
+
+
 def test_seed_zero_is_shown() -> None:
     card = render(args=SimpleNamespace(seed=0))
     by_header = {tuple(table[0]): table[2:] for table in tables(card)}
@@ -237,7 +259,7 @@ def test_label_with_a_pipe_does_not_break_the_tables() -> None:
     info = AdapterInfo(labels=("yes|no", "maybe"))
     facts = CardFacts(
         label_counts={"train": {"yes|no": 3, "maybe": 4}},
-        class_errors={name: {"support": 9, "wrong": 8} for name in info.labels},
+        class_errors={name: {"support": 9, "wrong": 8, "false_positives": 1} for name in info.labels},
     )
     for table in tables(render(info, facts)):
         assert {len(row) for row in table} == {len(table[0])}, table

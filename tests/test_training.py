@@ -157,6 +157,9 @@ def test_class_errors_are_those_of_the_test_file(
                 kind: sum(LABELS[id] != name == label for id, name in zip(ids, names, strict=True))
                 for kind, ids in given.items()
             },
+            "false_positives": sum(
+                LABELS[id] == label != name for id, name in zip(given["wrong"], names, strict=True)
+            ),
         }
         for label in LABELS
     }

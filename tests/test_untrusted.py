@@ -281,6 +281,13 @@ def test_links_out_of_the_directory_are_refused_and_those_of_a_hub_cache_followe
     (tmp_path / "models--a--b" / "blobs" / "d1gest").write_text("{}")
     (snapshot / CONFIG).symlink_to(Path("../../blobs/d1gest"))
     assert read_bytes(snapshot, CONFIG) == b"{}"
+    inside = snapshot / "last-checkpoint"
+    inside.mkdir()
+    (inside / CONFIG).symlink_to(Path("../../../blobs/d1gest"))
+    assert read_bytes(inside, CONFIG) == b"{}"
+    (inside / "out").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="link to another place"):
+        read_bytes(inside, "out")
 
 
 def test_a_linked_adapter_directory_is_an_ordinary_one(good: dict[str, bytes], tmp_path: Path) -> None:

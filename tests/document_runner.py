@@ -1,0 +1,94 @@
+"""Runs snippets and commands of documents, one after the other in one process, which is what makes it quick.
+
+`python document_runner.py TASKS RESULTS` in the folder they are to run in. TASKS is a JSON list of
+`{"id", "kind", "namespace", "code" | "argv"}`; RESULTS gets `{id: "" or what went wrong}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def run_python(task: dict[str, Any], namespaces: dict[str, dict[str, Any]]) -> None:
+    """A block of Python in its document's namespace, or in a new one."""
+    names = (
+        namespaces.setdefault(task["namespace"], new_namespace()) if task["namespace"] else new_namespace()
+    )
+    exec(compile(task["code"], task["id"], "exec"), names)
+
+
+def run_command(task: dict[str, Any], _: Any) -> None:
+    """A command line of `hf-lora`, which has to end with 0."""
+    from hf_lora import cli
+
+    code = cli.main(task["argv"])
+    assert code == 0, f"exit code {code}"
+
+
+def check_flags(task: dict[str, Any], _: Any) -> None:
+    """The script, or the subcommand of `hf-lora`, exists and its --help has every flag that the document gives."""
+    first, flags = task["argv"][0], [word for word in task["argv"][1:] if word.startswith("--")]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        if first.endswith(".py"):
+            sys.argv = [first, "--help"]
+            sys.path.insert(0, str(Path(first).parent))
+            runpy.run_path(first, run_name="__main__")
+        else:
+            from hf_lora import cli
+
+            cli.main([first, "--help"])
+    shown = out.getvalue().replace("=", " ").replace(",", " ").replace("[", " ").replace("]", " ").split()
+    assert "usage:" in shown, f"{first} --help printed no usage"
+    assert set(flags) <= set(shown), f"{first} --help does not know {sorted(set(flags) - set(shown))}"
+
+
+def check_launch(task: dict[str, Any], _: Any) -> None:
+    """`hf-lora train` with flags for accelerate: both parts are understood, and nothing is started."""
+    from hf_lora.launching import take_launch_options
+    from hf_lora.parsing import parse_training
+
+    launch, argv = take_launch_options(task["argv"])
+    assert launch is not None and launch.config.is_file()
+    parse_training([*argv, "--train_file", "train.csv", "--output_dir", "launched"])
+
+
+KINDS = {"python": run_python, "hf-lora": run_command, "flags": check_flags, "launch": check_launch}
+
+
+def new_namespace() -> dict[str, Any]:
+    """What a block starts with: its name, and the data set that stands for `train_dataset=...`."""
+    return {"__name__": "document", "small_dataset": small_dataset}
+
+
+def small_dataset(tokenizer: Any) -> Any:
+    """Four examples of two labels."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({**tokenizer(["good film", "bad meal"] * 2), "labels": [1, 0] * 2})
+
+
+def main(tasks: Path, results: Path) -> None:
+    """Run every task; one that fails does not keep the others from running."""
+    namespaces: dict[str, dict[str, Any]] = {}
+    found = {}
+    for task in json.loads(tasks.read_text()):
+        out = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                KINDS[task["kind"]](task, namespaces)
+            found[task["id"]] = ""
+        except BaseException:
+            found[task["id"]] = f"{traceback.format_exc()}\n{out.getvalue()[-2000:]}"
+        results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
