@@ -11,6 +11,7 @@ from importlib import import_module
 
 from hf_lora.adapter_arguments import add_adapter_commands
 from hf_lora.arguments import help_text
+from hf_lora.common_arguments import add_adapter, add_labelled_data, add_speed
 from hf_lora.export_arguments import add_export_commands
 from hf_lora.insight_arguments import add_insight_commands
 from hf_lora.sweep_arguments import add_sweep_commands
@@ -58,22 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate", help="measure an adapter, and the base model without it, on a file"
     )
-    _add_adapter(evaluate)
-    evaluate.add_argument("--test_file", help="file or folder with texts and labels")
-    evaluate.add_argument("--dataset_name", help="Hub data set with a test split, in place of --test_file")
-    evaluate.add_argument("--dataset_config_name", help="configuration of the Hub data set")
-    evaluate.add_argument("--text_column", help="column of the text (default: as in training)")
-    evaluate.add_argument("--text_pair_column", help="column of the second text of a pair")
-    evaluate.add_argument("--label_column", help="column of the label")
-    evaluate.add_argument(
-        "--encoding", default="utf-8", help="character encoding of the file (default: utf-8)"
-    )
-    evaluate.add_argument("--max_test_samples", type=int, help="use only the first N examples")
-    _add_speed(evaluate)
+    add_adapter(evaluate)
+    add_labelled_data(evaluate)
+    add_speed(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
 
     predict = commands.add_parser("predict", help="classify texts; writes JSON lines")
-    _add_adapter(predict)
+    add_adapter(predict)
     predict.add_argument(
         "texts", nargs="*", metavar="TEXT", help="texts; without any, and no file: standard input"
     )
@@ -84,10 +76,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--encoding", default="utf-8", help="character encoding of the file (default: utf-8)"
     )
     predict.add_argument("--output_file", help="where to write (default: standard output)")
-    _add_speed(predict)
+    add_speed(predict)
 
     merge = commands.add_parser("merge", help="write base and adapter as one plain transformers checkpoint")
-    _add_adapter(merge)
+    add_adapter(merge)
     merge.add_argument("texts", nargs="*", metavar="TEXT", help="texts to compare merged and unmerged on")
     merge.add_argument("--output_dir", required=True, help="where the checkpoint goes; must not exist")
     merge.add_argument("--input_file", help="more texts to compare on")
@@ -126,31 +118,6 @@ def _options(argv: list[str]) -> argparse.Namespace:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     return options
-
-
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, help="adapter directory or Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
-    parser.add_argument("--base", help="another place of the base model than the one the adapter names")
-    parser.add_argument(
-        "--skip_base_check",
-        action="store_true",
-        help="use a base model whose weights differ from those trained on",
-    )
-
-
-def _add_speed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        help="texts at a time (default: as many as make 2,048 tokens; 16,384 on a GPU)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of the encoder; auto is bf16 where the hardware multiplies it natively, else fp32 (default: auto)",
-    )
 
 
 def _train(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_lora"
 LEVELS = (
-    ("version", "registry", "atomic", "arguments", "tables", "untrusted", "processes"),
+    ("version", "registry", "atomic", "arguments", "common_arguments", "tables", "untrusted", "processes"),
     ("adapter_arguments", "export_arguments", "insight_arguments", "sweep_arguments"),
     ("sidecar", "checkpoints", "preemption", "launching", "hub_errors"),
     ("dropout", "fingerprint", "bundled", "precision", "class_weights", "prefix_store", "probing"),
