@@ -228,7 +228,7 @@ def terminated(folder: Path) -> dict[str, Any]:
     job = Job(folder, "terminated")
     process = job.start("--save_steps", "100000")
     until(lambda: _in_training(process.pid), 60.0)
-    time.sleep(1.0)
+    time.sleep(STEPS / 400)  # a little into it, and not beyond its end
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     saved = job.newest()
