@@ -88,7 +88,9 @@ def render_card(
 
     args: the TrainingArguments of the run; log_history: the Trainer's. curve: the name of its picture beside the card.
     """
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters |= {"cell": _cell, "number": _number}
     template = environment.from_string(resources.files("hf_lora").joinpath(TEMPLATE).read_text("utf-8"))
     return template.render(
