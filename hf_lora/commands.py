@@ -18,17 +18,17 @@ from hf_lora.architectures import ROLE_NAMES
 from hf_lora.atomic import replacing, whole_file
 from hf_lora.checkpoint import TENSORS, AdapterFiles, read_adapter
 from hf_lora.config import LoRAConfig
-from hf_lora.data import ClassificationData, DataConfig, iter_texts, prepare_test
+from hf_lora.data import iter_texts
 from hf_lora.hub import adapter_directory
-from hf_lora.inference import Text, TextClassifier
+from hf_lora.inference import Text, TextClassifier, changed_labels
 from hf_lora.inject import (
     inject_lora,
     injection,
-    lora_disabled,
     merge_lora,
     remove_lora,
     trainable_parameter_count,
 )
+from hf_lora.labelled import classifier_of, labelled_data, logits_beside, references_of, texts_of
 from hf_lora.metrics import class_errors_beside, compute_metrics
 from hf_lora.modeling import meta_classifier
 from hf_lora.peft_format import PREFIX
@@ -42,14 +42,10 @@ def evaluate(options: argparse.Namespace) -> int:
     """Metrics and errors by class on labelled data, with the adapter and with it disabled."""
     classifier = classifier_of(options, precision=options.precision)
     data = labelled_data(options, classifier)
-    pairs = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
-    texts = [pair[0] if len(pair) == 1 else pair for pair in pairs]
-    references = data.splits["test"].with_format("numpy")["labels"][:]
+    texts, references = texts_of(data), references_of(data)
     measure = compute_metrics(data.problem_type, data.labels)
     print(classifier.setting, file=sys.stderr)
-    enabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
-    with lora_disabled(classifier.model):
-        disabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
+    enabled, disabled = logits_beside(classifier, texts, options.batch_size)
     report: dict[str, Any] = {
         "adapter": str(options.adapter),
         "examples": len(texts),
@@ -98,7 +94,7 @@ def merge(options: argparse.Namespace) -> int:
     if before is not None:
         after = classifier.logits(texts)
         report["largest_logit_difference"] = (after - before).abs().max().item()
-        report["label_flips"] = _flips(before, after, classifier.info.problem_type)
+        report["label_flips"] = changed_labels(before, after, classifier.info.problem_type)
     remove_lora(classifier.model)
     with replacing(output) as folder:
         classifier.model.save_pretrained(folder)
@@ -210,40 +206,6 @@ def _factor(files: AdapterFiles, module: str, which: str) -> torch.Tensor:
     return next(files.tensors[name] for name in names if name in files.tensors)
 
 
-def classifier_of(
-    options: argparse.Namespace, *, merge: bool = True, precision: str | None
-) -> TextClassifier:
-    """The classifier that the options of a subcommand name."""
-    return TextClassifier.from_pretrained(
-        options.adapter,
-        revision=options.revision,
-        base=options.base,
-        check_base=not options.skip_base_check,
-        merge=merge,
-        precision=precision,
-    )
-
-
-def labelled_data(options: argparse.Namespace, classifier: TextClassifier) -> ClassificationData:
-    """The labelled texts that the options name, as the classifier reads texts; its labels in its order."""
-    info = classifier.info
-    columns = [options.text_column, options.text_pair_column]
-    if columns == [None, None] and info.text_columns:
-        columns = [*info.text_columns, None][:2]
-    config = DataConfig(
-        dataset_name=options.dataset_name,
-        dataset_config_name=options.dataset_config_name,
-        test_file=options.test_file,
-        text_column=columns[0],
-        text_pair_column=columns[1],
-        label_column=options.label_column,
-        max_length=info.max_length or min(DataConfig.max_length, classifier.tokenizer.model_max_length),
-        encoding=options.encoding,
-        max_test_samples=options.max_test_samples,
-    )
-    return prepare_test(config, classifier.tokenizer, info.labels, info.problem_type)
-
-
 def _texts(options: argparse.Namespace, classifier: TextClassifier) -> Iterator[Text]:
     """The texts of the command line, else of the file, else of standard input."""
     if options.texts:
@@ -268,16 +230,6 @@ def _write_predictions(
             print(classifier.setting, file=sys.stderr)
         stream.write(json.dumps(result, ensure_ascii=False) + "\n")
         stream.flush()
-
-
-def _flips(before: torch.Tensor, after: torch.Tensor, problem_type: str) -> int:
-    """How many labels differ between two sets of outputs `(texts, labels)`; none for a regression."""
-    decide = {
-        "single_label_classification": lambda logits: logits.argmax(-1, keepdim=True),
-        "multi_label_classification": lambda logits: logits > 0,
-        "regression": torch.zeros_like,
-    }[problem_type]
-    return int((decide(before) != decide(after)).any(-1).sum())
 
 
 def _plain(value: Any) -> str:

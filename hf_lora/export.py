@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lora.atomic import replacing, write_text
-from hf_lora.inference import Text, TextClassifier
+from hf_lora.inference import Text, TextClassifier, changed_labels
 from hf_lora.inject import is_injected, lora_layers, merge_lora, unmerge_lora
 from hf_lora.onnx_classifier import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
 from hf_lora.sidecar import FILE, AdapterInfo
@@ -55,10 +55,6 @@ PROBES = (*_SENTENCES, " ".join(_SENTENCES), " ".join(3 * _SENTENCES))
 _PROBABILITIES = {
     "single_label_classification": lambda logits: logits.softmax(-1),
     "multi_label_classification": torch.sigmoid,
-}
-_DECISIONS = {
-    "single_label_classification": lambda logits: logits.argmax(-1, keepdim=True),
-    "multi_label_classification": lambda logits: logits > 0,
 }
 
 
@@ -261,13 +257,13 @@ def _check(difference: float, logits: Tensor) -> None:
 
 def _compare(problem_type: str, logits: Mapping[str, Tensor], folder: Path, file: str) -> Compared:
     got, expected = logits[file], logits["torch"]
-    probabilities, decide = _PROBABILITIES.get(problem_type), _DECISIONS.get(problem_type)
+    probabilities = _PROBABILITIES.get(problem_type)
     return Compared(
         bytes=sum(path.stat().st_size for path in folder.glob(f"{file}*")),
         largest_logit_difference=_distance(got, expected),
         largest_probability_difference=probabilities
         and _distance(probabilities(got), probabilities(expected)),
-        changed_labels=decide and int((decide(got) != decide(expected)).any(-1).sum()),
+        changed_labels=probabilities and changed_labels(got, expected, problem_type),
     )
 
 

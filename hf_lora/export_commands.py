@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 from transformers import EvalPrediction
 
-from hf_lora.commands import labelled_data, merge
+from hf_lora.commands import merge
 from hf_lora.data import ClassificationData
 from hf_lora.export import PROBES, Export, export_onnx
 from hf_lora.export_arguments import FORMATS
-from hf_lora.inference import Text, TextClassifier
+from hf_lora.labelled import classifier_of, labelled_data, references_of, texts_of
 from hf_lora.metrics import compute_metrics
 from hf_lora.tables import print_table
 
@@ -27,18 +27,11 @@ def export(options: argparse.Namespace) -> int:
 
 def _onnx(options: argparse.Namespace) -> int:
     """A graph, how far it is from torch, and what int8 costs."""
-    classifier = TextClassifier.from_pretrained(
-        options.adapter,
-        revision=options.revision,
-        base=options.base,
-        check_base=not options.skip_base_check,
-        device="cpu",
-        precision="fp32",
-    )
+    classifier = classifier_of(options, precision="fp32", device="cpu")
     # Before the work, so that a mistake in the file is told at once.
     data = labelled_data(options, classifier) if options.test_file or options.dataset_name else None
     done = export_onnx(
-        classifier, options.output_dir, int8=options.int8, texts=None if data is None else _texts(data)
+        classifier, options.output_dir, int8=options.int8, texts=None if data is None else texts_of(data)
     )
     metrics = {} if data is None else _metrics(data, done.logits)
     count = len(done.logits["torch"])
@@ -67,14 +60,9 @@ def _merged(options: argparse.Namespace) -> int:
 _FORMATS = dict(zip(FORMATS, (_onnx, _merged), strict=True))
 
 
-def _texts(data: ClassificationData) -> list[Text]:
-    rows = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
-    return [row[0] if len(row) == 1 else row for row in rows]
-
-
 def _metrics(data: ClassificationData, logits: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     measure = compute_metrics(data.problem_type, data.labels)
-    references = data.splits["test"].with_format("numpy")["labels"][:]
+    references = references_of(data)
     return {name: measure(EvalPrediction(part.numpy(), references)) for name, part in logits.items()}
 
 

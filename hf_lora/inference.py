@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,12 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
+def changed_labels(before: Tensor, after: Tensor, problem_type: str) -> int:
+    """How many examples get other labels by two sets of outputs `(texts, labels)`; none of a regression."""
+    decide = _DECISIONS[problem_type]
+    return int((decide(before) != decide(after)).any(-1).sum())
+
+
 def _as_pair(text: Any) -> tuple[str, str | None]:
     if isinstance(text, str):
         return text, None
@@ -250,4 +256,9 @@ _INTERPRETERS = {
     "single_label_classification": _single_label,
     "multi_label_classification": _multi_label,
     "regression": _regression,
+}
+_DECISIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "single_label_classification": lambda logits: logits.argmax(-1, keepdim=True),
+    "multi_label_classification": lambda logits: logits > 0,
+    "regression": torch.zeros_like,
 }

@@ -11,11 +11,11 @@ from typing import Any
 
 from hf_lora.atomic import write_text
 from hf_lora.checkpoint import AdapterFiles, read_adapter
-from hf_lora.commands import classifier_of, labelled_data
 from hf_lora.hub import adapter_directory
-from hf_lora.inject import lora_disabled, trainable_parameter_count
+from hf_lora.inject import trainable_parameter_count
 from hf_lora.inspection import Update, amplifications, base_weights, updates_of
 from hf_lora.judgement import judge
+from hf_lora.labelled import classifier_of, labelled_data, logits_beside, references_of, texts_of
 from hf_lora.modeling import load_trained
 from hf_lora.overview import Comparison, Summary, compare, grid_of, layer_name, several_stacks, summarize
 from hf_lora.pages import TEMPLATES, render
@@ -89,16 +89,13 @@ def _measured_report(files: AdapterFiles, options: argparse.Namespace, source: s
     """The report of an adapter on labelled data, read and computed as `hf-lora evaluate` does."""
     classifier = classifier_of(options, precision=options.precision)
     data = labelled_data(options, classifier)
-    pairs = list(zip(*(data.texts["test"][name] for name in data.text_columns), strict=True))
-    texts = [pair[0] if len(pair) == 1 else pair for pair in pairs]
-    enabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
-    with lora_disabled(classifier.model):
-        disabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
+    texts = texts_of(data)
+    enabled, disabled = logits_beside(classifier, texts, options.batch_size)
     judgement = judge(
         data.problem_type,
         data.labels,
-        [" / ".join(pair) for pair in pairs],
-        data.splits["test"].with_format("numpy")["labels"][:],
+        [text if isinstance(text, str) else " / ".join(text) for text in texts],
+        references_of(data),
         enabled,
         disabled,
         mistakes=options.mistakes,

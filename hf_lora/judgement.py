@@ -10,7 +10,7 @@ import numpy as np
 from transformers import EvalPrediction
 
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
-from hf_lora.metrics import class_errors, class_errors_beside, compute_metrics
+from hf_lora.metrics import class_errors_beside, compute_metrics, errors_beside
 
 BINS = 15
 """Bins of the expected calibration error, as in Guo et al. 2017."""
@@ -166,16 +166,12 @@ def _multi(
     # Binary cross-entropy in a form that does not overflow.
     losses = (np.logaddexp(0, logits) - logits * truth).mean(1)
     wrong = (given != truth).any(1)
-    errors = class_errors(given, truth, labels)
-    errors_disabled = class_errors(without, truth, labels)
 
     def names(row: np.ndarray) -> str:
         return ", ".join(label for label, has in zip(labels, row, strict=True) if has) or "(none)"
 
     return {
-        "classes": {
-            label: {**errors[label], "wrong_disabled": errors_disabled[label]["wrong"]} for label in labels
-        },
+        "classes": errors_beside(given, without, truth, labels),
         "calibration": calibration(_decision_confidence(logits), (given == truth).ravel()),
         "calibration_disabled": calibration(_decision_confidence(disabled), (without == truth).ravel()),
         "wrong": int(wrong.sum()),

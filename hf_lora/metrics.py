@@ -54,6 +54,7 @@ __all__ = [
     "class_errors_beside",
     "class_f1",
     "compute_metrics",
+    "errors_beside",
 ]
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,13 @@ def class_errors_beside(
 
     logits, disabled: outputs `(examples, len(labels))`; references: class ids `(examples,)`.
     """
-    enabled = class_errors(logits.argmax(-1), references, labels)
-    without = class_errors(disabled.argmax(-1), references, labels)
+    return errors_beside(logits.argmax(-1), disabled.argmax(-1), references, labels)
+
+
+def errors_beside(
+    given: np.ndarray, given_disabled: np.ndarray, references: np.ndarray, labels: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """The same of what was decided: class ids, or for multi-label rows of 0 and 1, as `class_errors` takes them."""
+    enabled = class_errors(given, references, labels)
+    without = class_errors(given_disabled, references, labels)
     return {label: {**enabled[label], "wrong_disabled": without[label]["wrong"]} for label in labels}

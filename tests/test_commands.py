@@ -16,7 +16,8 @@ from conftest import LABELS, tiny_tokenizer
 from test_inference import PAIRS, TEXTS, make_adapter, peft_logits, plain_logits
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lora import TextClassifier, cli, commands
+from hf_lora import TextClassifier, cli
+from hf_lora.inference import changed_labels
 
 Captured = pytest.CaptureFixture[str]
 # What the commands are compared with computes in fp32, whatever this machine is good at.
@@ -275,10 +276,10 @@ def test_merge_leaves_an_existing_directory_alone(
 def test_flips_are_labels_that_changed() -> None:
     before = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]])
     after = torch.tensor([[0.0, 1.0], [0.5, 1.0], [2.0, 1.0]])
-    assert commands._flips(before, after, "single_label_classification") == 1
+    assert changed_labels(before, after, "single_label_classification") == 1
     # Rows 1 (both labels) and 3 (the second) cross zero; row 2 gains the first label.
-    assert commands._flips(before, after, "multi_label_classification") == 3
-    assert commands._flips(before[:, :1], after[:, :1], "regression") == 0
+    assert changed_labels(before, after, "multi_label_classification") == 3
+    assert changed_labels(before[:, :1], after[:, :1], "regression") == 0
 
 
 def delta_norms(adapter: Path) -> dict[str, float]:

@@ -49,6 +49,7 @@ LEVELS = (
     ("trainer",),
     ("parsing", "run_directory", "results"),
     ("inference",),
+    ("labelled",),
     ("onnx_classifier",),
     ("export",),
     ("training",),
