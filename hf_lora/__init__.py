@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hf_lora.modeling import load_classifier
     from hf_lora.trainer import LoRATrainer
     from hf_lora.training_arguments import LoRATrainingArguments
+    from hf_lora.warm_start import start_head
 
 _HOMES = {
     "LoRAConfig": "config",
@@ -48,6 +49,7 @@ _HOMES = {
     "LoRATrainer": "trainer",
     "LoRATrainingArguments": "training_arguments",
     "TextClassifier": "inference",
+    "start_head": "warm_start",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "push_adapter",
     "remove_lora",
     "save_adapter",
+    "start_head",
     "trainable_parameter_count",
     "unmerge_lora",
 ]

@@ -238,6 +238,9 @@ def _info(infos: Sequence[AdapterInfo]) -> AdapterInfo | None:
         lora=None,
         max_length=None if None in lengths else max(length for length in lengths if length),
         text_columns=first.text_columns if len({info.text_columns for info in infos}) == 1 else (),
+        # Of several adapters' sum they would be those of another classifier.
+        temperature=first.temperature if len(infos) == 1 else None,
+        thresholds=first.thresholds if len(infos) == 1 else None,
         metrics={},
         hf_lora_version=__version__,
     )

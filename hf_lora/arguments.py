@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-# Defaults of the command line for fields of TrainingArguments, where those of transformers do not suit LoRA.
+# Defaults of the command line for fields of TrainingArguments, where those of transformers do not suit LoRA. The rates,
+# the batch and the epochs are measured: README, "Quality".
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "num_train_epochs": 3.0,
-    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-3,
+    "num_train_epochs": 0.0,  # from the number of steps, see run_settings.choose_epochs
+    "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "warmup_steps": 0.06,
     "eval_strategy": "epoch",
@@ -70,11 +71,20 @@ class DataArguments:
     max_seq_length: int = _option(
         128, help="Longer texts are cut to this many tokens; the number cut is reported."
     )
-    validation_fraction: float = _option(0.2, help="Share of the training data held out when none is given.")
+    validation_fraction: float | None = _option(
+        None,
+        help="Share of the training data held out when none is given; default: a fifth of up to 1,000 examples, then "
+        "200 examples, but at least a tenth and one example of each label.",
+    )
     split_seed: int | None = _option(
-        None, help="Seed of the held-out part and of --max_train_samples; default: --seed."
+        None, help="Seed of the held-out part, of --few_shot and of --max_train_samples; default: --seed."
     )
     encoding: str = _option("utf-8", help="Character encoding of the files.")
+    few_shot: int | None = _option(
+        None,
+        help="Use only this many training examples of each label, drawn with the split's seed. The validation part "
+        "is held out of these; a validation file that is given stays whole, and so do the test data.",
+    )
     max_train_samples: int | None = _option(None, help="Use only this many training examples.")
     max_eval_samples: int | None = _option(None, help="Use only this many validation examples.")
     max_test_samples: int | None = _option(None, help="Use only this many test examples.")
@@ -84,7 +94,7 @@ class DataArguments:
 class LoRAArguments:
     """What to adapt, and how."""
 
-    lora_rank: int = _option(8, help="Rank r of the updates.")
+    lora_rank: int = _option(8, help="Rank r of the updates; 0: no LoRA, the adapter is a linear probe.")
     lora_alpha: float = _option(16.0, help="The updates are scaled by alpha / rank.")
     lora_dropout: float = _option(0.1, help="Dropout on the input of A.")
     lora_projections: str = _option("qkvo", help="Projections to adapt: any letters of qkvo.")
@@ -108,6 +118,16 @@ class LoRAArguments:
         "module", help="module, or parametrization (the update is put into the weights)."
     )
     train_head: bool = _option(True, help="Train the classification head.")
+    pooling: str = _option(
+        "auto",
+        help="What the head reads: native (as the architecture does), cls or mean (a linear layer on the first token "
+        "or on the mean of the tokens), or auto: what a sentence encoder's files name, else native.",
+    )
+    head_init: str = _option(
+        "auto",
+        help="How the head starts: probe (logistic or ridge regression on the frozen features), random, or auto: the "
+        "probe, unless the checkpoint has a trained head for these labels.",
+    )
 
 
 @dataclass
@@ -118,6 +138,10 @@ class RunArguments:
         "auto",
         help="Precision of the frozen weights: fp32, bf16, or auto (bf16 where the hardware multiplies it natively). "
         "LoRA and head are fp32.",
+    )
+    find_lr: bool = _option(
+        False,
+        help="Try learning rates from 1e-5 to 1 on a hundred steps, suggest one, and stop; no adapter is written.",
     )
     dry_run: bool = _option(
         False, help="Print the resolved configuration and the modules to adapt, and stop."
@@ -163,7 +187,14 @@ def help_text() -> str:
         "no",
     )
     lines += _argument_lines("frozen_prefix_cache_gb", "Memory for that; above it the disk is used.", 1.0)
-    lines += [f"  --{name} (default: {value})" for name, value in TRAINING_DEFAULTS.items()]
+    lines += _argument_lines(
+        "num_train_epochs", "Epochs; default: 3, or 4 where three are fewer than 256 steps.", None
+    )
+    lines += [
+        f"  --{name} (default: {value})"
+        for name, value in TRAINING_DEFAULTS.items()
+        if name != "num_train_epochs"
+    ]
     lines += [
         "",
         "and every other argument of transformers.TrainingArguments: hf-lora train --help_all lists them.",

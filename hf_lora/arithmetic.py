@@ -186,7 +186,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _check_same_task(first: AdapterFiles, other: AdapterFiles) -> None:
     if first.info is None or other.info is None:
         return
-    for what in ("labels", "problem_type"):
+    for what in ("labels", "problem_type", "pooling"):
         wanted, got = getattr(first.info, what), getattr(other.info, what)
         if wanted != got:
             raise ValueError(

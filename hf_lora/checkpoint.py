@@ -27,6 +27,7 @@ from hf_lora.inject import (
     injection,
     remove_lora,
 )
+from hf_lora.pooling import pooling_of
 from hf_lora.sidecar import AdapterInfo, BaseModel
 from hf_lora.targets import find_targets
 from hf_lora.tensors import adapter_tensors, load_tensors
@@ -123,6 +124,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
 
 def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True) -> LoRAConfig:
     """Put an adapter that was read into a plain model, as `load_adapter` does."""
+    _check_pooling(model, files)
     head = _head_in(files, model)
     _check_ranks(model, files, head)
     inject_lora(model, files.config, head=head, blank=True)
@@ -196,6 +198,7 @@ def _info_from_config(model: nn.Module) -> AdapterInfo:
     return AdapterInfo(
         labels=tuple(str(labels[index]) for index in sorted(labels)),
         problem_type=getattr(config, "problem_type", None) or "single_label_classification",
+        pooling=pooling_of(model),
         base_model=BaseModel(
             getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
         ),
@@ -209,6 +212,15 @@ def _check_label_count(info: AdapterInfo, tensors: Mapping[str, Tensor], directo
         raise ValueError(
             f"{sidecar.FILE} in {str(directory)!r} lists {len(info.labels)} labels; got no head of that size in "
             f"{TENSORS}; expected at most {rows}"
+        )
+
+
+def _check_pooling(model: nn.Module, files: AdapterFiles) -> None:
+    """A pooled head has no place in transformers' classifier, nor another pooling's."""
+    if files.info is not None and files.info.pooling != pooling_of(model):
+        raise ValueError(
+            f"the adapter in {str(files.directory)!r} has a head with pooling={files.info.pooling!r}; got a model with "
+            f"{pooling_of(model)!r}; load it with TextClassifier.from_pretrained, or into load_base(..., pooling=...)"
         )
 
 

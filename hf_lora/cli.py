@@ -110,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    """The parsed options; what the parser of `sweep` does not know is for the runs that it trains."""
+    """The parsed options; what those of `sweep` and `curve` do not know is for the runs that they train."""
     parser = make_parser()
     options, others = parser.parse_known_args(argv)
     if "train_argv" in options:

@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
-from transformers import EvalPrediction
 
 from hf_lora.architectures import ROLE_NAMES
 from hf_lora.atomic import replacing, whole_file
@@ -28,10 +27,12 @@ from hf_lora.inject import (
     remove_lora,
     trainable_parameter_count,
 )
+from hf_lora.judgement import measurer
 from hf_lora.labelled import classifier_of, labelled_data, logits_beside, references_of, texts_of
-from hf_lora.metrics import class_errors_beside, compute_metrics
+from hf_lora.metrics import class_errors_beside
 from hf_lora.modeling import meta_classifier
 from hf_lora.peft_format import PREFIX
+from hf_lora.pooling import NATIVE
 from hf_lora.tables import print_class_errors, print_table
 
 # Texts that `merge` compares at the most: enough to see a difference, quick enough to wait for.
@@ -43,15 +44,15 @@ def evaluate(options: argparse.Namespace) -> int:
     classifier = classifier_of(options, precision=options.precision)
     data = labelled_data(options, classifier)
     texts, references = texts_of(data), references_of(data)
-    measure = compute_metrics(data.problem_type, data.labels)
+    measure = measurer(classifier.info)
     print(classifier.setting, file=sys.stderr)
     enabled, disabled = logits_beside(classifier, texts, options.batch_size)
     report: dict[str, Any] = {
         "adapter": str(options.adapter),
         "examples": len(texts),
         "truncated": data.report.truncated["test"],
-        "metrics": measure(EvalPrediction(enabled, references)),
-        "metrics_disabled": measure(EvalPrediction(disabled, references)),
+        "metrics": measure(enabled, references),
+        "metrics_disabled": measure(disabled, references),
     }
     if data.problem_type == "single_label_classification":
         report["classes"] = class_errors_beside(enabled, disabled, references, data.labels)
@@ -86,6 +87,11 @@ def merge(options: argparse.Namespace) -> int:
         raise ValueError(f"output_dir exists; got {str(output)!r}; expected a new directory")
     # In the types of the base, so that the checkpoint has them too.
     classifier = classifier_of(options, merge=False, precision=None)
+    if classifier.info.pooling != NATIVE:
+        raise ValueError(
+            f"transformers has no class for a head with pooling={classifier.info.pooling!r}; expected {NATIVE!r}; "
+            "use `hf-lora export --format onnx`, TextClassifier, which merges in memory, or train with --pooling native"
+        )
     given = options.texts or options.input_file
     texts = list(islice(_texts(options, classifier), COMPARED)) if given else []
     before = classifier.logits(texts) if texts else None
@@ -94,7 +100,7 @@ def merge(options: argparse.Namespace) -> int:
     if before is not None:
         after = classifier.logits(texts)
         report["largest_logit_difference"] = (after - before).abs().max().item()
-        report["label_flips"] = changed_labels(before, after, classifier.info.problem_type)
+        report["label_flips"] = changed_labels(before, after, classifier.info)
     remove_lora(classifier.model)
     with replacing(output) as folder:
         classifier.model.save_pretrained(folder)
@@ -176,7 +182,10 @@ def describe(files: AdapterFiles) -> dict[str, Any]:
         "fingerprint": own.base_model.fingerprint if own else None,
         "labels": list(own.labels) if own else None,
         "problem_type": own.problem_type if own else None,
+        "pooling": own.pooling if own else None,
         "max_length": own.max_length if own else None,
+        "temperature": own.temperature if own else None,
+        "thresholds": list(own.thresholds) if own and own.thresholds else None,
         "rank": files.config.rank,
         "alpha": files.config.alpha,
         "variant": files.config.variant,

@@ -21,6 +21,8 @@ from hf_lora.atomic import replacing, write_text
 from hf_lora.inference import Text, TextClassifier, changed_labels
 from hf_lora.inject import is_injected, lora_layers, merge_lora, unmerge_lora
 from hf_lora.onnx_classifier import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
+from hf_lora.pooling import blank_like, native_class
+from hf_lora.predictions import probabilities
 from hf_lora.sidecar import FILE, AdapterInfo
 
 # Of a logit, for logits up to 1; for greater ones in proportion, as rounding is.
@@ -51,11 +53,6 @@ _SENTENCES = (
 )
 PROBES = (*_SENTENCES, " ".join(_SENTENCES), " ".join(3 * _SENTENCES))
 """Texts from one word to several hundred, for comparing where there are none of the user's own."""
-
-_PROBABILITIES = {
-    "single_label_classification": lambda logits: logits.softmax(-1),
-    "multi_label_classification": torch.sigmoid,
-}
 
 
 @dataclass(frozen=True)
@@ -123,9 +120,7 @@ def export_onnx(
                 _write_int8(folder / MODEL, folder / MODEL_INT8)
                 onnx = OnnxClassifier(folder / MODEL_INT8, model.config, classifier.tokenizer, info)
                 logits[MODEL_INT8] = onnx.logits(texts)
-        compared = {
-            file: _compare(info.problem_type, logits, folder, file) for file in logits if file != "torch"
-        }
+        compared = {file: _compare(info, logits, folder, file) for file in logits if file != "torch"}
         model.config.save_pretrained(folder)
         classifier.tokenizer.save_pretrained(folder)
         # The digests are of the adapter's files, which are not here.
@@ -153,9 +148,9 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
         )
     config = deepcopy(model.config)
     config._attn_implementation = "eager"
-    config.architectures = [type(model).__name__]
+    config.architectures = [native_class(model).__name__]
     with torch.random.fork_rng(devices=[]):
-        plain = type(model)(config)
+        plain = blank_like(model, config)
     merge_now = is_injected(model) and not any(layer.merged for layer in lora_layers(model).values())
     if merge_now:
         merge_lora(model)
@@ -255,15 +250,15 @@ def _check(difference: float, logits: Tensor) -> None:
         )
 
 
-def _compare(problem_type: str, logits: Mapping[str, Tensor], folder: Path, file: str) -> Compared:
+def _compare(info: AdapterInfo, logits: Mapping[str, Tensor], folder: Path, file: str) -> Compared:
     got, expected = logits[file], logits["torch"]
-    probabilities = _PROBABILITIES.get(problem_type)
+    classes = info.problem_type != "regression"
+    scores = probabilities(got, info), probabilities(expected, info)
     return Compared(
         bytes=sum(path.stat().st_size for path in folder.glob(f"{file}*")),
         largest_logit_difference=_distance(got, expected),
-        largest_probability_difference=probabilities
-        and _distance(probabilities(got), probabilities(expected)),
-        changed_labels=probabilities and changed_labels(got, expected, problem_type),
+        largest_probability_difference=_distance(*scores) if classes else None,
+        changed_labels=changed_labels(got, expected, info) if classes else None,
     )
 
 

@@ -9,14 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
-from transformers import EvalPrediction
 
 from hf_lora.commands import merge
 from hf_lora.data import ClassificationData
 from hf_lora.export import PROBES, Export, export_onnx
 from hf_lora.export_arguments import FORMATS
+from hf_lora.judgement import measurer
 from hf_lora.labelled import classifier_of, labelled_data, references_of, texts_of
-from hf_lora.metrics import compute_metrics
+from hf_lora.sidecar import AdapterInfo
 from hf_lora.tables import print_table
 
 
@@ -33,7 +33,7 @@ def _onnx(options: argparse.Namespace) -> int:
     done = export_onnx(
         classifier, options.output_dir, int8=options.int8, texts=None if data is None else texts_of(data)
     )
-    metrics = {} if data is None else _metrics(data, done.logits)
+    metrics = {} if data is None else _metrics(classifier.info, data, done.logits)
     count = len(done.logits["torch"])
     if options.json:
         print(json.dumps({**_report(done), "texts": count, "metrics": metrics}))
@@ -60,10 +60,11 @@ def _merged(options: argparse.Namespace) -> int:
 _FORMATS = dict(zip(FORMATS, (_onnx, _merged), strict=True))
 
 
-def _metrics(data: ClassificationData, logits: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    measure = compute_metrics(data.problem_type, data.labels)
-    references = references_of(data)
-    return {name: measure(EvalPrediction(part.numpy(), references)) for name, part in logits.items()}
+def _metrics(
+    info: AdapterInfo, data: ClassificationData, logits: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    measure, references = measurer(info), references_of(data)
+    return {name: measure(part.numpy(), references) for name, part in logits.items()}
 
 
 def _report(done: Export) -> dict[str, Any]:

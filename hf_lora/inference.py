@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hf_lora.hub import adapter_directory
 from hf_lora.inject import is_injected, lora_layers, merge_lora
 from hf_lora.modeling import cast_frozen, load_trained
 from hf_lora.precision import Precision, choose_precision
+from hf_lora.predictions import decided, interpreted
 from hf_lora.quantized import is_quantized
 from hf_lora.sidecar import AdapterInfo
 
@@ -33,7 +34,7 @@ CPU_TOKENS, TOKENS = 2048, 16_384
 class TextClassifier:
     """A trained classifier: model, tokenizer and what the adapter knows of its labels.
 
-    model: in evaluation mode on the device it is to run on. info: labels, problem type, longest input.
+    model: in evaluation mode on the device it is to run on. info: labels, problem type, longest input, calibration.
     precision: what the frozen network was cast to, and why; None: the model runs in the types it came in.
     """
 
@@ -103,7 +104,11 @@ class TextClassifier:
     def setting(self) -> str:
         """How the model runs, in one line for people."""
         weights = "the adapter merged into the weights" if self.merged else "the adapter beside the weights"
-        return f"{self.precision or 'precision: as the model was loaded'}; {weights}"
+        return f"{self.precision or 'precision: as the model was loaded'}; {weights}{self._temperature}"
+
+    @property
+    def _temperature(self) -> str:
+        return "" if self.info.temperature is None else f"; temperature {self.info.temperature:.3g}"
 
     def predict(
         self, texts: Text | Sequence[Text], *, batch_size: int | None = None
@@ -111,8 +116,9 @@ class TextClassifier:
         """The prediction for one text, or a list of them for a list of texts (or of text pairs), in order.
 
         Each is `{"text", "label", "score", "scores"}`: the best label with its probability and all by
-        label; for multi-label models `label` and `score` are lists of those of at least 0.5; for
-        regression `score` is the predicted number. batch_size: as in `logits`.
+        label; for multi-label models `label` and `score` are lists of those above their thresholds, 0.5
+        where none were fitted; for regression `score` is the predicted number. The probabilities are
+        calibrated where the adapter has a temperature. batch_size: as in `logits`.
         Raises ValueError for anything but texts.
         """
         if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
@@ -125,16 +131,15 @@ class TextClassifier:
         self, texts: Iterable[Text], *, batch_size: int | None = None
     ) -> Iterator[dict[str, Any]]:
         """Predictions for any number of texts, in order, holding 2,048 of them at a time."""
-        interpret = _INTERPRETERS[self.info.problem_type]
         stream = iter(texts)
         while window := list(islice(stream, WINDOW)):
-            results = interpret(self.info.labels, self.logits(window, batch_size=batch_size))
+            results = interpreted(self.logits(window, batch_size=batch_size), self.info)
             for text, result in zip(window, results, strict=True):
                 yield {"text": text if isinstance(text, str) else list(text), **result}
 
     @torch.inference_mode()
     def logits(self, texts: Sequence[Text], *, batch_size: int | None = None) -> Tensor:
-        """The head's outputs `(len(texts), labels)`, fp32 on the CPU, in order of the texts.
+        """The head's outputs `(len(texts), labels)`, fp32 on the CPU, in order of the texts: not calibrated.
 
         Texts of similar length share a batch, so that little padding is computed.
         batch_size: texts in a batch; None: as many as make 2,048 tokens with their padding, on a GPU 16,384.
@@ -213,10 +218,9 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def changed_labels(before: Tensor, after: Tensor, problem_type: str) -> int:
-    """How many examples get other labels by two sets of outputs `(texts, labels)`; none of a regression."""
-    decide = _DECISIONS[problem_type]
-    return int((decide(before) != decide(after)).any(-1).sum())
+def changed_labels(before: Tensor, after: Tensor, info: AdapterInfo) -> int:
+    """How many texts `predict` gives other labels by two sets of outputs `(texts, labels)`; none of a regression."""
+    return int((decided(before, info) != decided(after, info)).any(-1).sum())
 
 
 def _as_pair(text: Any) -> tuple[str, str | None]:
@@ -225,40 +229,3 @@ def _as_pair(text: Any) -> tuple[str, str | None]:
     if isinstance(text, list | tuple) and len(text) in (1, 2) and all(isinstance(part, str) for part in text):
         return text[0], text[1] if len(text) == 2 else None
     raise ValueError(f"not a text; got {text!r}; expected a string or a pair of strings")
-
-
-def _single_label(labels: Sequence[str], logits: Tensor) -> Iterator[dict[str, Any]]:
-    for row in logits.softmax(-1).tolist():
-        scores = dict(zip(labels, row, strict=True))
-        label = max(scores, key=scores.__getitem__)
-        yield {"label": label, "score": scores[label], "scores": scores}
-
-
-def _multi_label(labels: Sequence[str], logits: Tensor) -> Iterator[dict[str, Any]]:
-    for row in logits.sigmoid().tolist():
-        scores = dict(zip(labels, row, strict=True))
-        chosen = [label for label, score in scores.items() if score >= 0.5]
-        yield {"label": chosen, "score": [scores[label] for label in chosen], "scores": scores}
-
-
-def _regression(labels: Sequence[str], logits: Tensor) -> Iterator[dict[str, Any]]:
-    one = len(labels) == 1
-    for row in logits.tolist():
-        scores = dict(zip(labels, row, strict=True))
-        yield {
-            "label": labels[0] if one else list(labels),
-            "score": row[0] if one else row,
-            "scores": scores,
-        }
-
-
-_INTERPRETERS = {
-    "single_label_classification": _single_label,
-    "multi_label_classification": _multi_label,
-    "regression": _regression,
-}
-_DECISIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "single_label_classification": lambda logits: logits.argmax(-1, keepdim=True),
-    "multi_label_classification": lambda logits: logits > 0,
-    "regression": torch.zeros_like,
-}

@@ -45,6 +45,8 @@ class Injection:
     """The pretrained values of the biases that are trained (`bias` other than "none")."""
     info: AdapterInfo | None = None
     """The labels, task and base model, where `load_classifier` or `load_adapter` brought them."""
+    fresh: frozenset[str] | None = None
+    """The parameters for which the checkpoint had no weights, where `load_classifier` has looked."""
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -92,8 +92,7 @@ def _measured_report(files: AdapterFiles, options: argparse.Namespace, source: s
     texts = texts_of(data)
     enabled, disabled = logits_beside(classifier, texts, options.batch_size)
     judgement = judge(
-        data.problem_type,
-        data.labels,
+        classifier.info,
         [text if isinstance(text, str) else " / ".join(text) for text in texts],
         references_of(data),
         enabled,

@@ -11,6 +11,8 @@ from transformers import EvalPrediction
 
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.metrics import class_errors_beside, compute_metrics, errors_beside
+from hf_lora.sidecar import AdapterInfo
+from hf_lora.temperature import decision_outputs, scale_of
 
 BINS = 15
 """Bins of the expected calibration error, as in Guo et al. 2017."""
@@ -72,8 +74,7 @@ class Judgement:
 
 
 def judge(
-    problem_type: str,
-    labels: Sequence[str],
+    info: AdapterInfo,
     texts: Sequence[str],
     references: np.ndarray,
     logits: np.ndarray,
@@ -81,18 +82,49 @@ def judge(
     *,
     mistakes: int = 12,
 ) -> Judgement:
-    """Compare outputs `(examples, len(labels))`, with the adapter and with it disabled, with the references.
+    """Compare outputs `(examples, labels)`, with the adapter and with it disabled, with the references.
 
+    info: labels, problem type and calibration, with which `predict` makes answers of the outputs.
     references: class ids, rows of 0 and 1, or numbers. mistakes: how many of the worst to keep.
     """
-    measure = compute_metrics(problem_type, labels)
+    measure = measurer(info)
     both = [np.asarray(outputs, np.float64) for outputs in (logits, disabled)]
     return Judgement(
         examples=len(texts),
-        metrics=measure(EvalPrediction(both[0], references)),
-        metrics_disabled=measure(EvalPrediction(both[1], references)),
-        **_JUDGES[problem_type](labels, texts, np.asarray(references), *both, mistakes),
+        metrics=measure(both[0], references),
+        metrics_disabled=measure(both[1], references),
+        **_JUDGES[info.problem_type](info, texts, np.asarray(references), *both, mistakes),
     )
+
+
+def measurer(info: AdapterInfo) -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
+    """The function from outputs `(examples, labels)` and references to the metrics of what `predict` decides by them.
+
+    For classification they have the `calibration_error` too.
+    """
+    compute = compute_metrics(info.problem_type, info.labels)
+
+    def measure(logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        metrics = compute(EvalPrediction(decision_outputs(logits, info), references))
+        found = calibration_of(info, logits, references)
+        return metrics if found is None else {**metrics, "calibration_error": found.error}
+
+    return measure
+
+
+def calibration_of(info: AdapterInfo, logits: np.ndarray, references: np.ndarray) -> Calibration | None:
+    """How well the probabilities that `predict` gives tell what is right; None for a regression.
+
+    For multi-label every label of every text is a prediction, of the likelier of having it and not having it:
+    thresholds decide otherwise at times, and leave the probabilities as they are.
+    """
+    scaled, references = np.asarray(logits, np.float64) / scale_of(info), np.asarray(references)
+    if info.problem_type == SINGLE:
+        return calibration(np.exp(_log_softmax(scaled).max(1)), scaled.argmax(1) == references)
+    if info.problem_type == MULTI:
+        likelier = 1 / (1 + np.exp(-np.abs(scaled.ravel())))
+        return calibration(likelier, ((scaled > 0) == (references > 0)).ravel())
+    return None
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Calibration:
@@ -119,7 +151,7 @@ def confusion_matrix(references: np.ndarray, given: np.ndarray, classes: int) ->
 
 
 def _single(
-    labels: Sequence[str],
+    info: AdapterInfo,
     texts: Sequence[str],
     references: np.ndarray,
     logits: np.ndarray,
@@ -127,7 +159,7 @@ def _single(
     mistakes: int,
 ) -> dict[str, Any]:
     references = references.astype(int)
-    log_probabilities = _log_softmax(logits)
+    labels, log_probabilities = info.labels, _log_softmax(logits / scale_of(info))
     given, without = logits.argmax(1), disabled.argmax(1)
     losses = -np.take_along_axis(log_probabilities, references[:, None], 1)[:, 0]
     confidence = np.exp(log_probabilities.max(1))
@@ -136,8 +168,8 @@ def _single(
         "classes": class_errors_beside(logits, disabled, references, labels),
         "confusion": confusion_matrix(references, given, len(labels)),
         "confusion_disabled": confusion_matrix(references, without, len(labels)),
-        "calibration": calibration(confidence, ~wrong),
-        "calibration_disabled": calibration(np.exp(_log_softmax(disabled).max(1)), without == references),
+        "calibration": calibration_of(info, logits, references),
+        "calibration_disabled": calibration_of(info, disabled, references),
         "wrong": int(wrong.sum()),
         "mistakes": [
             Mistake(
@@ -154,7 +186,7 @@ def _single(
 
 
 def _multi(
-    labels: Sequence[str],
+    info: AdapterInfo,
     texts: Sequence[str],
     references: np.ndarray,
     logits: np.ndarray,
@@ -162,18 +194,19 @@ def _multi(
     mistakes: int,
 ) -> dict[str, Any]:
     truth = references.astype(bool)
-    given, without = logits > 0, disabled > 0
+    given, without = decision_outputs(logits, info) > 0, decision_outputs(disabled, info) > 0
+    scaled = logits / scale_of(info)
     # Binary cross-entropy in a form that does not overflow.
-    losses = (np.logaddexp(0, logits) - logits * truth).mean(1)
+    losses = (np.logaddexp(0, scaled) - scaled * truth).mean(1)
     wrong = (given != truth).any(1)
 
     def names(row: np.ndarray) -> str:
-        return ", ".join(label for label, has in zip(labels, row, strict=True) if has) or "(none)"
+        return ", ".join(label for label, has in zip(info.labels, row, strict=True) if has) or "(none)"
 
     return {
-        "classes": errors_beside(given, without, truth, labels),
-        "calibration": calibration(_decision_confidence(logits), (given == truth).ravel()),
-        "calibration_disabled": calibration(_decision_confidence(disabled), (without == truth).ravel()),
+        "classes": errors_beside(given, without, truth, info.labels),
+        "calibration": calibration_of(info, logits, references),
+        "calibration_disabled": calibration_of(info, disabled, references),
         "wrong": int(wrong.sum()),
         "mistakes": [
             Mistake(texts[row], names(truth[row]), names(given[row]), names(without[row]), float(losses[row]))
@@ -183,7 +216,7 @@ def _multi(
 
 
 def _regression(
-    labels: Sequence[str],
+    info: AdapterInfo,
     texts: Sequence[str],
     references: np.ndarray,
     logits: np.ndarray,
@@ -219,8 +252,3 @@ def _worst(losses: np.ndarray, among: np.ndarray, count: int) -> list[int]:
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-def _decision_confidence(logits: np.ndarray) -> np.ndarray:
-    """For every label of every text the probability of what was decided about it, at least one half."""
-    return 1 / (1 + np.exp(-np.abs(logits.ravel())))

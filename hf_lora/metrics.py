@@ -53,6 +53,7 @@ __all__ = [
     "class_errors",
     "class_errors_beside",
     "class_f1",
+    "class_margins",
     "compute_metrics",
     "errors_beside",
 ]
@@ -60,12 +61,29 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+def class_margins(logits: np.ndarray) -> np.ndarray:
+    """The log odds `(n, classes)` of each class against the rest, of logits of that shape.
+
+    They rank as the probabilities do, which for large logits are all rounded to 0 and 1.
+    """
+    logits = np.asarray(logits, np.float64)
+    rows, best = np.arange(len(logits)), logits.argmax(1)
+    others = logits.copy()
+    others[rows, best] = -np.inf
+    with np.errstate(divide="ignore"):  # a class alone has no others
+        against_best = np.logaddexp.reduce(others, axis=1)
+    whole = np.logaddexp(logits[rows, best], against_best)[:, None]
+    # Of the others no probability is above one half, so that what is left can be computed from it.
+    with np.errstate(divide="ignore"):
+        margins = others - whole - np.log1p(-np.exp(others - whole))
+    margins[rows, best] = logits[rows, best] - against_best
+    return margins
+
+
 def _single_inputs(logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     return {
         "predictions": logits.argmax(axis=1),
-        "prediction_scores": probabilities,
+        "prediction_scores": class_margins(logits),
         "references": references.astype(np.int64),
     }
 

@@ -52,6 +52,10 @@ _INDEXED = {
 }
 
 
+# Ends of the names of the results that a classifier has to beat.
+_BASELINES = ("_probe", "_majority")
+
+
 @dataclass
 class CardFacts:
     """What a card tells beyond the adapter itself; all of it measured or given by the user."""
@@ -101,6 +105,8 @@ def render_card(
         count=count,
         facts=facts,
         results=_results(facts.metrics),
+        baselines=_baselines(facts.metrics),
+        calibration=_calibration(facts.metrics),
         hyperparameters=_hyperparameters(args),
         history=_history(log_history),
         curve=curve,
@@ -182,15 +188,43 @@ def _results(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         for key, value in metrics.items()
         if _is_result(key) and isinstance(value, float)
     )
+    split = _measured_split(metrics)
     return [
-        {"name": name, "eval": metrics.get(f"eval_{name}"), "test": metrics.get(f"test_{name}")}
+        {
+            "name": name,
+            "eval": metrics.get(f"eval_{name}"),
+            "test": metrics.get(f"test_{name}"),
+            **{suffix[1:]: metrics.get(f"{split}_{name}{suffix}") for suffix in _BASELINES},
+        }
         for name in names
     ]
 
 
+def _measured_split(metrics: Mapping[str, Any]) -> str:
+    """The split that baselines are shown on: the test split where there is one."""
+    return "test" if any(key.startswith("test_") for key in metrics) else "eval"
+
+
+def _baselines(metrics: Mapping[str, Any]) -> str | None:
+    """What the split of the baselines is called; None where none were measured."""
+    if not any(key.endswith(_BASELINES) for key in metrics):
+        return None
+    return {"eval": "validation", "test": "test"}[_measured_split(metrics)]
+
+
 def _is_result(key: str) -> bool:
-    other = ("_runtime", "_samples_per_second", "_steps_per_second", "_disabled")
+    other = ("_runtime", "_per_second", "_disabled", "_uncalibrated", "calibration_error", *_BASELINES)
     return key.startswith(("eval_", "test_")) and not key.endswith(other) and CLASS_F1 not in key
+
+
+def _calibration(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By split, the expected calibration error before and after the temperature."""
+    keys = (f"{split}_calibration_error" for split in ("eval", "test"))
+    return [
+        {"split": split, "before": metrics[f"{key}_uncalibrated"], "after": metrics[key]}
+        for split, key in zip(("validation", "test"), keys, strict=True)
+        if f"{key}_uncalibrated" in metrics
+    ]
 
 
 def _classes(errors: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.fingerprint import fingerprint
 from hf_lora.head import base_prefix, belongs_to, cast_inputs, find_head, fresh_modules
 from hf_lora.inject import base_parameters, inject_lora, injection, lora_parameters
+from hf_lora.pooling import HEAD, NATIVE, PooledClassifier, check_pooling
 from hf_lora.sidecar import AdapterInfo, BaseModel
 
 
@@ -40,6 +41,7 @@ def load_classifier(
     config: LoRAConfig | None = None,
     *,
     problem_type: str = "single_label_classification",
+    pooling: str = NATIVE,
     max_length: int | None = None,
     text_columns: Sequence[str] = (),
     revision: str | None = None,
@@ -51,11 +53,15 @@ def load_classifier(
     base: a Hub id, a local directory, or a Hub id that an installed package ships.
     labels: names in the order of the outputs; for regression the name of each target.
     config: None means `LoRAConfig()`.
+    pooling: "native", the architecture's own head, or "mean" or "cls": a linear layer on the mean of the tokens or
+        on the first one, of which peft and transformers load the LoRA part only. `choose_pooling` knows what suits.
     dtype: precision of the frozen weights; None: that of the checkpoint. LoRA and head are fp32.
     hub: passed to transformers: `token`, `cache_dir`, `trust_remote_code`.
     Raises ValueError if the checkpoint does not fit the architecture; OSError if there is none.
     """
-    model, missing = load_base(base, labels, problem_type=problem_type, revision=revision, dtype=dtype, **hub)
+    model, missing = load_base(
+        base, labels, problem_type=problem_type, pooling=pooling, revision=revision, dtype=dtype, **hub
+    )
     head = (*find_head(model), *fresh_modules(model, missing))
     inject_lora(model, config or LoRAConfig(), head=head)
     base_model = BaseModel(
@@ -63,9 +69,11 @@ def load_classifier(
         revision=revision or getattr(model.config, "_commit_hash", None),
         fingerprint=fingerprint(base_parameters(model)),
     )
+    injection(model).fresh = frozenset(missing)
     injection(model).info = AdapterInfo(
         labels=tuple(labels),
         problem_type=problem_type,
+        pooling=pooling,
         max_length=max_length,
         text_columns=tuple(text_columns),
         base_model=base_model,
@@ -78,6 +86,7 @@ def load_base(
     labels: Sequence[str],
     *,
     problem_type: str = "single_label_classification",
+    pooling: str = NATIVE,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     **hub: Any,
@@ -89,6 +98,7 @@ def load_base(
     labels = [str(label) for label in labels]
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"labels are not usable; got {labels!r}; expected at least one name, each once")
+    check_pooling(pooling)
     source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
     model_config = AutoConfig.from_pretrained(
         source,
@@ -118,6 +128,10 @@ def load_base(
         raise ValueError(
             f"the checkpoint {base!r} does not fit {type(model).__name__}; other shape of {misfits[0]!r}"
         )
+    if pooling != NATIVE:
+        model = PooledClassifier(model, pooling)
+        head = find_head(model)
+        mismatched = {f"{HEAD}.weight", f"{HEAD}.bias"}  # no checkpoint of the base has them
     parameters = dict(model.named_parameters())
     missing = (set(loading["missing_keys"]) | mismatched) & set(parameters)
     trained = [name for name in parameters if name in missing or belongs_to(name, head)]
@@ -166,7 +180,13 @@ def load_trained(
     hub.setdefault("trust_remote_code", False)
     revision = info.base_model.revision if base == info.base_model.name_or_path else None
     model, missing = load_base(
-        base, info.labels, problem_type=info.problem_type, revision=revision, dtype=dtype, **hub
+        base,
+        info.labels,
+        problem_type=info.problem_type,
+        pooling=info.pooling,
+        revision=revision,
+        dtype=dtype,
+        **hub,
     )
     load_files(model, files, check_base=check_base)
     random = sorted(name for name in missing if not belongs_to(name, injection(model).head))

@@ -62,7 +62,7 @@ class OnnxClassifier(TextClassifier):
     @property
     def setting(self) -> str:
         """How the model runs, in one line for people."""
-        return f"onnxruntime: {self.path.name}"
+        return f"onnxruntime: {self.path.name}{self._temperature}"
 
 
 def load_onnx(directory: str | Path, *, file: str = MODEL) -> OnnxClassifier:

@@ -12,6 +12,7 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.head import belongs_to
 from hf_lora.inject import Injection, lora_layers
+from hf_lora.pooling import HEAD as POOLED_HEAD
 from hf_lora.targets import has_suffix
 from hf_lora.untrusted import check_types, shortened
 from hf_lora.update import VARIANTS
@@ -69,7 +70,8 @@ def to_peft(
         **_ranks_and_alphas(model, config),
         "lora_dropout": config.dropout,
         "target_modules": sorted(shortest_suffixes(model, state)),
-        "modules_to_save": sorted(state.head) or None,
+        # peft looks each of these up in the base model, which has no pooled head.
+        "modules_to_save": sorted(name for name in state.head if name != POOLED_HEAD) or None,
         "bias": config.bias,
         "init_lora_weights": True,
         "use_rslora": config.scaling == "rslora",

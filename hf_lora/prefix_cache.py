@@ -210,27 +210,49 @@ def ordinary(inputs: Any) -> AbstractContextManager[None]:
 def prefix_cache(trainer: Any) -> Iterator[Callable[[Mapping[str, Any]], AbstractContextManager[None]]]:
     """What a Trainer wraps each training step in, a context for the step's inputs; inside, the cache lives.
 
+    A cache that was filled before, `trainer.kept_prefix`, is gone on with.
+
     Reads `args.cache_frozen_prefix`, one of `hf_lora.prefix_store.CACHE_MODES`, and `args.frozen_prefix_cache_gb`.
     Raises ValueError where the model, the data or the way of training does not allow it.
     """
-    mode = getattr(trainer.args, "cache_frozen_prefix", "no")
-    if mode == "no":
+    cache = getattr(trainer, "kept_prefix", None) or open_prefix_cache(trainer)
+    if cache is None:
         yield ordinary
         return
+    try:
+        yield cache.replaying
+    finally:
+        cache.close()
+        trainer.kept_prefix = None
+
+
+def open_prefix_cache(trainer: Any) -> PrefixCache | None:
+    """The cache that a Trainer's arguments ask for, empty; None where they ask for none. See `prefix_cache`."""
+    mode = getattr(trainer.args, "cache_frozen_prefix", "no")
+    if mode == "no":
+        return None
     for what, present, instead in _REFUSED:
         if present(trainer):
             raise ValueError(f"cache_frozen_prefix does not work with {what}; got {mode!r}; {instead}")
-    cache = PrefixCache(
+    return PrefixCache(
         trainer.model,
         _token_count(trainer.train_dataset),
         mode=mode,
         limit=trainer.args.frozen_prefix_cache_gb * _GB,
         directory=trainer.args.output_dir,
     )
+
+
+@contextmanager
+def filling_prefix(trainer: Any) -> Iterator[None]:
+    """Inside, predictions of training examples fill the cache of the training that follows, if there is to be one."""
+    trainer.kept_prefix = trainer.kept_prefix or open_prefix_cache(trainer)
+    if trainer.kept_prefix is not None:
+        trainer.predicting = trainer.kept_prefix.replaying
     try:
-        yield cache.replaying
+        yield
     finally:
-        cache.close()
+        trainer.predicting = ordinary
 
 
 def _token_count(dataset: Any) -> int:

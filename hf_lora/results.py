@@ -1,39 +1,71 @@
-"""What a training run ends with: results with and without the adapter, the adapter, `metrics.json`, tables."""
+"""What a training run ends with: calibration, results with and without the adapter, the adapter, tables."""
 
 from __future__ import annotations
 
 import json
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import EvalPrediction
+from transformers.trainer_utils import PredictionOutput
 
 from hf_lora.atomic import write_text
-from hf_lora.checkpoint import TENSORS
+from hf_lora.baselines import NAMES as BASELINES
+from hf_lora.baselines import Baselines
+from hf_lora.checkpoint import TENSORS, adapter_info
 from hf_lora.data import ClassificationData
-from hf_lora.inject import lora_disabled, trainable_parameter_count
+from hf_lora.inject import injection, lora_disabled, trainable_parameter_count
+from hf_lora.judgement import calibration_of
 from hf_lora.metric_classes import CLASS_F1
 from hf_lora.metrics import class_errors_beside
+from hf_lora.sidecar import AdapterInfo
 from hf_lora.tables import print_class_errors, print_table
+from hf_lora.temperature import MIN_EXAMPLES, decision_outputs, fitted, uncalibrated
 from hf_lora.trainer import LoRATrainer
 
+# What `metrics.json` keeps of the metrics of training: its loss, and where the seconds went.
+_FROM_TRAINING = ("train_loss", "train_runtime", "warm_start_runtime", "evaluation_runtime")
 
-def finish(trainer: LoRATrainer, data: ClassificationData, train_metrics: dict[str, float]) -> dict[str, Any]:
-    """Evaluate with the adapter and with it disabled, save the adapter, write and show `metrics.json`."""
+
+def finish(
+    trainer: LoRATrainer,
+    data: ClassificationData,
+    train_metrics: dict[str, float],
+    baselines: Baselines,
+) -> dict[str, Any]:
+    """Evaluate with the adapter and with it disabled, save the adapter, write and show `metrics.json`.
+
+    Temperature and thresholds are fitted on the validation split before, and saved with the adapter.
+    """
     args = trainer.args
     output = Path(args.output_dir)
     metrics: dict[str, Any] = {}
     errors: dict[str, dict[str, int]] = {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Every process has all predictions, and fits the same.
+    info = uncalibrated(adapter_info(model))
     for split, prefix in (("validation", "eval"), ("test", "test")):
         if split in data.splits:
-            measured, errors = evaluate_split(trainer, data, split, prefix)
-            metrics |= measured
+            result, disabled = predicted(trainer, data, split, prefix)
+            if split == "validation":
+                info = fitted(info, result.predictions, result.label_ids)
+            metrics |= measured(trainer, info, result, disabled, prefix)
+            metrics |= measured_baselines(trainer, baselines.get(split, {}), result.label_ids, prefix)
+            if data.problem_type == "single_label_classification":
+                errors = class_errors_beside(
+                    result.predictions, disabled.predictions, result.label_ids, data.labels
+                )
+    injection(model).info = info
+    if info.temperature is not None:
+        metrics["temperature"] = info.temperature
     count = trainable_parameter_count(trainer.model)
     metrics |= {
-        "train_loss": train_metrics["train_loss"],
-        "train_runtime": train_metrics["train_runtime"],
+        **{name: train_metrics[name] for name in _FROM_TRAINING if name in train_metrics},
         "trainable_parameters": count.trainable,
         "total_parameters": count.total,
         "epochs": trainer.state.epoch,
@@ -54,42 +86,125 @@ def finish(trainer: LoRATrainer, data: ClassificationData, train_metrics: dict[s
     return metrics
 
 
-def evaluate_split(
+def predicted(
     trainer: LoRATrainer, data: ClassificationData, split: str, prefix: str
-) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """The split's metrics (those with the adapter disabled under `..._disabled`) and errors by class."""
+) -> tuple[PredictionOutput, PredictionOutput]:
+    """What the Trainer gives for a split with the adapter, and with it disabled."""
     result = trainer.predict(data.splits[split], metric_key_prefix=prefix)
     with lora_disabled(trainer.model):
         disabled = trainer.predict(data.splits[split], metric_key_prefix=prefix)
+    return _with_first_output(result), _with_first_output(disabled)
+
+
+def _with_first_output(result: PredictionOutput) -> PredictionOutput:
+    """Of what a model gives, hidden states or attentions besides, the logits alone."""
+    predictions = result.predictions
+    return result._replace(predictions=predictions[0]) if isinstance(predictions, tuple) else result
+
+
+def measured(
+    trainer: LoRATrainer,
+    info: AdapterInfo,
+    result: PredictionOutput,
+    disabled: PredictionOutput,
+    prefix: str,
+) -> dict[str, Any]:
+    """The metrics of a split as `info` makes answers of its outputs; under `..._disabled` without the adapter.
+
+    Under `..._uncalibrated` are those that temperature and thresholds changed, as they were before.
+    """
+    metrics = dict(result.metrics or {})
     timing = ("_runtime", "_per_second")
-    metrics = dict(result.metrics)
-    metrics |= {f"{name}_disabled": v for name, v in disabled.metrics.items() if not name.endswith(timing)}
-    if data.problem_type != "single_label_classification":
-        return metrics, {}
-    return metrics, class_errors_beside(
-        result.predictions, disabled.predictions, result.label_ids, data.labels
-    )
+    metrics |= {
+        f"{name}_disabled": value
+        for name, value in (disabled.metrics or {}).items()
+        if not name.endswith(timing)
+    }
+    for calibration, suffix, given in (
+        (uncalibrated(info), "_uncalibrated", result),
+        (info, "", result),
+        (info, "_disabled", disabled),
+    ):
+        found = calibration_of(calibration, given.predictions, given.label_ids)
+        if found is not None:
+            metrics[f"{prefix}_calibration_error{suffix}"] = found.error
+    if info.thresholds is not None:
+        decided = _by_thresholds(trainer, info, result)
+        # The ranking of a label's scores, of which the area is, does not depend on where they are cut.
+        changed = [name for name in decided if name != "roc_auc"]
+        metrics |= {f"{prefix}_{name}_uncalibrated": metrics[f"{prefix}_{name}"] for name in changed}
+        metrics |= {f"{prefix}_{name}": decided[name] for name in changed}
+        without = _by_thresholds(trainer, info, disabled)
+        metrics |= {f"{prefix}_{name}_disabled": without[name] for name in changed}
+    return metrics
+
+
+def measured_baselines(
+    trainer: LoRATrainer, baselines: Mapping[str, np.ndarray], references: Any, prefix: str
+) -> dict[str, float]:
+    """The metrics of other outputs for the same examples, each under its name: `..._probe`, `..._majority`."""
+    assert trainer.compute_metrics is not None
+    return {
+        f"{prefix}_{metric}_{name}": value
+        for name, outputs in baselines.items()
+        for metric, value in trainer.compute_metrics(EvalPrediction(outputs, references)).items()
+        if CLASS_F1 not in metric
+    }
+
+
+def _by_thresholds(trainer: LoRATrainer, info: AdapterInfo, result: PredictionOutput) -> dict[str, float]:
+    assert trainer.compute_metrics is not None
+    outputs = decision_outputs(np.asarray(result.predictions), info)
+    return trainer.compute_metrics(EvalPrediction(outputs, result.label_ids))
 
 
 def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str, output: Path) -> None:
     """Print the run's results as tables."""
-    skipped = ("_runtime", "_per_second", "_disabled", "loss")
+    others = ("_disabled", "_uncalibrated", *(f"_{name}" for name in BASELINES))
+    skipped = ("_runtime", "_per_second", "loss", "calibration_error", *others)
     names = [
         n
         for n in metrics
         if n.startswith(("eval_", "test_")) and not n.endswith(skipped) and CLASS_F1 not in n
     ]
-    rows = [(name, metrics[name], metrics.get(f"{name}_disabled")) for name in names]
-    print_table("results", ("metric", "with adapter", "adapter disabled"), rows)
+    columns = {"with adapter": "", "adapter disabled": "_disabled"}
+    if any(f"{name}_uncalibrated" in metrics for name in names):
+        columns["at thresholds of 0.5"] = "_uncalibrated"
+    columns |= {
+        title: f"_{name}"
+        for name, title in BASELINES.items()
+        if any(f"{metric}_{name}" in metrics for metric in names)
+    }
+    rows = [(name, *(metrics.get(f"{name}{suffix}") for suffix in columns.values())) for name in names]
+    print_table("results", ("metric", *columns), rows)
     if errors:
         print_class_errors(errors)
     facts = [
         ("parameters", count),
+        ("probe", f"{metrics['warm_start_runtime']:.1f} s"),
         ("training", f"{metrics['train_runtime']:.1f} s, {metrics['global_step']} steps"),
         ("peak memory", f"{metrics['peak_memory_mb']:.0f} MB"),
         ("adapter", f"{output} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"),
     ]
+    calibration = calibration_fact(metrics)
+    if calibration is not None:
+        facts.insert(0, ("calibration", calibration))
     print_table("run", ("what", "value"), facts)
+
+
+def calibration_fact(metrics: dict[str, Any]) -> str | None:
+    """The temperature with the calibration errors before and after it, in one line; None for a regression."""
+    if not any(name.endswith("calibration_error") for name in metrics):
+        return None
+    if "temperature" not in metrics:
+        return f"not fitted: that takes a validation split of at least {MIN_EXAMPLES} texts"
+    errors = [
+        f"{metrics[f'{prefix}_calibration_error_uncalibrated']:.4f} -> "
+        f"{metrics[f'{prefix}_calibration_error']:.4f} ({split})"
+        for prefix, split in (("eval", "validation"), ("test", "test"))
+        if f"{prefix}_calibration_error" in metrics
+    ]
+    return f"temperature {metrics['temperature']:.3f}; expected calibration error {', '.join(errors)}"
 
 
 def device_name(device: torch.device) -> str:

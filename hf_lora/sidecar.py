@@ -12,11 +12,14 @@ from hf_lora.untrusted import check_types, parse_object, shortened
 FILE = "hf_lora.json"
 FORMAT_VERSION = 1
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+TEMPERATURES = (1e-3, 1e3)
+"""The temperatures that an adapter may have: those outside make certainties or nothing of any logits."""
 
 
 # What each key may hold besides null.
 _KINDS: dict[str, tuple[type, ...]] = {
     "problem_type": (str,),
+    "pooling": (str,),
     "max_length": (int,),
     "text_columns": (list,),
     "projections": (str,),
@@ -42,15 +45,22 @@ class BaseModel:
 class AdapterInfo:
     """The sidecar's contents. `labels` are in the order of the head's outputs; `metrics` as measured.
 
+    pooling: how tokens become one vector: "native", as transformers' own head does, or a name of
+        `hf_lora.pooling.POOLINGS`, whose head peft has no class for.
     lora: the LoRAConfig, of which PEFT's file can hold only a part.
+    temperature: what `predict` divides logits by before the softmax or sigmoid; None, as of a regression: 1.
+    thresholds: of a multi-label classifier, the probability above which each label is given; None: 0.5.
     """
 
     labels: tuple[str, ...]
     problem_type: str = "single_label_classification"
+    pooling: str = "native"
     max_length: int | None = None
     text_columns: tuple[str, ...] = ()
     projections: str | None = None
     lora: Mapping[str, Any] | None = None
+    temperature: float | None = None
+    thresholds: tuple[float, ...] | None = None
     base_model: BaseModel = field(default_factory=BaseModel)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +73,10 @@ class AdapterInfo:
             raise ValueError(
                 f"unknown problem type; got {self.problem_type!r}; expected one of {PROBLEM_TYPES}"
             )
+        if self.temperature is not None:
+            _check_temperature(self.temperature, self.problem_type)
+        if self.thresholds is not None:
+            _check_thresholds(self.thresholds, self.problem_type, len(self.labels))
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -96,6 +110,39 @@ class AdapterInfo:
                 **{name: value for name, value in values.items() if value is not None},
                 base_model=BaseModel(**base),
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{source} cannot be read: {error}") from None
-        return replace(info, labels=tuple(labels), text_columns=tuple(info.text_columns))
+        thresholds = None if info.thresholds is None else tuple(info.thresholds)
+        return replace(
+            info, labels=tuple(labels), text_columns=tuple(info.text_columns), thresholds=thresholds
+        )
+
+
+def _check_temperature(temperature: Any, problem_type: str) -> None:
+    low, high = TEMPERATURES
+    if problem_type == "regression":
+        raise ValueError(f"a regression has no temperature; got {shortened(temperature)}; expected null")
+    if not _is_number(temperature) or not low <= temperature <= high:
+        raise ValueError(
+            f"temperature is not usable; got {shortened(temperature)}; expected a number from {low:g} to {high:g}, "
+            "or null"
+        )
+
+
+def _check_thresholds(thresholds: Any, problem_type: str, labels: int) -> None:
+    if problem_type != "multi_label_classification":
+        raise ValueError(
+            f"thresholds are for multi-label classification; got {shortened(thresholds)} for {problem_type}; "
+            "expected null"
+        )
+    usable = isinstance(thresholds, list | tuple) and len(thresholds) == labels
+    if not usable or not all(_is_number(value) and 0 < value < 1 for value in thresholds):
+        raise ValueError(
+            f"thresholds are not usable; got {shortened(thresholds)}; expected {labels} numbers between 0 and 1, one "
+            "for each label, or null"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """True and False are integers to Python, and none here."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

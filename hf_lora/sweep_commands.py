@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
-import time
 from pathlib import Path
-from statistics import fmean
 
 from hf_lora.atomic import write_text
 from hf_lora.run_directory import reserved
-from hf_lora.sweep import METRICS, Run, Sweep
-from hf_lora.sweep_results import Choice, Result, as_json, choose, plot, table_rows
+from hf_lora.run_series import Run
+from hf_lora.series_progress import can_draw, list_runs, tell, train_missing
+from hf_lora.sweep import Setting, Sweep
+from hf_lora.sweep_results import Result, as_json, choose, plot, table_rows
 from hf_lora.tables import print_table
 
 REPORT, PICTURE = "sweep.json", "sweep.png"
@@ -34,14 +32,15 @@ def sweep(options: argparse.Namespace) -> int:
     _ = plan.lora_parameters
     with reserved(plan.output):
         metric = plan.metric(options.metric)
-        _tell(str(plan.data.report))
-        _train_all(plan, metric)
+        tell(str(plan.data.report))
+        train_missing(plan, f"eval_{metric}")
         examples = len(plan.data.splits["validation"])
         results = plan.results(metric)
         choice = choose(results, metric, examples)
         report = as_json(results, choice, metric, examples)
         write_text(plan.output / REPORT, json.dumps(report, indent=2) + "\n")
-        drawn = _draw(results, choice, metric, plan.output / PICTURE)
+        if drawn := can_draw():
+            plot(results, choice, metric, plan.output / PICTURE)
     if options.json:
         print(json.dumps(report))
         return 0
@@ -57,52 +56,17 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def _list(plan: Sweep, *, as_object: bool) -> int:
-    counts = plan.lora_parameters
-    columns = ("rank", "projections", "seed", "LoRA parameters", "state", "directory")
-    rows = [
-        (r.setting.rank, r.setting.projections, r.seed, counts[r.setting], r.state, str(r.directory))
-        for r in plan.runs
+    facts = [
+        {
+            "rank": run.setting.rank,
+            "projections": run.setting.projections,
+            "seed": run.seed,
+            "LoRA parameters": plan.lora_parameters[run.setting],
+        }
+        for run in plan.runs
     ]
-    if as_object:
-        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))
-        return 0
-    print_table(f"{len(rows)} runs", columns, rows)
+    list_runs(plan, facts, as_object=as_object)
     return 0
-
-
-def _train_all(plan: Sweep, metric: str) -> None:
-    # All are looked at first, so that a directory in use is told before hours are spent.
-    done = [run for run in plan.runs if plan.is_done(run)]
-    missing = [run for run in plan.runs if run not in done]
-    if done:
-        _tell(f"{len(done)} of {len(plan.runs)} runs are done already")
-    seconds: list[float] = []
-    try:
-        for number, run in enumerate(missing, 1 + len(done)):
-            begin = time.perf_counter()
-            metrics = plan.train(run)
-            seconds.append(time.perf_counter() - begin)
-            left = fmean(seconds) * (len(plan.runs) - number)
-            score = metrics.get(f"eval_{metric}", float("nan"))
-            _tell(
-                f"{number} of {len(plan.runs)}: {run}: {metric} {score:.4f}, {seconds[-1]:.1f} s; "
-                f"{_duration(left)} left"
-            )
-    except (KeyboardInterrupt, SystemExit):
-        finished = sum((run.directory / METRICS).is_file() for run in plan.runs)
-        _tell(f"stopped with {finished} of {len(plan.runs)} runs done; the same command goes on")
-        raise
-
-
-def _draw(results: list[Result], choice: Choice, metric: str, path: Path) -> bool:
-    """Whether there is a picture now; without matplotlib there is none, and a line that says so."""
-    if importlib.util.find_spec("matplotlib") is None:
-        _tell(
-            "no picture, since matplotlib is not installed; pip install matplotlib, and give the command again"
-        )
-        return False
-    plot(results, choice, metric, path)
-    return True
 
 
 def _told(result: Result) -> str:
@@ -110,21 +74,5 @@ def _told(result: Result) -> str:
     return f"{result.name}: {result.mean:.4f}{spread}, {result.trainable_parameters:,} trainable parameters"
 
 
-def _is_of(run: Run, result: Result) -> bool:
+def _is_of(run: Run[Setting], result: Result) -> bool:
     return (run.setting.rank, run.setting.projections) == (result.rank, result.projections)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min"
-    )
-
-
-def _tell(text: str) -> None:
-    """Progress is for people: it does not mix with what --json prints."""
-    print(text, file=sys.stderr, flush=True)

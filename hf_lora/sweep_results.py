@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-LOWER_IS_BETTER = ("loss", "mse", "rmse")
-# The metric whose noise on a set of examples is known without a second seed: a share of right answers.
-SHARE = "accuracy"
+from hf_lora.run_series import LOWER_IS_BETTER, SHARE, spread_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Result:
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds (n - 1); None with one seed."""
-        return stdev(self.scores.values()) if len(self.scores) > 1 else None
+        return spread_of(self.scores)
 
 
 @dataclass(frozen=True)

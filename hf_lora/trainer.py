@@ -33,7 +33,7 @@ from hf_lora.inject import base_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CURVE, CardFacts, render_card
 from hf_lora.parameter_groups import has_own_rates, parameter_groups
 from hf_lora.preemption import saving_on_sigterm
-from hf_lora.prefix_cache import ordinary, prefix_cache
+from hf_lora.prefix_cache import PrefixCache, ordinary, prefix_cache
 from hf_lora.processes import check_equal, keep_frozen_local, mean_shares, process_count
 from hf_lora.sharding import check_fsdp, name_blocks
 from hf_lora.training_arguments import LoRATrainingArguments
@@ -70,12 +70,14 @@ class LoRATrainer(CheckpointingTrainer):
         if isinstance(self.args, LoRATrainingArguments):
             self.args.lora_settings = injection(self.model).config.to_dict()
         self._replaying: Callable[[Any], AbstractContextManager[None]] = ordinary
+        self.predicting: Callable[[Any], AbstractContextManager[None]] = ordinary
+        self.kept_prefix: PrefixCache | None = None
         self._shares: dict[int, float] = {}
         self._share = 1.0
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator.state.fsdp_plugin)
             name_blocks(self.model)
-        self._class_weights = class_weights(
+        self.class_weights = class_weights(
             getattr(self.args, "class_weights", None),
             self.train_dataset,
             self.model.config.num_labels,
@@ -128,6 +130,12 @@ class LoRATrainer(CheckpointingTrainer):
                 return super().training_step(model, inputs, *args, **kwargs)
         finally:
             self._share = 1.0
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; inside `prefix_cache.filling_prefix` the output of the frozen prefix is kept."""
+        inputs = self._prepare_inputs(inputs)
+        with self.predicting(inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches: of similar length, or within a budget of tokens, where the arguments say so."""
@@ -187,12 +195,12 @@ class LoRATrainer(CheckpointingTrainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        if self._class_weights is None:
+        if self.class_weights is None:
             return super().compute_loss(model, inputs, True, items)
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs["logits"]
-        weights = self._class_weights.to(logits.device, torch.float32)
+        weights = self.class_weights.to(logits.device, torch.float32)
         if labels.is_floating_point():
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), weight=weights)
         else:

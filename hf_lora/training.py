@@ -6,9 +6,10 @@ The same for `hf-lora train` and for `accelerate launch scripts/train.py`.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,29 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 
 from hf_lora.acceleration import set_threads
 from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
+from hf_lora.baselines import baseline_logits
 from hf_lora.config import LoRAConfig
-from hf_lora.data import ClassificationData, DataConfig, prepare_data
+from hf_lora.data import ClassificationData, prepare_data
 from hf_lora.inject import inject_lora, trainable_parameter_count
+from hf_lora.lr_range import run_find_lr
 from hf_lora.metrics import compute_metrics
 from hf_lora.model_card import CardFacts
 from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
+from hf_lora.pooling_choice import choose_pooling
 from hf_lora.precision import choose_precision
 from hf_lora.processes import on_first
 from hf_lora.results import finish
 from hf_lora.run_directory import prepare_output, reserved
+from hf_lora.run_settings import choose_epochs, data_config, hub_options, is_sharded, lora_config
+from hf_lora.safeguard import Snapshot, keep_the_better
 from hf_lora.sharding import whole_weights
 from hf_lora.trainer import LoRATrainer
 from hf_lora.training_arguments import LoRATrainingArguments
 from hf_lora.verify import probe_batch, verify_injection
+from hf_lora.warm_start import HeadStart, start_head
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(argv: list[str], *, data: ClassificationData | None = None) -> dict[str, Any]:
@@ -41,22 +50,30 @@ def run_training(argv: list[str], *, data: ClassificationData | None = None) -> 
     Raises ValueError, in one line, for anything the user can mend.
     """
     model_args, data_args, lora_args, run_args, args = parse_training(argv)
-    config = lora_config(lora_args)
     if run_args.dry_run:
-        return dry_run(model_args, config, args)
+        return dry_run(model_args, lora_config(lora_args), args)
     with reserved(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
-        return _run(model_args, data_args, config, run_args, args, data)
+        return _run(model_args, data_args, lora_args, run_args, args, data)
 
 
 def _run(
     model_args: ModelArguments,
     data_args: DataArguments,
-    config: LoRAConfig,
+    lora_args: LoRAArguments,
     run_args: RunArguments,
     args: LoRATrainingArguments,
     data: ClassificationData | None,
 ) -> dict[str, Any]:
-    resume = on_first(lambda: prepare_output(args, run_args))
+    if lora_args.lora_rank == 0 and lora_args.head_init == "random":
+        raise ValueError(
+            "nothing would be trained; got lora_rank=0 with head_init=random; expected head_init=probe with it"
+        )
+    if run_args.find_lr and lora_args.lora_rank == 0:
+        raise ValueError(
+            "find_lr has nothing to train; got lora_rank=0; expected a rank above 0; leave one of the two out"
+        )
+    # A range test writes no adapter, and has no reason to delete or refuse an earlier one.
+    resume = None if run_args.find_lr else on_first(lambda: prepare_output(args, run_args))
     set_seed(args.seed)
     if not torch.cuda.is_available():
         args.dataloader_pin_memory = False  # has no effect without a GPU but a warning at every epoch
@@ -69,8 +86,18 @@ def _run(
             data = prepare_data(data_config(data_args, model_args, args), tokenizer)
     if args.process_index == 0:
         print(data.report, flush=True)
+    epochs = choose_epochs(args, len(data.splits["train"]))
+    if epochs is not None and args.process_index == 0:
+        print(epochs, flush=True)
     precision = choose_precision(
         run_args.precision, args.device, autocast=args.bf16 or args.fp16, sharded=is_sharded(args)
+    )
+    pooling = choose_pooling(
+        lora_args.pooling,
+        model_args.model_name_or_path,
+        labels=len(data.labels),
+        revision=model_args.model_revision,
+        **hub,
     )
     # Once more, so that the head and A do not depend on what the data preparation drew.
     set_seed(args.seed)
@@ -78,8 +105,9 @@ def _run(
         model, tokenizer = load_classifier(
             model_args.model_name_or_path,
             data.labels,
-            config,
+            lora_config(lora_args),
             problem_type=data.problem_type,
+            pooling=pooling.pooling,
             max_length=data.max_length,
             text_columns=data.text_columns,
             revision=model_args.model_revision,
@@ -91,7 +119,7 @@ def _run(
         # Looking for them costs a walk through the graph at every step; the probe has just looked.
         args.ddp_find_unused_parameters = bool(report.unused)
     if args.process_index == 0:
-        print(trainable_parameter_count(model), precision, report, sep="\n", flush=True)
+        print(trainable_parameter_count(model), precision, report, pooling, sep="\n", flush=True)
         if args.world_size > 1:
             print(f"processes: {args.world_size} ({args.parallel_mode.value})", flush=True)
     trainer = make_trainer(model, tokenizer, data, args, run_args)
@@ -103,63 +131,42 @@ def _run(
         label_counts=data.report.label_counts,
         place=args.hub_model_id or (None if Path(args.output_dir).is_absolute() else args.output_dir),
     )
+    start = start_head(trainer, "probe" if lora_args.lora_rank == 0 else lora_args.head_init)
+    if args.process_index == 0:
+        print(start, flush=True)
+    if run_args.find_lr:
+        set_seed(args.seed)
+        return run_find_lr(trainer, args.output_dir)
+    baselines = baseline_logits(trainer, data, start.warm)
+    # And once more: training draws the same with any start.
+    set_seed(args.seed)
+    train_metrics = {"warm_start_runtime": start.seconds, "train_runtime": 0.0}
+    if lora_args.lora_rank > 0:
+        train_metrics |= train_timed(trainer, data, start, resume)
+    return finish(trainer, data, train_metrics, baselines)
+
+
+def train_timed(
+    trainer: LoRATrainer, data: ClassificationData, start: HeadStart, resume: str | None
+) -> dict[str, float]:
+    """Train, and keep the probe that it started from if that is better; returns the metrics of training.
+
+    The seconds of evaluations are taken from those of training.
+    """
+    before = Snapshot.of(trainer.model) if start.kind == "probe" and start.warm else None
     clock = EvaluationClock()
     trainer.add_callback(clock)
-    train_metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    metrics = trainer.train(resume_from_checkpoint=resume).metrics
     trainer.remove_callback(clock)
-    train_metrics["train_runtime"] = max(0.0, train_metrics["train_runtime"] - clock.seconds)
-    return finish(trainer, data, train_metrics)
-
-
-def lora_config(arguments: LoRAArguments) -> LoRAConfig:
-    """The LoRAConfig that the command line's arguments ask for."""
-    targets = arguments.lora_target_modules
-    single = (
-        targets is not None
-        and len(targets) == 1
-        and not targets[0].replace(".", "").replace("_", "").isalnum()
-    )
-    expression = targets is not None and (single or targets == ["all-linear"])
-    return LoRAConfig(
-        rank=arguments.lora_rank,
-        alpha=arguments.lora_alpha,
-        dropout=arguments.lora_dropout,
-        projections=arguments.lora_projections,
-        target_modules=None if targets is None else targets[0] if expression else tuple(targets),
-        layers=None if arguments.lora_layers is None else tuple(arguments.lora_layers),
-        rank_pattern=_json_object("lora_rank_pattern", arguments.lora_rank_pattern),
-        alpha_pattern=_json_object("lora_alpha_pattern", arguments.lora_alpha_pattern),
-        bias=arguments.lora_bias,
-        train_head=arguments.train_head,
-        init=arguments.lora_init,
-        variant=arguments.lora_variant,
-        scaling=arguments.lora_scaling,
-        form=arguments.lora_form,
-    )
-
-
-def data_config(arguments: DataArguments, model: ModelArguments, args: LoRATrainingArguments) -> DataConfig:
-    """The DataConfig that the command line's arguments ask for."""
-    values = asdict(arguments)
-    values["max_length"] = values.pop("max_seq_length")
-    split_seed = values.pop("split_seed")
-    seed = args.seed if split_seed is None else split_seed
-    return DataConfig(**values, seed=seed, cache_dir=model.cache_dir, token=model.token)
-
-
-def hub_options(arguments: ModelArguments) -> dict[str, Any]:
-    """What transformers' `from_pretrained` takes of the model arguments."""
-    return {
-        "cache_dir": arguments.cache_dir,
-        "token": arguments.token,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-
-
-def is_sharded(args: LoRATrainingArguments) -> bool:
-    """Whether parameters are to be sharded over the processes, by the flags or by `accelerate launch`."""
-    by_launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return bool(args.fsdp or args.deepspeed) or any(os.environ.get(name) == "true" for name in by_launcher)
+    metrics["evaluation_runtime"] = clock.seconds
+    metrics["train_runtime"] = max(0.0, metrics["train_runtime"] - clock.seconds)
+    if before is not None and start.warm is not None:
+        began = time.perf_counter()
+        kept = keep_the_better(trainer, data, before, start.warm)
+        metrics["evaluation_runtime"] += time.perf_counter() - began
+        if kept is not None and trainer.is_world_process_zero():
+            logger.warning(kept)
+    return metrics
 
 
 class EvaluationClock(TrainerCallback):
@@ -209,15 +216,3 @@ def dry_run(model_args: ModelArguments, config: LoRAConfig, args: LoRATrainingAr
     print("\n".join(names))
     print(f"{len(names)} modules; {trainable_parameter_count(model)} with a head of 2 labels")
     return {"modules": names}
-
-
-def _json_object(name: str, text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not valid JSON; got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{name} is not a JSON object; got {text!r}; expected such as {{"query": 16}}')
-    return value

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The main job on real input: fine-tune MiniLM on BBC News, then predict in a new process. Makes .venv if needed.
+# With the model's own head (--pooling native), so that peft and transformers load all of the adapter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRAS=demo source scripts/setup.sh
@@ -16,10 +17,9 @@ PYTHON
 .venv/bin/hf-lora train \
     --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
     --train_file "$news" \
-    --validation_fraction 0.2 \
-    --max_seq_length 128 \
+    --validation_fraction 0.2 --max_seq_length 128 \
     --lora_rank 8 --lora_alpha 16 --lora_dropout 0.1 --lora_projections qkvo \
-    --num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 16 --eval_strategy no \
+    --pooling native --num_train_epochs 1 --per_device_train_batch_size 16 --eval_strategy no \
     --model_card_license apache-2.0 --language en \
     --overwrite_output_dir --output_dir runs/demo
 

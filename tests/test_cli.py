@@ -18,7 +18,7 @@ from hf_lora.version import __version__
 
 COMMANDS = (
     *("train", "evaluate", "predict", "merge", "info", "targets"),
-    *("resize", "add", "extract", "push", "export", "inspect", "report", "sweep"),
+    *("resize", "add", "extract", "push", "export", "inspect", "report", "sweep", "curve"),
 )
 HELP = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
 HEAVY = {
@@ -169,7 +169,12 @@ MISTAKES = {
     f"{DATA} --validation_fraction 1.5": ["validation_fraction", "1.5"],
     f"{DATA} --encoding utf-9": ["encoding", "'utf-9'"],
     f"{DATA} --lora_projections xyz": ["'xyz'", "qkvo"],
-    f"{DATA} --lora_rank 0": ["rank", "got 0"],
+    f"{DATA} --lora_rank -1": ["rank", "got -1"],
+    f"{DATA} --lora_rank 0 --head_init random": ["nothing would be trained", "head_init=probe"],
+    f"{DATA} --lora_rank 0 --find_lr": ["find_lr has nothing to train", "lora_rank=0"],
+    f"{DATA} --head_init zero": ["head_init", "'zero'", "auto, probe, random"],
+    f"{DATA} --pooling max": ["pooling", "'max'", "mean, cls"],
+    f"{DATA} --few_shot 0": ["few_shot is 0"],
     f"{DATA} --lora_dropout 1": ["dropout", "got 1"],
     f"{DATA} --lora_init zeros": ["'zeros'", "kaiming"],
     f"{DATA} --lora_target_modules q_proj": ["'q_proj'", "query"],

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from hf_lora import TextClassifier, cli
 from hf_lora.inference import changed_labels
+from hf_lora.sidecar import AdapterInfo
 
 Captured = pytest.CaptureFixture[str]
 # What the commands are compared with computes in fp32, whatever this machine is good at.
@@ -67,6 +68,16 @@ def scored(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
+def calibration_by_hand(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """The expected calibration error, in 15 bins of the larger probability."""
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    scores = exponentials / exponentials.sum(1, keepdims=True)
+    number = np.clip(np.ceil(scores.max(1) * 15).astype(int), 1, 15)
+    right = logits.argmax(1) == truth
+    gaps = [abs(right[number == one].sum() - scores.max(1)[number == one].sum()) for one in range(1, 16)]
+    return {"calibration_error": float(sum(gaps) / len(truth))}
+
+
 @pytest.fixture
 def expected(tiny_bert_dir: Path, adapter_dir: Path, tiny_csv: Path) -> dict[str, Any]:
     """What `evaluate` has to report, computed with peft, transformers and scikit-learn."""
@@ -82,8 +93,10 @@ def expected(tiny_bert_dir: Path, adapter_dir: Path, tiny_csv: Path) -> dict[str
         "adapter": str(adapter_dir),
         "examples": 48,
         "truncated": 0,
-        "metrics": pytest.approx(scored(enabled, truth), abs=1e-6),
-        "metrics_disabled": pytest.approx(scored(disabled, truth), abs=1e-6),
+        "metrics": pytest.approx(scored(enabled, truth) | calibration_by_hand(enabled, truth), abs=1e-6),
+        "metrics_disabled": pytest.approx(
+            scored(disabled, truth) | calibration_by_hand(disabled, truth), abs=1e-6
+        ),
         "classes": {
             name: {
                 "support": 24,
@@ -276,10 +289,10 @@ def test_merge_leaves_an_existing_directory_alone(
 def test_flips_are_labels_that_changed() -> None:
     before = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]])
     after = torch.tensor([[0.0, 1.0], [0.5, 1.0], [2.0, 1.0]])
-    assert changed_labels(before, after, "single_label_classification") == 1
+    assert changed_labels(before, after, AdapterInfo(("a", "b"))) == 1
     # Rows 1 (both labels) and 3 (the second) cross zero; row 2 gains the first label.
-    assert changed_labels(before, after, "multi_label_classification") == 3
-    assert changed_labels(before[:, :1], after[:, :1], "regression") == 0
+    assert changed_labels(before, after, AdapterInfo(("a", "b"), "multi_label_classification")) == 3
+    assert changed_labels(before[:, :1], after[:, :1], AdapterInfo(("a",), "regression")) == 0
 
 
 def delta_norms(adapter: Path) -> dict[str, float]:
@@ -312,7 +325,10 @@ def test_info_tells_what_the_files_hold(capsys: Captured, tiny_bert_dir: Path, a
         "fingerprint": sidecar["base_model"]["fingerprint"],
         "labels": ["negative", "positive"],
         "problem_type": "single_label_classification",
+        "pooling": "native",
         "max_length": 32,
+        "temperature": None,
+        "thresholds": None,
         "rank": 4,
         "alpha": 8,
         "variant": "lora",

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import hf_lora.data.splits
 from hf_lora.data import ClassificationData, DataConfig, iter_texts, load_splits, prepare_data, prepare_test
+from hf_lora.data.splits import held_out_fraction
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghij"]
 FOUR_ROWS = "text,label\na b,x\nc d,y\ne f,x\ng h,y\n"
@@ -839,3 +840,25 @@ def test_bbc_news(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     assert totals == sizes
     held_out = np.array([report.label_counts["validation"][label] for label in sizes])
     assert np.abs(held_out - 0.2 * np.array(list(sizes.values()))).max() < 1
+
+
+class TestHeldOutShare:
+    """How much is held out where nobody says how much, against the rule's own words."""
+
+    @pytest.mark.parametrize(
+        ("examples", "labels", "share"),
+        [
+            (40, 2, 0.2),
+            (1000, 2, 0.2),
+            (1600, 2, 0.125),
+            (2000, 2, 0.1),
+            (90_000, 2, 0.1),
+            (450, 150, 150 / 450),
+        ],
+    )
+    def test_a_fifth_then_two_hundred_then_a_tenth(self, examples: int, labels: int, share: float) -> None:
+        config = DataConfig(train_file="texts.csv")
+        assert held_out_fraction(config, examples, labels) == pytest.approx(share)
+
+    def test_what_was_asked_for_is_taken(self) -> None:
+        assert held_out_fraction(DataConfig(train_file="texts.csv", validation_fraction=0.3), 9000, 2) == 0.3

@@ -63,6 +63,7 @@ _TINY = "--num_train_epochs 1 --max_seq_length 32 --use_cpu True --disable_tqdm 
 ADDED = {
     "train": _TINY,
     "sweep": f"{_TINY} --ranks 1,2 --projections qv --seeds 1",
+    "curve": f"{_TINY} --shots 4,8 --seeds 1",
 }
 
 

@@ -28,6 +28,7 @@ from hf_lora.fingerprint import fingerprint
 from hf_lora.inference import CPU_TOKENS, WINDOW, _rounded
 from hf_lora.inject import base_parameters
 from hf_lora.precision import Precision
+from hf_lora.sidecar import AdapterInfo
 
 LONG = "the film was good and the meal was awful but we had fun " * 5
 TEXTS = [
@@ -214,6 +215,51 @@ def test_multi_label_scores_are_sigmoids_and_labels_those_above_half(
         chosen = [label for label, score in zip(labels, row, strict=True) if score >= 0.5]
         assert result["label"] == chosen
         assert result["score"] == [result["scores"][label] for label in chosen]
+
+
+def test_calibration_of_the_sidecar_is_used(tiny_bert_dir: Path, tmp_path: Path, adapter_dir: Path) -> None:
+    kind = "multi_label_classification"
+    directory = make_adapter(
+        tiny_bert_dir, tmp_path / "multi", ("a", "b", "c"), problem_type=kind, max_length=32
+    )
+    logits = peft_logits(tiny_bert_dir, directory, TEXTS)
+    scores = (logits / 3).sigmoid()
+    # Cut in the middle of each column, so that every label is given to some and not to others.
+    thresholds = scores.sort(0).values[2:4].mean(0)
+    recalibrate(directory, temperature=3.0, thresholds=thresholds.tolist())
+    classifier = TextClassifier.from_pretrained(directory, precision="fp32")
+    torch.testing.assert_close(classifier.logits(TEXTS), logits, rtol=0, atol=1e-5)
+    results = classifier.predict(TEXTS)
+    torch.testing.assert_close(
+        torch.tensor([list(result["scores"].values()) for result in results]), scores, rtol=0, atol=1e-5
+    )
+    given = [[label in result["label"] for label in "abc"] for result in results]
+    assert given == (scores > thresholds).tolist() != (logits > 0).tolist()
+    assert classifier.setting.endswith("; temperature 3")
+    # Single-label: other scores, the same labels.
+    one = shutil.copytree(adapter_dir, tmp_path / "single")
+    recalibrate(one, temperature=0.1)
+    expected = (peft_logits(tiny_bert_dir, one, TEXTS) / 0.1).softmax(-1)
+    sharp = TextClassifier.from_pretrained(one, precision="fp32").predict(TEXTS)
+    plain = TextClassifier.from_pretrained(adapter_dir, precision="fp32").predict(TEXTS)
+    assert [result["label"] for result in sharp] == [result["label"] for result in plain]
+    assert [result["score"] for result in sharp] == pytest.approx(expected.max(1).values.tolist(), abs=1e-4)
+    assert max(abs(s["score"] - p["score"]) for s, p in zip(sharp, plain, strict=True)) > 0.01
+
+
+def recalibrate(adapter: Path, **values: Any) -> None:
+    """Write fields into the sidecar of an adapter."""
+    path = adapter / "hf_lora.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_flips_are_other_labels_of_predict() -> None:
+    info = AdapterInfo(("a", "b"), "multi_label_classification", temperature=2.0, thresholds=(0.9, 0.5))
+    # sigmoid(4.4 / 2) is just above 0.9, sigmoid(4.3 / 2) below it; 1 and -1 decide otherwise at one half alone.
+    before, after = torch.tensor([[4.4, 0.0], [1.0, 1.0]]), torch.tensor([[4.3, 0.0], [-1.0, 2.0]])
+    assert inference.changed_labels(before, after, info) == 1
+    assert inference.changed_labels(before, after, AdapterInfo(("a", "b"), info.problem_type)) == 1
+    assert inference.changed_labels(before[:1], after[:1], AdapterInfo(("a", "b"), info.problem_type)) == 0
 
 
 def test_regression_score_is_the_output_itself(tiny_bert_dir: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import sklearn.metrics
 from transformers import EvalPrediction
@@ -28,6 +29,7 @@ from hf_lora.metrics import (
     RocAuc,
     UndefinedMetricError,
     class_errors,
+    class_margins,
     compute_metrics,
 )
 
@@ -280,3 +282,23 @@ def test_unknown_problem_type() -> None:
 def test_every_problem_type_is_evaluated_with_known_metrics() -> None:
     assert set(EVALUATIONS) == set(PROBLEM_TYPES)
     assert all(name in METRICS for _, evaluation in EVALUATIONS.items() for name in evaluation.metrics)
+
+
+def test_margins_rank_as_probabilities_do_and_do_not_saturate() -> None:
+    rng = np.random.default_rng(0)
+    for classes in (2, 5):
+        logits = rng.normal(size=(50, classes)) * 3
+        p = scipy.special.softmax(logits, 1)
+        np.testing.assert_allclose(class_margins(logits), np.log(p / (1 - p)), rtol=1e-9, atol=1e-9)
+    large = np.array([[400.0, 0.0], [500.0, 0.0], [0.0, 300.0]])
+    np.testing.assert_allclose(class_margins(large), [[400, -400], [500, -500], [-300, 300]])
+
+
+def test_the_area_of_large_logits_is_that_of_their_difference() -> None:
+    rng = np.random.default_rng(1)
+    references = rng.integers(0, 2, 60)
+    logits = np.stack([np.zeros(60), 300 * (rng.normal(size=60) + references)], 1).astype(np.float32)
+    area = compute_metrics("single_label_classification", ("a", "b"))(EvalPrediction(logits, references))[
+        "roc_auc"
+    ]
+    assert area == pytest.approx(sklearn.metrics.roc_auc_score(references, logits[:, 1]))

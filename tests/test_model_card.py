@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,7 @@ def test_tables_show_the_facts(card: str) -> None:
     assert "What became worse: trade has more errors with the adapter than without it." in card
     assert by_header[("setting", "value")] == [
         ["adapted projections", "qv"],
+        ["head", "of the architecture"],
         ["rank", "6"],
         ["alpha", "13.5"],
         ["dropout", "0.15"],
@@ -263,3 +265,28 @@ def test_label_with_a_pipe_does_not_break_the_tables() -> None:
     )
     for table in tables(render(info, facts)):
         assert {len(row) for row in table} == {len(table[0])}, table
+
+
+def test_calibration_is_one_line_and_no_rows() -> None:
+    measured = {
+        "eval_accuracy": 0.9,
+        "eval_calibration_error": 0.01234,
+        "eval_calibration_error_uncalibrated": 0.10101,
+        "test_calibration_error": 0.02347,
+        "test_calibration_error_uncalibrated": 0.20202,
+    }
+    facts = replace(FACTS, metrics=measured)
+    text = render(replace(INFO, temperature=1.98765), facts)
+    [line] = [line for line in text.splitlines() if "calibrated on" in line]
+    assert line == (
+        "Scores are calibrated on the validation split, with a temperature of 1.988: expected calibration error "
+        "0.1010 before and 0.0123 after it (validation), 0.2020 before and 0.0235 after it (test)."
+    )
+    assert "calibration_error" not in text and "scores are calibrated for no other." in text
+    plain = render(INFO, facts)
+    assert "calibrated on" not in plain and "scores are not probabilities: they were not calibrated." in plain
+    kind = "multi_label_classification"
+    several = render(replace(INFO, problem_type=kind, temperature=2.0, thresholds=(0.2, 0.5, 0.7)), facts)
+    [line] = [line for line in several.splitlines() if "calibrated on" in line]
+    assert line.endswith("(test). So are the thresholds, one for each label, by its F1.")
+    assert all(len(row) == len(table[0]) for table in tables(several) for row in table)

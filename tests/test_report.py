@@ -20,11 +20,14 @@ from sklearn import metrics as sk
 
 from hf_lora import charts, judgement, pages, report
 from hf_lora.checkpoint import read_adapter
-from hf_lora.judgement import calibration, judge
+from hf_lora.judgement import calibration, calibration_of, judge, measurer
 from hf_lora.report import Measured, collect
+from hf_lora.sidecar import AdapterInfo
 
 LABELS = ("arts & <b>crafts</b>", "sports", "tech|x")
-SINGLE = "single_label_classification"
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+INFO, MULTI_INFO = AdapterInfo(LABELS), AdapterInfo(LABELS, MULTI)
+REGRESSION_INFO = AdapterInfo(("score",), "regression")
 HOSTILE = '<script>fetch("http://192.0.2.1/x")</script><img src=http://192.0.2.1/y.png>\u202e[31m'
 
 
@@ -37,7 +40,7 @@ def judged(mistakes: int = 12) -> tuple[judgement.Judgement, np.ndarray, np.ndar
     logits, disabled = outputs(1), outputs(2)
     logits[np.arange(45), references[:45]] += 4
     texts = [f"text {row} {HOSTILE if row > 40 else ''} " + "word " * row * 3 for row in range(60)]
-    made = judge(SINGLE, LABELS, texts, references, logits, disabled, mistakes=mistakes)
+    made = judge(INFO, texts, references, logits, disabled, mistakes=mistakes)
     return made, references, logits, disabled
 
 
@@ -144,7 +147,7 @@ def test_bins_are_closed_above():
 def test_multi_label():
     truth = np.random.default_rng(3).integers(0, 2, (40, 3)).astype(np.float32)
     logits, disabled = outputs(4, 40), outputs(5, 40)
-    made = judge("multi_label_classification", LABELS, ["t"] * 40, truth, logits, disabled, mistakes=3)
+    made = judge(MULTI_INFO, ["t"] * 40, truth, logits, disabled, mistakes=3)
     given = logits > 0
     assert made.wrong == 40 - round(40 * sk.accuracy_score(truth, given))
     for index, label in enumerate(LABELS):
@@ -159,10 +162,58 @@ def test_multi_label():
     assert not made.confusion
 
 
+def test_a_temperature_changes_confidences_and_losses_and_nothing_else():
+    plain, references, logits, disabled = judged()
+    info = AdapterInfo(LABELS, temperature=2.5)
+    made = judge(info, ["t"] * 60, references, logits, disabled)
+    # The same as of logits that are smaller.
+    small = judge(INFO, ["t"] * 60, references, logits / 2.5, disabled / 2.5)
+    assert (made.calibration, made.calibration_disabled) == (small.calibration, small.calibration_disabled)
+    assert made.mistakes == small.mistakes and made.classes == plain.classes
+    assert made.calibration.error != plain.calibration.error
+    assert {**made.metrics, "calibration_error": 0} == {**plain.metrics, "calibration_error": 0}
+    assert made.metrics["calibration_error"] == made.calibration.error
+
+
+def test_thresholds_decide_and_leave_probabilities_alone():
+    truth = np.random.default_rng(3).integers(0, 2, (40, 3)).astype(np.float32)
+    logits, disabled = outputs(4, 40), outputs(5, 40)
+    thresholds = (0.2, 0.5, 0.9)
+    info = AdapterInfo(LABELS, MULTI, temperature=2.0, thresholds=thresholds)
+    made = judge(info, ["t"] * 40, truth, logits, disabled, mistakes=40)
+    scores = 1 / (1 + np.exp(-logits / 2))
+    given = scores > thresholds
+    assert (given != (logits > 0)).any(0).tolist() == [True, False, True]
+    for average in ("macro", "micro"):
+        expected = sk.f1_score(truth, given, average=average)
+        assert made.metrics[f"f1_{average}"] == pytest.approx(expected)
+    assert made.metrics["roc_auc"] == pytest.approx(sk.roc_auc_score(truth, scores))
+    assert made.wrong == (given != truth).any(1).sum() == len(made.mistakes)
+    without = 1 / (1 + np.exp(-disabled / 2)) > thresholds
+    assert made.metrics_disabled["accuracy"] == pytest.approx(sk.accuracy_score(truth, without))
+    for column, label in enumerate(LABELS):
+        _, (missed, _) = sk.confusion_matrix(truth[:, column], given[:, column])
+        assert made.classes[label]["wrong"] == missed
+    losses = [sk.log_loss(truth[row], scores[row], labels=[0, 1]) for row in range(40)]
+    wrong = (given != truth).any(1)
+    assert [m.loss for m in made.mistakes] == pytest.approx(sorted(np.array(losses)[wrong], reverse=True))
+    # The calibration error by an independent loop: of the likelier answer, whatever the thresholds.
+    likelier, right = np.maximum(scores, 1 - scores).ravel(), ((scores > 0.5) == truth).ravel()
+    error = 0.0
+    for low in np.arange(15) / 15:
+        inside = (likelier > low) & (likelier <= low + 1 / 15)
+        if inside.any():
+            error += inside.sum() / 120 * abs(right[inside].mean() - likelier[inside].mean())
+    assert made.calibration.error == pytest.approx(error)
+    assert made.metrics["calibration_error"] == pytest.approx(error)
+    assert measurer(info)(logits, truth) == made.metrics
+    assert calibration_of(REGRESSION_INFO, logits[:, :1], truth[:, 0]) is None
+
+
 def test_regression():
     truth = np.array([1.0, 2.0, 3.0])
     logits, disabled = np.array([[1.5], [2.0], [1.0]]), np.zeros((3, 1))
-    made = judge("regression", ("score",), ["a", "b", "c"], truth, logits, disabled, mistakes=2)
+    made = judge(REGRESSION_INFO, ["a", "b", "c"], truth, logits, disabled, mistakes=2)
     assert made.points == [(1.0, 1.5), (2.0, 2.0), (3.0, 1.0)]
     assert [(m.text, m.truth, m.given, m.disabled, m.loss) for m in made.mistakes] == [
         ("c", "3", "1", "0", 4.0),
@@ -295,11 +346,11 @@ def test_files_beside_the_adapter_may_be_anything(adapter_dir: Path, tmp_path: P
 
 def test_other_problem_types_have_a_page(adapter_dir: Path):
     truth = np.random.default_rng(3).integers(0, 2, (20, 3)).astype(np.float32)
-    made = judge("multi_label_classification", LABELS, ["t"] * 20, truth, outputs(4, 20), outputs(5, 20))
+    made = judge(MULTI_INFO, ["t"] * 20, truth, outputs(4, 20), outputs(5, 20))
     page = Page(page_of(adapter_dir, made, problem_type="multi_label_classification"))
     assert "confusion" not in page.tables and "were not given it" in page.text and "calibration" in page.text
     numbers = np.linspace(0, 1, 20)
-    made = judge("regression", ("score",), ["t"] * 20, numbers, outputs(4, 20, 1), outputs(5, 20, 1))
+    made = judge(REGRESSION_INFO, ["t"] * 20, numbers, outputs(4, 20, 1), outputs(5, 20, 1))
     text = page_of(adapter_dir, made, problem_type="regression", labels=("score",))
     assert text.count("<circle") >= 20 and "The worst errors" in text and "Calibration" not in text
     for kind in ("regression",):

@@ -15,13 +15,14 @@ import safetensors.torch
 import torch
 from conftest import write_texts
 
-from hf_lora import LoRATrainer, cli, sweep_commands
+from hf_lora import LoRATrainer, cli, series_progress
 from hf_lora.arguments import DataArguments, ModelArguments
 from hf_lora.data import prepare_data
 from hf_lora.modeling import load_tokenizer
+from hf_lora.run_settings import data_config
 from hf_lora.sweep import Sweep, parse_projections, parse_ranks
 from hf_lora.sweep_results import Result, choose, table_rows
-from hf_lora.training import data_config, run_training
+from hf_lora.training import run_training
 from hf_lora.training_arguments import LoRATrainingArguments
 
 GRID = ["--ranks", "2,1", "--projections", "qv", "--seeds", "2"]
@@ -59,6 +60,10 @@ def same(one: Path, other: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+def seconds(metrics: dict[str, float]) -> float:
+    return metrics["warm_start_runtime"] + metrics["train_runtime"]
+
+
 def no_training(*_: Any, **__: Any) -> None:
     raise AssertionError("a run that is done was trained again")
 
@@ -88,7 +93,7 @@ def test_report_is_the_arithmetic_of_the_runs_metrics(swept: Path) -> None:
         assert list(setting["scores"].items()) == [("7", scores[0]), ("8", scores[1])]
         assert setting["mean"] == pytest.approx(np.mean(scores))
         assert setting["spread"] == pytest.approx(np.std(scores, ddof=1))
-        assert setting["seconds"] == pytest.approx(np.mean([measured[run]["train_runtime"] for run in runs]))
+        assert setting["seconds"] == pytest.approx(np.mean([seconds(measured[run]) for run in runs]))
         # 2 blocks of 2 projections with A (r, 32) and B (32, r); a head of 2 x 32 weights and 2 biases.
         assert setting["lora_parameters"] == 2 * 2 * 2 * 32 * setting["rank"]
         assert setting["trainable_parameters"] == setting["lora_parameters"] + 66
@@ -128,7 +133,7 @@ def test_seeds_share_a_split_by_split_seed(
 def test_what_is_done_is_used(
     swept: Path, train_argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hf_lora.sweep.run_training", no_training)
+    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
     before = (swept / "sweep.json").read_text()
     argv = ["sweep", *train_argv, *GRID, "--output_dir", str(swept), "--json"]
     assert cli.main([*argv, "--metric", "eval_loss"]) == 0
@@ -146,7 +151,7 @@ def test_what_is_done_is_used(
 def test_arguments_without_effect_do_not_make_another_run(
     swept: Path, train_argv: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_lora.sweep.run_training", no_training)
+    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
     argv = [*train_argv, "--disable_tqdm", "True", "--learning_rate", "0.020"]
     assert cli.main(["sweep", *argv, *GRID, "--output_dir", str(swept)]) == 0
 
@@ -221,7 +226,7 @@ def test_a_sweep_that_sigterm_stopped_goes_on_from_its_checkpoint(
     assert same(stopped, swept / "rank-1-qv/seed-7") and same(left, swept / "rank-1-qv/seed-8")
     (setting,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["settings"]
     # The seconds of a run that was stopped are not those of a whole one.
-    assert setting["seconds"] == json.loads((left / "metrics.json").read_text())["train_runtime"]
+    assert setting["seconds"] == seconds(json.loads((left / "metrics.json").read_text()))
 
 
 def test_dry_run_lists_the_runs_and_leaves_nothing(
@@ -261,8 +266,8 @@ def test_without_matplotlib_there_is_a_table_and_a_line(
 ) -> None:
     output = copied(swept, tmp_path / "sweep")
     (output / "sweep.png").unlink()
-    monkeypatch.setattr("hf_lora.sweep.run_training", no_training)
-    monkeypatch.setattr(sweep_commands.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
+    monkeypatch.setattr(series_progress.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["sweep", *train_argv, *GRID, "--output_dir", str(output)]) == 0
     captured = capsys.readouterr()
     assert "no picture, since matplotlib is not installed" in captured.err

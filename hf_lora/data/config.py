@@ -15,8 +15,10 @@ class DataConfig:
     `train_file`, `validation_file` and `test_file` each take a .csv, .tsv, .json, .jsonl or .parquet file, a
     `save_to_disk` folder, or a folder with one sub-folder of .txt files per label; `dataset_name` is a Hub
     id. Columns that are None are guessed from their usual names, and a problem type of None from the labels:
-    floats are a regression, lists multi-label. `max_length` is in tokens; `validation_fraction` of the
-    training split is held out when there is no validation split.
+    floats are a regression, lists multi-label. `max_length` is in tokens; `validation_fraction` of the training
+    split (None: by `hf_lora.data.splits.held_out_fraction`) is held out when there is no validation split.
+    `few_shot` examples of each label, drawn with the seed, are all that is used of the training split; what is held
+    out is then held out of these.
 
     Raises:
         ValueError: a value is out of range, or fields contradict each other.
@@ -33,8 +35,9 @@ class DataConfig:
     label_column: str | None = None
     problem_type: str | None = None
     max_length: int = 128
-    validation_fraction: float = 0.2
+    validation_fraction: float | None = None
     encoding: str = "utf-8"
+    few_shot: int | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     max_test_samples: int | None = None
@@ -66,11 +69,16 @@ class DataConfig:
             raise ValueError(f"one column has two roles; got text, pair and label columns {', '.join(named)}")
 
     def _check_values(self) -> None:
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "max_test_samples"):
+        for name in ("max_length", "few_shot", "max_train_samples", "max_eval_samples", "max_test_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more")
-        if not 0 < self.validation_fraction < 1:
+        if self.few_shot is not None and self.max_train_samples is not None:
+            raise ValueError(
+                f"few_shot and max_train_samples both cut the training data; got {self.few_shot} and "
+                f"{self.max_train_samples}; expected one of the two"
+            )
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_lora.data.columns import choose_label_column, choose_text_columns, require_column
 from hf_lora.data.config import DataConfig
+from hf_lora.data.few_shot import few_shot
 from hf_lora.data.files import BADLY_ENCODED
 from hf_lora.data.labels import LabelScheme, are_hidden, learn_labels, read_labels
 from hf_lora.data.report import DataReport, SplitCounts, count_empty, leakage_warnings, length_counts
@@ -47,11 +48,16 @@ class _Columns:
     label: str
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ClassificationData:
+def prepare_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, test_seed: int | None = None
+) -> ClassificationData:
     """Load, check, label, split and tokenize the data of a training run.
 
     Label names come from the training split alone. Without a validation split one is held out, stratified by
     label for single-label problems. A test split whose labels are all hidden (-1) is left out with a warning.
+
+    test_seed: where there is neither a validation nor a test split, a test split is held out first, with this
+    seed, of all the training data: one for runs whose training data differ.
 
     Raises:
         ValueError: a mistake in the files, columns, labels or sizes; one line that says where.
@@ -64,10 +70,17 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Clas
     raw, warnings = without_hidden_test(raw, columns.label, config)
     scheme = learn_labels(raw["train"], columns.label, config.problem_type)
     splits = {split: _encode(dataset, columns, scheme, split) for split, dataset in raw.items()}
-    if "validation" not in splits:
-        train, validation, held_out_warnings = hold_out(splits["train"], scheme, config)
+    if test_seed is not None and not {"validation", "test"} & set(splits):
+        train, test, _ = hold_out(splits["train"], scheme, replace(config, seed=test_seed))
+        splits = {"train": train, "test": test}
+        warnings += (f"test: there is no such split; {len(test):,} examples of train are held out as one",)
+    more: tuple[str, ...] = ()
+    if config.few_shot is not None:
+        splits, more = few_shot(splits, scheme, config)
+    elif "validation" not in splits:
+        train, validation, more = hold_out(splits["train"], scheme, config)
         splits = {**splits, "train": train, "validation": validation}
-        warnings += held_out_warnings
+    warnings += more
     ordered = {split: splits[split] for split in SPLIT_NAMES if split in splits}
     return _finish(ordered, columns, scheme, config, tokenizer, warnings)
 

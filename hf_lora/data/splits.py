@@ -13,6 +13,9 @@ from hf_lora.data.labels import SINGLE, LabelScheme, are_hidden
 
 ENCODED = "__labels__"  # the column of encoded labels, while the raw label column is still there
 
+# How much is held out where nobody says how much.
+ENOUGH_HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 200, 0.1, 0.2
+
 # What the splits of Hub datasets are called, best name first (MNLI has two validation splits).
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -93,6 +96,17 @@ def without_hidden_test(
     return kept, (f"test: all {len(test):,} labels are hidden (-1); the split is left out",)
 
 
+def held_out_fraction(config: DataConfig, examples: int, labels: int) -> float:
+    """The share that is held out: what was asked for, or what is enough to choose and to calibrate by.
+
+    That is 200 examples, between a tenth and a fifth of them all, and one of each label where there are many.
+    """
+    if config.validation_fraction is not None:
+        return config.validation_fraction
+    share = min(max(ENOUGH_HELD_OUT / max(1, examples), LEAST_HELD_OUT), MOST_HELD_OUT)
+    return max(share, labels / max(1, examples)) if 2 * labels <= examples else share
+
+
 def hold_out(
     dataset: datasets.Dataset, scheme: LabelScheme, config: DataConfig
 ) -> tuple[datasets.Dataset, datasets.Dataset, tuple[str, ...]]:
@@ -104,13 +118,16 @@ def hold_out(
         ValueError: a part would be too small to hold every label.
     """
     if scheme.problem_type != SINGLE:
-        return *_split(dataset, config, stratify_by_column=None), ()
+        fraction = held_out_fraction(config, len(dataset), 1)
+        return *_split(dataset, config, fraction, stratify_by_column=None), ()
     encoded = np.asarray(dataset[ENCODED][:])
     counts = np.bincount(encoded, minlength=len(scheme.names))
     is_single = counts[encoded] == 1
-    _check_hold_out(int((~is_single).sum()), int((counts > 1).sum()), config.validation_fraction)
+    splittable_labels = int((counts > 1).sum())
+    fraction = held_out_fraction(config, int((~is_single).sum()), splittable_labels)
+    _check_hold_out(int((~is_single).sum()), splittable_labels, fraction)
     splittable = dataset.select(np.flatnonzero(~is_single)) if is_single.any() else dataset
-    train, validation = _split(splittable, config, stratify_by_column=ENCODED)
+    train, validation = _split(splittable, config, fraction, stratify_by_column=ENCODED)
     if not is_single.any():
         return train, validation, ()
     names = ", ".join(repr(scheme.names[index]) for index in np.flatnonzero(counts == 1)[:5])
@@ -122,11 +139,11 @@ def hold_out(
 
 
 def _split(
-    dataset: datasets.Dataset, config: DataConfig, *, stratify_by_column: str | None
+    dataset: datasets.Dataset, config: DataConfig, fraction: float, *, stratify_by_column: str | None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     if len(dataset) < 2:
         raise ValueError("the train split has one example; expected two or more, or a validation_file")
-    held_out = math.ceil(config.validation_fraction * len(dataset))
+    held_out = math.ceil(fraction * len(dataset))
     parts = dataset.train_test_split(held_out, seed=config.seed, stratify_by_column=stratify_by_column)
     return parts["train"], parts["test"]
 

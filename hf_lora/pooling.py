@@ -1,0 +1,155 @@
+"""A classifier that pools an encoder's token states itself: the mean over the tokens, or the first token.
+
+transformers' own heads read what their architecture was published with, for BERT the pooler's output of the first
+token. An encoder that was trained with mean pooling, as sentence encoders are, says more in the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_lora.registry import Registry
+
+NATIVE = "native"
+HEAD = "pooled_head"
+
+# (states (batch, length, width), mask (batch, length)) -> (batch, width), in fp32.
+POOLINGS: Registry[str, Callable[[Tensor, Tensor], Tensor]] = Registry("pooling")
+
+
+def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the states of the tokens that are no padding (Reimers and Gurevych 2019, arXiv:1908.10084)."""
+    weights = mask.unsqueeze(-1).float()
+    return (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+def first_token(states: Tensor, mask: Tensor) -> Tensor:
+    """The state of the first token that is no padding: [CLS], wherever the padding is."""
+    first = mask.ne(0).int().argmax(1)
+    return states[torch.arange(len(states), device=states.device), first].float()
+
+
+POOLINGS.register("mean", mean_of_tokens)
+POOLINGS.register("cls", first_token)
+
+
+class PooledHead(nn.Linear):
+    """Dropout and a linear layer: `(batch, width)` to `(batch, labels)`."""
+
+    def __init__(self, width: int, labels: int, dropout: float) -> None:
+        super().__init__(width, labels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """The logits."""
+        return super().forward(self.dropout(pooled))
+
+
+class PooledClassifier(PreTrainedModel):
+    """The encoder of a pretrained classifier, under its own name, with a pooling and a linear head in place of its own.
+
+    model: a transformers classifier, whose encoder is taken over and whose head is left behind, with the
+        encoder's pooler if it has one. pooling: a name of `POOLINGS`.
+    Raises ValueError for a model whose encoder gives no states of tokens.
+    """
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, model: PreTrainedModel, pooling: str) -> None:
+        super().__init__(model.config)
+        self.pool = POOLINGS.get(pooling)
+        self.pooling = pooling
+        self.native_class = type(model)
+        prefix = model.base_model_prefix
+        encoder: Any = getattr(model, prefix, None)
+        if encoder is None or encoder is not model.base_model or _unpoolable(model):
+            raise ValueError(
+                f"a {type(model).__name__} has no encoder whose tokens could be pooled; got pooling={pooling!r}; "
+                f"expected {NATIVE!r} for this model"
+            )
+        if isinstance(getattr(encoder, "pooler", None), nn.Module):
+            encoder.pooler = None  # read by nothing any more
+        self.base_model_prefix = prefix
+        setattr(self, prefix, encoder)
+        config = model.config
+        given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
+        dropout = next((value for value in given if value is not None), 0.1)
+        head = PooledHead(config.hidden_size, config.num_labels, dropout)
+        nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(head.bias)
+        setattr(self, HEAD, head)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """As transformers' classifiers: tokens `(batch, length)` to logits `(batch, labels)`, and the loss."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        kwargs.pop("return_dict", None)
+        outputs = self.base_model(**{name: x for name, x in given.items() if x is not None}, **kwargs)
+        states = outputs.last_hidden_state
+        mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
+        if mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"the encoder returns other tokens than it is given; got states {tuple(states.shape[:2])} for a mask "
+                f"{tuple(mask.shape)}; use pooling={NATIVE!r}"
+            )
+        logits = getattr(self, HEAD)(self.pool(states, mask))
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+
+def pooling_of(model: nn.Module) -> str:
+    """How a classifier comes from tokens to one vector: a name of `POOLINGS`, or "native" for transformers' own way."""
+    return model.pooling if isinstance(model, PooledClassifier) else NATIVE
+
+
+def native_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of transformers that a classifier is of, or that its encoder was taken from."""
+    return model.native_class if isinstance(model, PooledClassifier) else type(model)
+
+
+def blank_like(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """A random classifier of the same kind with another configuration."""
+    plain: Any = native_class(model)(config)
+    return PooledClassifier(plain, model.pooling) if isinstance(model, PooledClassifier) else plain
+
+
+def check_pooling(pooling: str) -> None:
+    """Raise ValueError for a name that is neither "native" nor registered."""
+    if pooling != NATIVE:
+        POOLINGS.get(pooling)
+
+
+def _unpoolable(model: PreTrainedModel) -> bool:
+    """Models whose last states are not those of the input's tokens: of a decoder behind an encoder, of an image."""
+    config = model.config
+    return bool(getattr(config, "is_encoder_decoder", False)) or model.main_input_name != "input_ids"

@@ -1,0 +1,99 @@
+"""From the command line's arguments to the settings of a run: LoRAConfig, DataConfig, what the Hub needs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from typing import Any
+
+from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments
+from hf_lora.config import LoRAConfig
+from hf_lora.data import DataConfig
+from hf_lora.training_arguments import LoRATrainingArguments
+
+# PEFT's files have no rank 0: a linear probe is the smallest adapter there is, whose B stays zero.
+PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
+
+FEW_EPOCHS, ENOUGH_STEPS = 3, 256
+
+
+def lora_config(arguments: LoRAArguments) -> LoRAConfig:
+    """The LoRAConfig that the command line's arguments ask for."""
+    targets = arguments.lora_target_modules
+    single = (
+        targets is not None
+        and len(targets) == 1
+        and not targets[0].replace(".", "").replace("_", "").isalnum()
+    )
+    expression = targets is not None and (single or targets == ["all-linear"])
+    if arguments.lora_rank == 0:
+        return PROBE_CONFIG
+    return LoRAConfig(
+        rank=arguments.lora_rank,
+        alpha=arguments.lora_alpha,
+        dropout=arguments.lora_dropout,
+        projections=arguments.lora_projections,
+        target_modules=None if targets is None else targets[0] if expression else tuple(targets),
+        layers=None if arguments.lora_layers is None else tuple(arguments.lora_layers),
+        rank_pattern=_json_object("lora_rank_pattern", arguments.lora_rank_pattern),
+        alpha_pattern=_json_object("lora_alpha_pattern", arguments.lora_alpha_pattern),
+        bias=arguments.lora_bias,
+        train_head=arguments.train_head,
+        init=arguments.lora_init,
+        variant=arguments.lora_variant,
+        scaling=arguments.lora_scaling,
+        form=arguments.lora_form,
+    )
+
+
+def choose_epochs(args: LoRATrainingArguments, examples: int) -> str | None:
+    """Set `num_train_epochs` where it was left open, to three, or four where three make fewer than 256 steps.
+
+    Small data need more passes until the adapter has moved far enough; `scripts/benchmark_quality.py` is where this was
+    measured. Returns what was chosen and why, in one line; None where there was nothing to choose.
+    """
+    if args.num_train_epochs > 0 or args.max_steps > 0:
+        return None
+    step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    steps = max(1, math.ceil(examples / step))
+    args.num_train_epochs = FEW_EPOCHS if FEW_EPOCHS * steps >= ENOUGH_STEPS else FEW_EPOCHS + 1
+    rule = f"{FEW_EPOCHS}, or {FEW_EPOCHS + 1} where that is fewer than {ENOUGH_STEPS} steps"
+    return f"epochs: {args.num_train_epochs} ({steps} steps each; {rule})"
+
+
+def data_config(arguments: DataArguments, model: ModelArguments, args: LoRATrainingArguments) -> DataConfig:
+    """The DataConfig that the command line's arguments ask for."""
+    values = asdict(arguments)
+    values["max_length"] = values.pop("max_seq_length")
+    split_seed = values.pop("split_seed")
+    seed = args.seed if split_seed is None else split_seed
+    return DataConfig(**values, seed=seed, cache_dir=model.cache_dir, token=model.token)
+
+
+def hub_options(arguments: ModelArguments) -> dict[str, Any]:
+    """What transformers' `from_pretrained` takes of the model arguments."""
+    return {
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def is_sharded(args: LoRATrainingArguments) -> bool:
+    """Whether parameters are to be sharded over the processes, by the flags or by `accelerate launch`."""
+    by_launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed) or any(os.environ.get(name) == "true" for name in by_launcher)
+
+
+def _json_object(name: str, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON; got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name} is not a JSON object; got {text!r}; expected such as {{"query": 16}}')
+    return value

@@ -1,0 +1,79 @@
+"""An adapter that does clearly worse on the held-out part than the probe it started from is not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_lora.data import ClassificationData
+from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.trainer import LoRATrainer
+from hf_lora.warm_start import WarmStart
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The trained parameters of a model at one moment, on the CPU."""
+
+    values: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        """The parameters as they are now."""
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        return cls({name: p.detach().to("cpu", copy=True) for name, p in trained})
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Give the model these parameters again."""
+        parameters = dict(model.named_parameters())
+        for name, value in self.values.items():
+            parameters[name].copy_(value)
+
+
+def keep_the_better(
+    trainer: LoRATrainer, data: ClassificationData, start: Snapshot, warm: WarmStart
+) -> str | None:
+    """Go back to the probe if training made the validation split clearly worse; returns what was done, in one line.
+
+    Clearly: by more than one standard error of the difference, example by example. Every process has to call it.
+    """
+    split = data.splits["validation"]
+    references = np.asarray(split["labels"])
+    output = trainer.predict(split).predictions
+    after = quality(
+        np.asarray(output[0] if isinstance(output, tuple) else output), references, data.problem_type
+    )
+    assert warm.validation is not None  # a run of the command line has a validation split
+    before = quality(warm.validation, references, data.problem_type)
+    if not clearly_better(before, after):
+        return None
+    start.restore(trainer.accelerator.unwrap_model(trainer.model))
+    return (
+        f"LoRA did worse than the linear probe on the {len(references)} validation examples "
+        f"({after.mean():.4g} against {before.mean():.4g}); the adapter is the probe; try a lower --learning_rate"
+    )
+
+
+def quality(logits: np.ndarray, references: np.ndarray, problem_type: str) -> np.ndarray:
+    """How good each prediction is, `(examples,)`: right or not, share of right labels, minus the squared error."""
+    return _QUALITIES[problem_type](np.asarray(logits, np.float64), references)
+
+
+def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether `one` is better in the mean by more than a standard error of the paired difference."""
+    difference = one - other
+    if len(difference) < 2:
+        return False
+    return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+_QUALITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    SINGLE: lambda logits, references: (logits.argmax(1) == references).astype(float),
+    MULTI: lambda logits, references: ((logits > 0) == (references > 0.5)).mean(1),
+    REGRESSION: lambda logits, references: -((logits - references.reshape(logits.shape)) ** 2).mean(1),
+}

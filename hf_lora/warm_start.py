@@ -1,0 +1,212 @@
+"""The start of a run: frozen features of all splits, a linear probe on them, and the head that begins as the probe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.head import belongs_to
+from hf_lora.inject import injection
+from hf_lora.prefix_cache import filling_prefix
+from hf_lora.probe import Probe, fit_probe
+from hf_lora.probing import evaluating, relative_difference
+from hf_lora.processes import on_first
+from hf_lora.trainer import LoRATrainer
+
+HEAD_INITS = ("auto", "probe", "random")
+# A linear layer that has seen so many examples changes little with more of them.
+MAX_EXAMPLES = 50_000
+_METHODS = {
+    SINGLE: "logistic regression",
+    MULTI: "a logistic regression for each label",
+    REGRESSION: "ridge regression",
+}
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A probe and its outputs `(n, labels)` on the evaluation set, in its order; None where there is none."""
+
+    probe: Probe
+    validation: np.ndarray | None
+
+
+def output_layer(model: Any) -> nn.Linear:
+    """The linear layer whose outputs are the logits: the last one of the head that is as wide as they are.
+
+    Raises ValueError where the head ends with anything else.
+    """
+    head = injection(model).head
+    labels = model.config.num_labels
+    found = [
+        module
+        for name, module in model.named_modules()
+        if belongs_to(name, head) and isinstance(module, nn.Linear) and module.out_features == labels
+    ]
+    if not found:
+        raise ValueError(
+            f"the head of a {type(model).__name__} has no linear output layer; got {', '.join(head) or 'no head'}; "
+            "use head_init=random"
+        )
+    return found[-1]
+
+
+@contextmanager
+def features_as_logits(layer: nn.Linear) -> Iterator[None]:
+    """Inside, the model returns as its logits what goes into `layer`, token selection of its own included."""
+    hook = layer.register_forward_hook(lambda module, inputs, output: inputs[0])
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = False) -> np.ndarray:
+    """The features `(n, width)` of a data set: one pass of the network as it is, in evaluation, without autograd.
+
+    training: whether they are training examples, whose frozen prefix training need not run again if it is cached.
+    """
+    measure, trainer.compute_metrics = trainer.compute_metrics, None
+    # Without labels no loss is computed of what are no logits.
+    unlabelled = dataset.remove_columns([name for name in ("labels",) if name in dataset.column_names])
+    try:
+        with (
+            features_as_logits(output_layer(trainer.model)),
+            filling_prefix(trainer) if training else nullcontext(),
+        ):
+            output = trainer.predict(unlabelled).predictions
+    finally:
+        trainer.compute_metrics = measure
+        # Trainer would show it among the metrics of every evaluation that follows.
+        trainer.__dict__.pop("model_preparation_time", None)
+    return np.asarray(output[0] if isinstance(output, tuple) else output, np.float32)
+
+
+def fit_warm_start(trainer: LoRATrainer) -> WarmStart:
+    """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set; the model stays as it is.
+
+    Every process has to call it; the first one fits. Raises ValueError where the logits are not a linear function
+    of what the last layer of the head gets.
+    """
+    _check_linear(trainer)
+    train: Any = trainer.train_dataset
+    if len(train) > MAX_EXAMPLES:
+        rows = np.random.default_rng(_SEED).choice(len(train), MAX_EXAMPLES, replace=False)
+        train = train.select(np.sort(rows))
+    features = frozen_features(trainer, train, training=True)
+    held_out: Any = trainer.eval_dataset
+    validation = None if held_out is None else frozen_features(trainer, held_out)
+    weights = trainer.class_weights
+    probe = on_first(
+        lambda: fit_probe(
+            features,
+            np.asarray(train["labels"]),
+            None if validation is None else (validation, np.asarray(held_out["labels"])),
+            problem_type=_problem_type(trainer),
+            labels=trainer.model.config.num_labels,
+            class_weights=None if weights is None else weights.tolist(),
+            intercept=output_layer(trainer.model).bias is not None,
+        )
+    )
+    return WarmStart(probe, None if validation is None else probe.logits(validation))
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """How the head begins, and why; `warm` has the probe, where one could be fitted."""
+
+    kind: str
+    reason: str
+    warm: WarmStart | None
+    seconds: float
+
+    def __str__(self) -> str:
+        probe = self.warm.probe if self.warm else None
+        fitted = f"; probe of {probe.examples:,} examples, C = {probe.strength:g}" if probe else ""
+        return f"head: {self.kind} ({self.reason}{fitted}, {self.seconds:.1f} s)"
+
+
+def start_head(trainer: LoRATrainer, head_init: str = "auto") -> HeadStart:
+    """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
+
+    head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
+    the model allows none. Raises ValueError for another name, and where a probe was asked for that cannot be had.
+    """
+    if head_init not in HEAD_INITS:
+        raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
+    start = time.perf_counter()
+    reason = "as asked for"
+    warm = None
+    try:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "no probe is fitted where the weights are sharded; got FSDP or DeepSpeed; use DDP"
+            )
+        warm = fit_warm_start(trainer)
+    except ValueError as error:
+        if head_init == "probe":
+            raise
+        reason = str(error) if head_init == "auto" else reason
+    kind = head_init
+    if head_init == "auto":
+        kind = "random" if warm is None else "probe"
+        if warm is not None:
+            reason = f"{_METHODS[_problem_type(trainer)]} on the frozen features"
+        if not _is_fresh(trainer.model):
+            kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
+    if kind == "probe" and warm is not None:
+        install(trainer.model, warm.probe)
+    return HeadStart(kind, reason, warm, time.perf_counter() - start)
+
+
+def _problem_type(trainer: LoRATrainer) -> str:
+    return trainer.model.config.problem_type or SINGLE
+
+
+def _is_fresh(model: nn.Module) -> bool:
+    """Whether the head's output layer is new; one whose origin is not known counts as new."""
+    fresh = injection(model).fresh
+    try:
+        layer = output_layer(model)
+    except ValueError:
+        return True
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return fresh is None or f"{name}.weight" in fresh
+
+
+@torch.no_grad()
+def install(model: nn.Module, probe: Probe) -> None:
+    """Let the head's last layer be the probe: the logits are then the probe's."""
+    layer = output_layer(model)
+    layer.weight.copy_(torch.from_numpy(probe.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(torch.from_numpy(probe.bias))
+
+
+@torch.no_grad()
+def _check_linear(trainer: LoRATrainer) -> None:
+    model: Any = trainer.model
+    layer = output_layer(model)
+    train: Any = trainer.train_dataset
+    rows = [train[row] for row in range(min(4, len(train)))]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    with evaluating(model):
+        logits = model(**batch).logits.float()
+        with features_as_logits(layer):
+            features = model(**batch).logits
+    expected = nn.functional.linear(features.float(), layer.weight.float(), layer.bias)
+    if features.ndim != 2 or expected.shape != logits.shape or relative_difference(expected, logits) > 0.01:
+        raise ValueError(
+            f"the logits of a {type(model).__name__} are not a linear function of its head's last layer; "
+            "expected such for head_init=probe; use head_init=random"
+        )

@@ -1,0 +1,129 @@
+"""The quality benchmark without its runs: tables from made results, the files, going on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import benchmark_quality
+from quality_data import QualitySet, quality_sets
+
+
+def own(accuracy: float, seconds: float = 10.0) -> dict[str, float]:
+    return {
+        "accuracy": accuracy,
+        "probe": 0.5,
+        "majority": 0.25,
+        "seconds": seconds,
+        "share_trained": 0.0065,
+        "calibration_error": 0.01,
+        "calibration_error_uncalibrated": 0.05,
+    }
+
+
+RESULT = {
+    "runs": {
+        "words": {
+            "hf_lora": {"1": own(0.9), "2": own(0.8, 12.0)},
+            "peft": {"1": {"accuracy": 0.7, "seconds": 40.0}, "2": {"accuracy": 0.6, "seconds": 60.0}},
+            "full 1e-4": {"1": {"accuracy": 0.65}},
+            "full 5e-5": {"1": {"accuracy": 0.75}, "2": {"accuracy": 0.77}},
+        }
+    }
+}
+
+
+def test_the_table_has_means_with_least_and_greatest_and_the_better_full_fine_tuning() -> None:
+    (row,) = benchmark_quality.rows(RESULT)
+    assert row == (
+        "words",
+        "0.8500 (0.8000 - 0.9000)",
+        "0.5000 (0.5000 - 0.5000)",
+        "0.6500 (0.6000 - 0.7000)",
+        "0.7600 (0.7500 - 0.7700)",
+        "0.2500",
+        "2/2/2",
+    )
+    assert len(row) == len(benchmark_quality.HEADER)
+
+
+def test_the_ratio_of_times_is_the_mean_of_the_seeds_ratios() -> None:
+    (row,) = benchmark_quality.cost_rows(RESULT)
+    ratio = mean([10 / 40, 12 / 60])
+    assert row == ("words", "11", "50", f"{ratio:.2f}", "0.65%", "0.0500 to 0.0100")
+    assert len(row) == len(benchmark_quality.COST_HEADER)
+
+
+def test_sides_without_runs_are_dashes() -> None:
+    (row,) = benchmark_quality.rows({"runs": {"words": {"hf_lora": {"1": own(0.9)}}}})
+    assert row[3] == row[4] == "-"
+
+
+def write(path: Path, rows: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("text", "label"), *((f"text {row}", "ab"[row % 2]) for row in range(rows))]
+        )
+
+
+def test_the_sets_are_those_that_are_there(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / "data" / "amazon" / f"{name}.csv", 4)
+    sets = quality_sets(tmp_path / "data", tmp_path / "work")
+    assert list(sets) == ["amazon", "bbc"]
+    assert sets["amazon"].files() == {
+        "train_file": str(tmp_path / "data" / "amazon" / "train.csv"),
+        "test_file": str(tmp_path / "data" / "amazon" / "test.csv"),
+    }
+    assert list(quality_sets(None, tmp_path / "work")) == ["bbc"]
+
+
+def test_bbc_news_is_divided_once_and_for_all_by_topic(tmp_path: Path) -> None:
+    files = quality_sets(None, tmp_path)["bbc"].files()
+    rows = {name: list(csv.DictReader(io.StringIO(Path(path).read_text()))) for name, path in files.items()}
+    assert (len(rows["train_file"]), len(rows["test_file"])) == (1781, 444)
+    again = quality_sets(None, tmp_path / "again")["bbc"].files()
+    for name, path in files.items():
+        assert Path(path).read_bytes() == Path(again[name]).read_bytes()
+    topics = {name: Counter(row["label"] for row in of_file) for name, of_file in rows.items()}
+    for topic, tested in topics["test_file"].items():
+        assert tested == round(0.2 * (tested + topics["train_file"][topic])), topic
+    texts = {name: {row["text"] for row in of_file} for name, of_file in rows.items()}
+    # The data repeats itself here and there.
+    assert len(texts["train_file"] & texts["test_file"]) < 40
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str, int]] = []
+
+    def run(side: str, data_set: QualitySet, seed: int) -> dict[str, Any]:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append((data_set.name, side, seed))
+        return own(0.9)
+
+    monkeypatch.setattr(benchmark_quality, "one_run", run)
+    argv = ["benchmark_quality.py", "--sets", "bbc", "--seeds", "2", "--sides", "hf_lora", "peft"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "quality.json")])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_quality.main()
+    first, calls[:] = list(calls), []
+    benchmark_quality.main()
+    assert first == [("bbc", "hf_lora", 1), ("bbc", "peft", 1), ("bbc", "hf_lora", 2)]
+    assert calls == [("bbc", "peft", 2)]
+    runs = json.loads((tmp_path / "quality.json").read_text())["runs"]["bbc"]
+    assert {side: sorted(of_side) for side, of_side in runs.items()} == {
+        "hf_lora": ["1", "2"],
+        "peft": ["1", "2"],
+    }

@@ -1,0 +1,191 @@
+"""The warm start against scikit-learn and against forwards of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import LABELS, tiny_batch, tiny_classifier, write_texts
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora, load_classifier
+from hf_lora.data import DataConfig, prepare_data
+from hf_lora.inject import injection
+from hf_lora.modeling import load_base
+from hf_lora.warm_start import (
+    features_as_logits,
+    fit_warm_start,
+    frozen_features,
+    install,
+    output_layer,
+    start_head,
+)
+
+_SPECIAL_SIZES = {
+    "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
+}
+
+
+def prepared(folder: Path, base: Path, pooling: str = "mean", **settings: Any) -> tuple[LoRATrainer, Any]:
+    write_texts(folder / "texts.csv", 60)
+    torch.manual_seed(0)
+    model, tokenizer = load_classifier(str(base), LABELS, LoRAConfig(rank=2), pooling=pooling)
+    data = prepare_data(DataConfig(train_file=str(folder / "texts.csv"), max_length=32), tokenizer)
+    args = LoRATrainingArguments(
+        str(folder / "out"), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", **settings
+    )
+    trainer = LoRATrainer(
+        model=model,
+        args=args,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"],
+        processing_class=tokenizer,
+    )
+    return trainer, data
+
+
+@pytest.fixture(params=["mean", "cls", "native"])
+def run(request, tmp_path: Path, tiny_bert_dir: Path) -> tuple[LoRATrainer, Any]:
+    return prepared(tmp_path, tiny_bert_dir, request.param)
+
+
+def test_features_are_what_goes_into_the_last_layer(run) -> None:
+    trainer, data = run
+    features = frozen_features(trainer, data.splits["validation"])
+    assert features.shape == (12, 32)
+    model = trainer.model.eval()
+    layer = output_layer(model)
+    for row in range(12):
+        example = data.splits["validation"][row]
+        inputs = {name: torch.tensor([ids]) for name, ids in example.items() if name != "labels"}
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            assert_close(layer(torch.from_numpy(features[row : row + 1])), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_warm_started_heads_loss_is_the_fitted_regressions(run) -> None:
+    trainer, data = run
+    warm = fit_warm_start(trainer)
+    before = frozen_features(trainer, data.splits["train"])
+    install(trainer.model, warm.probe)
+    x, y = before.astype(np.float64), np.asarray(data.splits["train"]["labels"])
+    scale = np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean())
+    regression = LogisticRegression(C=warm.probe.strength, max_iter=10_000, tol=1e-10).fit(
+        (x - x.mean(0)) / scale, y
+    )
+    expected = log_loss(y, regression.predict_proba((x - x.mean(0)) / scale))
+    measured = trainer.evaluate(data.splits["train"])["eval_loss"]
+    assert measured == pytest.approx(expected, rel=2e-3)
+    logits = trainer.predict(data.splits["validation"]).predictions
+    np.testing.assert_allclose(logits, warm.validation, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["roberta", "distilbert", "electra", "deberta-v2", "gpt2", "xlnet", "bart"]
+)
+def test_the_output_layer_is_found_whatever_the_head_is(model_type: str) -> None:
+    if model_type == "xlnet":
+        config = AutoConfig.for_model(
+            "xlnet", vocab_size=64, num_labels=3, d_model=32, n_layer=2, n_head=4, d_inner=32
+        )
+        plain = AutoModelForSequenceClassification.from_config(config).eval()
+    else:
+        plain = tiny_classifier(model_type, **_SPECIAL_SIZES.get(model_type, {}))
+    inject_lora(plain, LoRAConfig(rank=2, projections="q"))
+    batch = {name: value for name, value in tiny_batch().items() if name != "labels"}
+    if model_type == "bart":
+        batch["input_ids"][:, -1] = plain.config.eos_token_id
+        batch["attention_mask"][:] = 1
+    layer = output_layer(plain)
+    with torch.no_grad():
+        logits = plain(**batch).logits
+        with features_as_logits(layer):
+            features = plain(**batch).logits
+        assert features.ndim == 2
+        assert_close(layer(features), logits)
+        assert_close(plain(**batch).logits, logits)
+
+
+def test_a_head_that_does_not_end_with_a_linear_layer_is_named(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    trainer, _data = prepared(tmp_path, tiny_bert_dir, "native")
+    trainer.model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 2), torch.nn.Softplus())
+    injection(trainer.model).fresh = None
+    with pytest.raises(ValueError, match="not a linear function of its head's last layer"):
+        start_head(trainer, "probe")
+    weight = trainer.model.classifier[0].weight.clone()
+    start = start_head(trainer, "auto")
+    assert start.kind == "random" and start.warm is None and "not a linear function" in start.reason
+    assert torch.equal(weight, trainer.model.classifier[0].weight)
+
+
+def test_random_leaves_the_head_but_fits_the_probe_for_comparison(run) -> None:
+    trainer, _data = run
+    before = output_layer(trainer.model).weight.detach().clone()
+    start = start_head(trainer, "random")
+    assert start.kind == "random" and start.warm is not None
+    assert torch.equal(before, output_layer(trainer.model).weight)
+    assert start_head(trainer, "auto").kind == "probe"
+    np.testing.assert_allclose(
+        output_layer(trainer.model).weight.detach(), start.warm.probe.weight.astype(np.float32), rtol=1e-6
+    )
+
+
+def test_a_checkpoints_own_head_is_kept(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    trainer, _ = prepared(tmp_path, tiny_bert_dir, "native")
+    plain, _ = load_base(str(tiny_bert_dir), LABELS)
+    plain.save_pretrained(tmp_path / "classifier")
+    trainer.processing_class.save_pretrained(tmp_path / "classifier")
+    trainer, _data = prepared(tmp_path, tmp_path / "classifier", "native")
+    start = start_head(trainer, "auto")
+    assert start.kind == "checkpoint" and start.warm is not None
+    assert_close(trainer.model.classifier.weight, plain.classifier.weight)
+    assert start_head(trainer, "probe").kind == "probe"
+    assert not torch.equal(trainer.model.classifier.weight, plain.classifier.weight)
+
+
+def test_an_unknown_start_names_the_known_ones(run) -> None:
+    with pytest.raises(
+        ValueError, match="unknown head_init; got 'zero'; expected one of auto, probe, random"
+    ):
+        start_head(run[0], "zero")
+
+
+def test_the_pass_for_the_features_fills_the_frozen_prefix(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    write_texts(tmp_path / "texts.csv", 60)
+    model, tokenizer = load_classifier(
+        str(tiny_bert_dir), LABELS, LoRAConfig(rank=2, layers=(-1,)), pooling="mean"
+    )
+    data = prepare_data(DataConfig(train_file=str(tmp_path / "texts.csv"), max_length=32), tokenizer)
+    args = LoRATrainingArguments(
+        str(tmp_path / "out"),
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        num_train_epochs=1,
+        cache_frozen_prefix="memory",
+    )
+    trainer = LoRATrainer(
+        model=model,
+        args=args,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"],
+        processing_class=tokenizer,
+    )
+    warm = start_head(trainer, "probe").warm
+    assert trainer.kept_prefix is not None and trainer.kept_prefix.store is not None
+    assert len(trainer.kept_prefix.store) == len({tuple(ids) for ids in data.splits["train"]["input_ids"]})
+    frozen = model.bert.encoder.layer[0]
+    calls = []
+    frozen.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert trainer.kept_prefix is None
+    plain, _ = prepared(tmp_path, tiny_bert_dir, "mean")
+    expected = fit_warm_start(plain)
+    np.testing.assert_allclose(warm.validation, expected.validation, rtol=1e-3, atol=1e-3)
