@@ -16,6 +16,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "warmup_steps": 0.06,
+    "label_smoothing_factor": 0.1,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
@@ -188,7 +189,7 @@ def help_text() -> str:
     )
     lines += _argument_lines("frozen_prefix_cache_gb", "Memory for that; above it the disk is used.", 1.0)
     lines += _argument_lines(
-        "num_train_epochs", "Epochs; default: 3, or 4 where three are fewer than 256 steps.", None
+        "num_train_epochs", "Epochs; default: as many as make 300 steps, from 2 to 4.", None
     )
     lines += [
         f"  --{name} (default: {value})"

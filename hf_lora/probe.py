@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 
 # Inverse strengths of the L2 penalty that are tried, for features of mean squared norm 1.
-STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 # After so many strengths in a row that are worse than the best one, stronger ones are not tried.
 _PATIENCE = 2
 _ITERATIONS = 1000

@@ -11,12 +11,13 @@ from typing import Any
 from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments
 from hf_lora.config import LoRAConfig
 from hf_lora.data import DataConfig
+from hf_lora.data.labels import SINGLE
 from hf_lora.training_arguments import LoRATrainingArguments
 
 # PEFT's files have no rank 0: a linear probe is the smallest adapter there is, whose B stays zero.
 PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
 
-FEW_EPOCHS, ENOUGH_STEPS = 3, 256
+ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 300, 2, 4
 
 
 def lora_config(arguments: LoRAArguments) -> LoRAConfig:
@@ -49,18 +50,26 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
 
 
 def choose_epochs(args: LoRATrainingArguments, examples: int) -> str | None:
-    """Set `num_train_epochs` where it was left open, to three, or four where three make fewer than 256 steps.
+    """Set `num_train_epochs` where it was left open: as many as make 300 steps, from two to four.
 
-    Small data need more passes until the adapter has moved far enough; `scripts/benchmark_quality.py` is where this was
-    measured. Returns what was chosen and why, in one line; None where there was nothing to choose.
+    Small data need more passes until the adapter has moved far enough; README, "Quality", says how that was measured.
+    Returns what was chosen and why, in one line; None where there was nothing to choose.
     """
     if args.num_train_epochs > 0 or args.max_steps > 0:
         return None
     step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     steps = max(1, math.ceil(examples / step))
-    args.num_train_epochs = FEW_EPOCHS if FEW_EPOCHS * steps >= ENOUGH_STEPS else FEW_EPOCHS + 1
-    rule = f"{FEW_EPOCHS}, or {FEW_EPOCHS + 1} where that is fewer than {ENOUGH_STEPS} steps"
-    return f"epochs: {args.num_train_epochs} ({steps} steps each; {rule})"
+    args.num_train_epochs = min(max(math.ceil(ENOUGH_STEPS / steps), FEWEST_EPOCHS), MOST_EPOCHS)
+    rule = f"as many as make {ENOUGH_STEPS} steps, from {FEWEST_EPOCHS} to {MOST_EPOCHS}"
+    return f"epochs: {args.num_train_epochs} of {steps} steps ({rule})"
+
+
+def choose_smoothing(args: LoRATrainingArguments, problem_type: str) -> str | None:
+    """Switch label smoothing off where there is no single label to smooth; returns so, in one line, or None."""
+    if problem_type == SINGLE or not args.label_smoothing_factor:
+        return None
+    args.label_smoothing_factor = 0.0
+    return f"label smoothing: off ({problem_type.replace('_', ' ')})"
 
 
 def data_config(arguments: DataArguments, model: ModelArguments, args: LoRATrainingArguments) -> DataConfig:

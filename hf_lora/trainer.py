@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ class LoRATrainer(CheckpointingTrainer):
     compute_metrics: Any
     data_collator: Any
     optimizer: torch.optim.Optimizer | None
+    label_smoother: Any
 
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
@@ -132,7 +133,7 @@ class LoRATrainer(CheckpointingTrainer):
             self._share = 1.0
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; inside `prefix_cache.filling_prefix` the output of the frozen prefix is kept."""
+        """Trainer's own; inside `filling_prefix` the output of the frozen prefix is kept."""
         inputs = self._prepare_inputs(inputs)
         with self.predicting(inputs):
             return super().prediction_step(model, inputs, *args, **kwargs)
@@ -183,9 +184,7 @@ class LoRATrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; with class weights, the weighted one, label smoothing included.
-
-        In training it is multiplied so that gradients are of the mean over all examples of a step, however they
+        """The model's own loss; with class weights, the weighted one, label smoothing included. In training it is multiplied so that gradients are of the mean over all examples of a step, however they
         are divided over processes and accumulated batches.
         """
         loss, outputs = self._loss(model, inputs, num_items_in_batch)
@@ -195,18 +194,26 @@ class LoRATrainer(CheckpointingTrainer):
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        if self.class_weights is None:
-            return super().compute_loss(model, inputs, True, items)
+        smoother = self.label_smoother
+        # Smoothed labels are for learning; evaluation is of the labels that there are.
+        self.label_smoother = smoother if model.training else None
+        try:
+            if self.class_weights is None:
+                return super().compute_loss(model, inputs, True, items)
+            return self._weighted_loss(model, inputs)
+        finally:
+            self.label_smoother = smoother
+
+    def _weighted_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         logits = outputs["logits"]
-        weights = self.class_weights.to(logits.device, torch.float32)
+        weights = cast(Tensor, self.class_weights).to(logits.device, torch.float32)
         if labels.is_floating_point():
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), weight=weights)
         else:
-            loss = F.cross_entropy(
-                logits.float(), labels, weight=weights, label_smoothing=self.args.label_smoothing_factor
-            )
+            smoothing = self.args.label_smoothing_factor if model.training else 0.0
+            loss = F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=smoothing)
         return loss, outputs
 
     def create_model_card(self, **_: Any) -> None:

@@ -32,7 +32,14 @@ from hf_lora.precision import choose_precision
 from hf_lora.processes import on_first
 from hf_lora.results import finish
 from hf_lora.run_directory import prepare_output, reserved
-from hf_lora.run_settings import choose_epochs, data_config, hub_options, is_sharded, lora_config
+from hf_lora.run_settings import (
+    choose_epochs,
+    choose_smoothing,
+    data_config,
+    hub_options,
+    is_sharded,
+    lora_config,
+)
 from hf_lora.safeguard import Snapshot, keep_the_better
 from hf_lora.sharding import whole_weights
 from hf_lora.trainer import LoRATrainer
@@ -86,9 +93,9 @@ def _run(
             data = prepare_data(data_config(data_args, model_args, args), tokenizer)
     if args.process_index == 0:
         print(data.report, flush=True)
-    epochs = choose_epochs(args, len(data.splits["train"]))
-    if epochs is not None and args.process_index == 0:
-        print(epochs, flush=True)
+    chosen = (choose_epochs(args, len(data.splits["train"])), choose_smoothing(args, data.problem_type))
+    if args.process_index == 0:
+        print(*filter(None, chosen), sep="\n", flush=True)
     precision = choose_precision(
         run_args.precision, args.device, autocast=args.bf16 or args.fp16, sharded=is_sharded(args)
     )

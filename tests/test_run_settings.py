@@ -4,7 +4,7 @@ import pytest
 
 from hf_lora.arguments import LoRAArguments
 from hf_lora.parsing import parse_training
-from hf_lora.run_settings import PROBE_CONFIG, choose_epochs, lora_config
+from hf_lora.run_settings import PROBE_CONFIG, choose_epochs, choose_smoothing, lora_config
 
 
 def arguments(*flags: object):
@@ -15,18 +15,31 @@ def arguments(*flags: object):
 @pytest.mark.parametrize(
     ("examples", "flags", "epochs"),
     [
-        (2752, (), 3),  # 86 steps of 32, 258 in three epochs
-        (2720, (), 4),  # 85 steps, 255 in three
         (10, (), 4),
-        (2720, ("--per_device_train_batch_size", 16), 3),
-        (2752, ("--gradient_accumulation_steps", 2), 4),
+        (3200, (), 3),  # 100 steps of 32
+        (3168, (), 4),  # 99
+        (4800, (), 2),  # 150
+        (1_000_000, (), 2),
+        (3200, ("--per_device_train_batch_size", 16), 2),
+        (3200, ("--gradient_accumulation_steps", 2), 4),
     ],
 )
-def test_three_epochs_or_four_where_they_are_short(examples: int, flags: tuple, epochs: int) -> None:
+def test_as_many_epochs_as_make_300_steps_from_two_to_four(examples: int, flags: tuple, epochs: int) -> None:
     args = arguments(*flags)
     line = choose_epochs(args, examples)
     assert args.num_train_epochs == epochs
-    assert line is not None and line.startswith(f"epochs: {epochs} (")
+    assert line is not None and line.startswith(f"epochs: {epochs} of ")
+
+
+def test_only_single_labels_are_smoothed() -> None:
+    args = arguments()
+    assert args.label_smoothing_factor == 0.1
+    assert (
+        choose_smoothing(args, "single_label_classification") is None and args.label_smoothing_factor == 0.1
+    )
+    assert choose_smoothing(args, "regression") == "label smoothing: off (regression)"
+    assert args.label_smoothing_factor == 0.0
+    assert choose_smoothing(args, "regression") is None
 
 
 @pytest.mark.parametrize("flags", [("--num_train_epochs", 7), ("--max_steps", 5)])

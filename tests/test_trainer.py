@@ -291,17 +291,22 @@ def test_plain_training_arguments_are_enough(tmp_path):
     assert run.train().global_step == 6
 
 
-def test_class_weights_give_torchs_weighted_loss(tmp_path):
-    run = trainer(tmp_path, class_weights="1,2,0.5", label_smoothing_factor=0.1)
-    model = run.model.eval()
+@pytest.mark.parametrize("weights", [None, "1,2,0.5"])
+def test_the_loss_is_torchs_smoothed_in_training_alone(weights, tmp_path):
+    run = trainer(tmp_path, class_weights=weights, label_smoothing_factor=0.1)
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     batch = tiny_batch()
-    expected = torch.nn.functional.cross_entropy(
-        model(batch["input_ids"], batch["attention_mask"]).logits,
-        batch["labels"],
-        weight=torch.tensor([1.0, 2.0, 0.5]),
-        label_smoothing=0.1,
-    )
-    torch.testing.assert_close(run.compute_loss(model, dict(batch)), expected)
+    logits = run.model.eval()(batch["input_ids"], batch["attention_mask"]).logits
+    for training, smoothing in ((True, 0.1), (False, 0.0)):
+        expected = torch.nn.functional.cross_entropy(
+            logits,
+            batch["labels"],
+            weight=None if weights is None else torch.tensor([1.0, 2.0, 0.5]),
+            label_smoothing=smoothing,
+        )
+        torch.testing.assert_close(run.compute_loss(run.model.train(training), dict(batch)), expected)
 
 
 @pytest.mark.parametrize("weights", ["1,2", "1,2,x", "1,2,-3", "equal"])
