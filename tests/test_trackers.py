@@ -21,6 +21,7 @@ def test_tensorboard_has_lora_settings_and_metrics_by_class(
         "lora_rank": 3,
         "lora_projections": "qv",
         "num_train_epochs": 2,
+        "head_init": "random",
         "report_to": "tensorboard",
         "disable_tqdm": True,
     }

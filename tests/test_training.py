@@ -246,7 +246,7 @@ def test_dry_run_prints_and_writes_nothing(
     assert "\n".join(modules) in out and "2 modules;" in out
     settings = json.loads(out[: out.index("\n}\n") + 2])
     assert settings["lora"]["projections"] == "qv" and settings["lora"]["layers"] == [-1]
-    assert settings["training"]["learning_rate"] == 1e-3
+    assert settings["training"]["learning_rate"] == 2e-3
     assert "hf_secret" not in out
     assert list(tmp_path.iterdir()) == []
 

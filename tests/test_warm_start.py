@@ -84,7 +84,7 @@ def test_the_warm_started_heads_loss_is_the_fitted_regressions(run) -> None:
     measured = trainer.evaluate(data.splits["train"])["eval_loss"]
     assert measured == pytest.approx(expected, rel=2e-3)
     logits = trainer.predict(data.splits["validation"]).predictions
-    np.testing.assert_allclose(logits, warm.validation, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, warm.validation, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
