@@ -184,8 +184,9 @@ class LoRATrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; with class weights, the weighted one, label smoothing included. In training it is multiplied so that gradients are of the mean over all examples of a step, however they
-        are divided over processes and accumulated batches.
+        """The model's own loss; with class weights, the weighted one. Labels are smoothed in training alone.
+
+        In training it is multiplied so that gradients are of the mean over all examples of a step.
         """
         loss, outputs = self._loss(model, inputs, num_items_in_batch)
         loss = loss if self._share == 1.0 else loss * self._share

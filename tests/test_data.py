@@ -489,7 +489,11 @@ class TestSplits:
             prepare_data(DataConfig(train_file=path, validation_fraction=0.2), tokenizer)
         # Left to itself it takes one of each.
         data = prepare_data(DataConfig(train_file=path), tokenizer)
-        assert sorted(data.splits["validation"]["labels"]) == sorted(data.splits["train"]["labels"]) == [0, 1, 2, 3]
+        assert (
+            sorted(data.splits["validation"]["labels"])
+            == sorted(data.splits["train"]["labels"])
+            == [0, 1, 2, 3]
+        )
 
     def test_one_example_cannot_be_split(self, tmp_path: Path, tokenizer: Any) -> None:
         path = write_lines(tmp_path / "t.jsonl", labelled(0.5))
