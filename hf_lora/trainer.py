@@ -45,9 +45,8 @@ class LoRATrainer(CheckpointingTrainer):
 
     The optimizer holds LoRA, head and trained biases and nothing else. Losses under gradient accumulation
     and on several processes are means over examples (stock Trainer multiplies them for classifiers).
-    `train_sampling_strategy="group_by_length"` is ours, see `batching`, and evaluates in batches of similar
-    length too. `args` may be plain TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer
-    passed in that misses a trained parameter.
+    `train_sampling_strategy="group_by_length"` is ours, see `batching`, in evaluation too. `args` may be plain
+    TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer that misses a trained parameter.
     """
 
     facts: CardFacts
@@ -184,7 +183,7 @@ class LoRATrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; with class weights, the weighted one. Labels are smoothed in training alone.
+        """The model's own or the weighted loss, labels smoothed in training alone.
 
         In training it is multiplied so that gradients are of the mean over all examples of a step.
         """
