@@ -189,7 +189,7 @@ def help_text() -> str:
     )
     lines += _argument_lines("frozen_prefix_cache_gb", "Memory for that; above it the disk is used.", 1.0)
     lines += _argument_lines(
-        "num_train_epochs", "Epochs; default: 2 where they make 300 steps, else 3.", None
+        "num_train_epochs", "Epochs; default: as many as make 300 steps, from 2 to 4.", None
     )
     lines += [
         f"  --{name} (default: {value})"

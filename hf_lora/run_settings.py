@@ -17,7 +17,7 @@ from hf_lora.training_arguments import LoRATrainingArguments
 # PEFT's files have no rank 0: a linear probe is the smallest adapter there is, whose B stays zero.
 PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
 
-ENOUGH_STEPS, FEW_EPOCHS = 300, 2
+ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 300, 2, 4
 
 
 def lora_config(arguments: LoRAArguments) -> LoRAConfig:
@@ -50,7 +50,7 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
 
 
 def choose_epochs(args: LoRATrainingArguments, examples: int) -> str | None:
-    """Set `num_train_epochs` where it was left open: three, or two where those make 300 steps.
+    """Set `num_train_epochs` where it was left open: as many as make 300 steps, from two to four.
 
     Small data need more passes until the adapter has moved far enough; README, "Quality", says how that was measured.
     Returns what was chosen and why, in one line; None where there was nothing to choose.
@@ -59,8 +59,8 @@ def choose_epochs(args: LoRATrainingArguments, examples: int) -> str | None:
         return None
     step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     steps = max(1, math.ceil(examples / step))
-    args.num_train_epochs = FEW_EPOCHS if FEW_EPOCHS * steps >= ENOUGH_STEPS else FEW_EPOCHS + 1
-    rule = f"{FEW_EPOCHS} where they make {ENOUGH_STEPS} steps, else {FEW_EPOCHS + 1}"
+    args.num_train_epochs = min(max(math.ceil(ENOUGH_STEPS / steps), FEWEST_EPOCHS), MOST_EPOCHS)
+    rule = f"as many as make {ENOUGH_STEPS} steps, from {FEWEST_EPOCHS} to {MOST_EPOCHS}"
     return f"epochs: {args.num_train_epochs} of {steps} steps ({rule})"
 
 

@@ -15,15 +15,16 @@ def arguments(*flags: object):
 @pytest.mark.parametrize(
     ("examples", "flags", "epochs"),
     [
-        (10, (), 3),
-        (4768, (), 3),  # 149 steps of 32
+        (10, (), 4),
+        (3200, (), 3),  # 100 steps of 32
+        (3168, (), 4),  # 99
         (4800, (), 2),  # 150
         (1_000_000, (), 2),
-        (2400, ("--per_device_train_batch_size", 16), 2),
-        (4800, ("--gradient_accumulation_steps", 2), 3),
+        (3200, ("--per_device_train_batch_size", 16), 2),
+        (3200, ("--gradient_accumulation_steps", 2), 4),
     ],
 )
-def test_two_epochs_where_they_make_300_steps_else_three(examples: int, flags: tuple, epochs: int) -> None:
+def test_as_many_epochs_as_make_300_steps_from_two_to_four(examples: int, flags: tuple, epochs: int) -> None:
     args = arguments(*flags)
     line = choose_epochs(args, examples)
     assert args.num_train_epochs == epochs
