@@ -211,7 +211,8 @@ def device_name(device: torch.device) -> str:
     """What the training ran on, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of a CPU" if device.type == "cpu" else device.type.upper()
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads != 1)} of a CPU" if device.type == "cpu" else device.type.upper()
 
 
 def peak_memory_mb() -> float:
