@@ -144,7 +144,7 @@ def command(hub: HubServer, home: Path, *argv: str) -> Any:
 
 
 def by_hf_lora(adapter: str, base: str, texts: Sequence[str]) -> Scores:
-    """As `hf-lora predict` does."""
+    """As `hf-lora predict` does, before calibration, which PEFT's files do not hold."""
     classifier = TextClassifier.from_pretrained(adapter, base=base, precision="fp32")
     return classifier.logits(texts).softmax(-1).tolist()
 
