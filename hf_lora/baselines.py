@@ -8,11 +8,11 @@ import numpy as np
 
 from hf_lora.data import ClassificationData
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.metric_classes import BASELINES
 from hf_lora.trainer import LoRATrainer
 from hf_lora.warm_start import WarmStart, frozen_features
 
-MAJORITY, PROBE = "majority", "probe"
-NAMES = {MAJORITY: "majority class", PROBE: "linear probe"}
+MAJORITY, PROBE = BASELINES
 
 # By split and name the outputs `(examples, labels)`.
 Baselines = Mapping[str, Mapping[str, np.ndarray]]

@@ -34,7 +34,11 @@ def training_curve(log_history: Sequence[Mapping[str, Any]]) -> bytes | None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    return as_png(figure)
+
+
+def as_png(figure: Any) -> bytes:
+    """A figure of matplotlib as a PNG, without a date, so that the same run gives the same file."""
     picture = io.BytesIO()
-    # Without a date, so that the same run gives the same file.
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     return picture.getvalue()

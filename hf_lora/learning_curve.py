@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from datasets import DatasetDict
 
 from hf_lora.data import ClassificationData, load_splits, prepare_data
+from hf_lora.metric_classes import BASELINES
 from hf_lora.run_series import (
     LOWER_IS_BETTER,
     Run,
@@ -31,7 +32,7 @@ from hf_lora.run_settings import data_config
 ALL = "all"
 LORA = "LoRA"
 # The lines of a curve, and how the keys of what they measure end in metrics.json.
-LINES = {LORA: "", "linear probe": "_probe", "majority class": "_majority"}
+LINES = {LORA: "", BASELINES["probe"]: "_probe", BASELINES["majority"]: "_majority"}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+
+from hf_lora.curves import as_png
 
 _LOSS, _INK = "#4a6fa5", "#c1666b"
 
@@ -37,7 +38,4 @@ def range_picture(
     axes.grid(alpha=0.3)
     # Above the axes: inside, it would lie on one of the curves in some tests.
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    picture = io.BytesIO()
-    # Without a date, so that the same test gives the same file.
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    return picture.getvalue()
+    return as_png(figure)

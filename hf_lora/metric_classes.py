@@ -37,6 +37,10 @@ CLASS_F1 = "class_f1_"
 """Before a label's name, the F1 of that label among the metrics that trackers plot."""
 
 
+BASELINES = {"majority": "majority class", "probe": "linear probe"}
+"""What a classifier has to beat: how the names of its results end after a `_`, and what it is called."""
+
+
 def class_errors(predictions: Any, references: Any, labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """Return for each label its "support", the examples that have it, and how many are "wrong" or "false_positives".
 

@@ -56,6 +56,7 @@ __all__ = [
     "class_margins",
     "compute_metrics",
     "errors_beside",
+    "first_output",
 ]
 
 logger = logging.getLogger(__name__)
@@ -171,10 +172,14 @@ def compute_metrics(
     return compute
 
 
+def first_output(predictions: Any) -> Any:
+    """Of what a model gives, hidden states or attentions besides, the logits alone."""
+    return predictions[0] if isinstance(predictions, (tuple, list)) else predictions
+
+
 def _logits(predictions: Any, examples: int, outputs: int) -> np.ndarray:
     """Return the logits as float64 `(examples, outputs)`: the first output, where a model has several."""
-    first = predictions[0] if isinstance(predictions, (tuple, list)) else predictions
-    logits = np.asarray(first, dtype=np.float64).reshape(examples, -1)
+    logits = np.asarray(first_output(predictions), dtype=np.float64).reshape(examples, -1)
     if logits.shape[1] != outputs:
         raise ValueError(f"the logits have {logits.shape[1]} columns; expected {outputs}, one for each label")
     bad = int((~np.isfinite(logits)).sum())

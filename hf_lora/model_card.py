@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_lora.config import LoRAConfig
 from hf_lora.inject import ParameterCount
-from hf_lora.metric_classes import CLASS_F1, class_f1
+from hf_lora.metric_classes import BASELINES, CLASS_F1, class_f1
 from hf_lora.sidecar import AdapterInfo
 
 TEMPLATE = "model_card.md.jinja"
@@ -52,8 +52,7 @@ _INDEXED = {
 }
 
 
-# Ends of the names of the results that a classifier has to beat.
-_BASELINES = ("_probe", "_majority")
+_ENDS = tuple(f"_{name}" for name in BASELINES)
 
 
 @dataclass
@@ -194,7 +193,7 @@ def _results(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             "name": name,
             "eval": metrics.get(f"eval_{name}"),
             "test": metrics.get(f"test_{name}"),
-            **{suffix[1:]: metrics.get(f"{split}_{name}{suffix}") for suffix in _BASELINES},
+            **{suffix[1:]: metrics.get(f"{split}_{name}{suffix}") for suffix in _ENDS},
         }
         for name in names
     ]
@@ -207,13 +206,13 @@ def _measured_split(metrics: Mapping[str, Any]) -> str:
 
 def _baselines(metrics: Mapping[str, Any]) -> str | None:
     """What the split of the baselines is called; None where none were measured."""
-    if not any(key.endswith(_BASELINES) for key in metrics):
+    if not any(key.endswith(_ENDS) for key in metrics):
         return None
     return {"eval": "validation", "test": "test"}[_measured_split(metrics)]
 
 
 def _is_result(key: str) -> bool:
-    other = ("_runtime", "_per_second", "_disabled", "_uncalibrated", "calibration_error", *_BASELINES)
+    other = ("_runtime", "_per_second", "_disabled", "_uncalibrated", "calibration_error", *_ENDS)
     return key.startswith(("eval_", "test_")) and not key.endswith(other) and CLASS_F1 not in key
 
 

@@ -45,25 +45,29 @@ def choose_pooling(
     if requested != AUTO:
         check_pooling(requested)
         return PoolingChoice(requested, "as asked for")
-    if labels is not None and has_head(base, labels, revision=revision, **hub):
+    # Once: it may ask whether the Hub answers.
+    source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
+    if labels is not None and has_head(source, labels, revision=revision, **hub):
         return PoolingChoice(NATIVE, f"the checkpoint has a trained head for {labels} labels")
-    declared = declared_pooling(base, revision=revision, **hub)
+    declared = declared_pooling(source, revision=revision, **hub)
     if declared is None:
         return PoolingChoice(NATIVE, "the model's own head; its files name no pooling")
     return PoolingChoice(declared, f"as this sentence encoder was trained, by its {_FOLDER}/{_FILE}")
 
 
-def has_head(base: str, labels: int, *, revision: str | None = None, **hub: Any) -> bool:
-    """Whether a checkpoint says of itself that it is a classifier of so many labels."""
-    source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
+def has_head(source: str, labels: int, *, revision: str | None = None, **hub: Any) -> bool:
+    """Whether a checkpoint, as `resolve_base` gives it, says of itself that it is a classifier of so many labels."""
     config = AutoConfig.from_pretrained(source, revision=revision, **hub)
     names = config.architectures or ()
     return config.num_labels == labels and any(name.endswith("ForSequenceClassification") for name in names)
 
 
-def declared_pooling(base: str, *, revision: str | None = None, **hub: Any) -> str | None:
-    """The pooling that the files of a sentence encoder name; None where there are none, or another than ours."""
-    values = _pooling_file(base, revision=revision, **hub)
+def declared_pooling(source: str, *, revision: str | None = None, **hub: Any) -> str | None:
+    """The pooling that the files of a sentence encoder name; None where there are none, or another than ours.
+
+    source: as `resolve_base` gives it.
+    """
+    values = _pooling_file(source, revision=revision, **hub)
     if isinstance(values.get("pooling_mode"), str):
         return _NAMES.get(values["pooling_mode"])
     chosen = {key for key, value in values.items() if key.startswith("pooling_mode_") and value is True}
@@ -71,8 +75,7 @@ def declared_pooling(base: str, *, revision: str | None = None, **hub: Any) -> s
     return _FLAGS.get(chosen.pop()) if len(chosen) == 1 else None
 
 
-def _pooling_file(base: str, *, revision: str | None, **hub: Any) -> dict[str, Any]:
-    source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
+def _pooling_file(source: str, *, revision: str | None, **hub: Any) -> dict[str, Any]:
     path = cached_file(
         source,
         f"{_FOLDER}/{_FILE}",

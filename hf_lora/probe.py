@@ -6,9 +6,10 @@ probing, then fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import log_softmax
@@ -93,20 +94,19 @@ def fit_probe(
     problem = _Problem((features - center) / scale, np.asarray(targets), weights, labels, intercept)
     fit = _FITTERS[problem_type](problem)
 
-    def unscaled(layer: Layer) -> Layer:
-        weight = layer[0] / scale
-        return weight, layer[1] - weight @ center
+    def at(strength: float) -> Probe:
+        weight, bias = fit(strength)
+        weight = weight / scale
+        return Probe(weight, bias - weight @ center, strength, None, len(features))
 
     if held_out is None or len(held_out[0]) == 0:
-        strength = 10.0
-        return Probe(*unscaled(fit(strength)), strength, None, len(features))
-    best: Probe | None = None
-    worse = 0
+        return at(10.0)
+    best, lowest, worse = None, math.inf, 0
     for strength in STRENGTHS:
-        probe = Probe(*unscaled(fit(strength)), strength, None, len(features))
+        probe = at(strength)
         loss = mean_loss(probe.logits(held_out[0]), held_out[1], problem_type)
-        if best is None or best.loss is None or loss < best.loss:
-            best, worse = Probe(probe.weight, probe.bias, strength, loss, len(features)), 0
+        if best is None or loss < lowest:
+            best, lowest, worse = replace(probe, loss=loss), loss, 0
         elif (worse := worse + 1) == _PATIENCE:
             break
     assert best is not None

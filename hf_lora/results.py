@@ -15,14 +15,13 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
 from hf_lora.atomic import write_text
-from hf_lora.baselines import NAMES as BASELINES
 from hf_lora.baselines import Baselines
 from hf_lora.checkpoint import TENSORS, adapter_info
 from hf_lora.data import ClassificationData
 from hf_lora.inject import injection, lora_disabled, trainable_parameter_count
 from hf_lora.judgement import calibration_of
-from hf_lora.metric_classes import CLASS_F1
-from hf_lora.metrics import class_errors_beside
+from hf_lora.metric_classes import BASELINES, CLASS_F1
+from hf_lora.metrics import class_errors_beside, first_output
 from hf_lora.sidecar import AdapterInfo
 from hf_lora.tables import print_class_errors, print_table
 from hf_lora.temperature import MIN_EXAMPLES, decision_outputs, fitted, uncalibrated
@@ -93,13 +92,8 @@ def predicted(
     result = trainer.predict(data.splits[split], metric_key_prefix=prefix)
     with lora_disabled(trainer.model):
         disabled = trainer.predict(data.splits[split], metric_key_prefix=prefix)
-    return _with_first_output(result), _with_first_output(disabled)
-
-
-def _with_first_output(result: PredictionOutput) -> PredictionOutput:
-    """Of what a model gives, hidden states or attentions besides, the logits alone."""
-    predictions = result.predictions
-    return result._replace(predictions=predictions[0]) if isinstance(predictions, tuple) else result
+    first, second = (each._replace(predictions=first_output(each.predictions)) for each in (result, disabled))
+    return first, second
 
 
 def measured(

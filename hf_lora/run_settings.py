@@ -22,6 +22,8 @@ ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 300, 2, 4
 
 def lora_config(arguments: LoRAArguments) -> LoRAConfig:
     """The LoRAConfig that the command line's arguments ask for."""
+    if arguments.lora_rank == 0:
+        return PROBE_CONFIG
     targets = arguments.lora_target_modules
     single = (
         targets is not None
@@ -29,8 +31,6 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
         and not targets[0].replace(".", "").replace("_", "").isalnum()
     )
     expression = targets is not None and (single or targets == ["all-linear"])
-    if arguments.lora_rank == 0:
-        return PROBE_CONFIG
     return LoRAConfig(
         rank=arguments.lora_rank,
         alpha=arguments.lora_alpha,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_lora.data import ClassificationData
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.metrics import first_output
 from hf_lora.trainer import LoRATrainer
 from hf_lora.warm_start import WarmStart
 
@@ -44,10 +45,7 @@ def keep_the_better(
     """
     split = data.splits["validation"]
     references = np.asarray(split["labels"])
-    output = trainer.predict(split).predictions
-    after = quality(
-        np.asarray(output[0] if isinstance(output, tuple) else output), references, data.problem_type
-    )
+    after = quality(first_output(trainer.predict(split).predictions), references, data.problem_type)
     assert warm.validation is not None  # a run of the command line has a validation split
     before = quality(warm.validation, references, data.problem_type)
     if not clearly_better(before, after):

@@ -15,6 +15,7 @@ from torch import nn
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.head import belongs_to
 from hf_lora.inject import injection
+from hf_lora.metrics import first_output
 from hf_lora.prefix_cache import filling_prefix
 from hf_lora.probe import Probe, fit_probe
 from hf_lora.probing import evaluating, relative_difference
@@ -77,18 +78,18 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
     """
     measure, trainer.compute_metrics = trainer.compute_metrics, None
     # Without labels no loss is computed of what are no logits.
-    unlabelled = dataset.remove_columns([name for name in ("labels",) if name in dataset.column_names])
+    unlabelled = dataset.remove_columns("labels")
     try:
         with (
             features_as_logits(output_layer(trainer.model)),
             filling_prefix(trainer) if training else nullcontext(),
         ):
-            output = trainer.predict(unlabelled).predictions
+            features = first_output(trainer.predict(unlabelled).predictions)
     finally:
         trainer.compute_metrics = measure
         # Trainer would show it among the metrics of every evaluation that follows.
         trainer.__dict__.pop("model_preparation_time", None)
-    return np.asarray(output[0] if isinstance(output, tuple) else output, np.float32)
+    return np.asarray(features, np.float32)
 
 
 def fit_warm_start(trainer: LoRATrainer) -> WarmStart:

@@ -8,15 +8,19 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from benchmark_data import BASE
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_lora import LoRAConfig, inject_lora
 from hf_lora.acceleration import fast_training
 from hf_lora.first_token import first_token_only
 from hf_lora.head import cast_inputs
+from hf_lora.metrics import first_output
+from hf_lora.modeling import load_base
 
 SHAPES = {
     "minilm": {
@@ -127,6 +131,22 @@ def peft_config(**options: Any) -> LoraConfig:
     """peft's configuration for BERT's q, k, v and o under a classification head."""
     targets = ["query", "key", "value", "attention.output.dense"]
     return LoraConfig(target_modules=targets, task_type=TaskType.SEQ_CLS, **options)
+
+
+def stock_model(labels: Sequence[str]) -> PreTrainedModel:
+    """MiniLM with transformers' own head, nothing adapted and nothing frozen."""
+    return load_base(BASE, labels)[0]
+
+
+def stock_peft(labels: Sequence[str], *, rank: int, alpha: float, dropout: float) -> Any:
+    """MiniLM under peft."""
+    return get_peft_model(stock_model(labels), peft_config(r=rank, lora_alpha=alpha, lora_dropout=dropout))
+
+
+def accuracy_on(trainer: Trainer, dataset: Any) -> float:
+    """The share of right answers."""
+    output = trainer.predict(dataset)
+    return float(np.mean(first_output(output.predictions).argmax(-1) == output.label_ids))
 
 
 def peft_step(case: Case) -> Step:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from benchmark_data import BASE, DataSet, data_sets
-from benchmark_sides import peft_config
+from benchmark_sides import accuracy_on, stock_model, stock_peft
 from benchmarks import (
     add_output_arguments,
     in_process,
@@ -36,12 +36,11 @@ from benchmarks import (
     summary,
     write_json,
 )
-from peft import get_peft_model
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, load_classifier
 from hf_lora.data import ClassificationData
-from hf_lora.modeling import load_base, load_tokenizer
+from hf_lora.modeling import load_tokenizer
 from hf_lora.precision import choose_precision
 
 RANK, ALPHA, DROPOUT, RATE, FULL_RATE = 8, 16, 0.1, 2e-3, 1e-4
@@ -79,12 +78,7 @@ def top_blocks_cached_side(labels: tuple[str, ...]) -> Made:
 
 
 def _peft(labels: tuple[str, ...]) -> Any:
-    config = peft_config(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT)
-    return get_peft_model(_plain(labels), config)
-
-
-def _plain(labels: tuple[str, ...]) -> PreTrainedModel:
-    return load_base(BASE, labels)[0]
+    return stock_peft(labels, rank=RANK, alpha=ALPHA, dropout=DROPOUT)
 
 
 def peft_side(labels: tuple[str, ...]) -> Made:
@@ -99,12 +93,12 @@ def peft_best_side(labels: tuple[str, ...]) -> Made:
 
 def full_side(labels: tuple[str, ...]) -> Made:
     """Full fine-tuning with Trainer as it comes."""
-    return _plain(labels), Trainer, TrainingArguments, {"learning_rate": FULL_RATE}
+    return stock_model(labels), Trainer, TrainingArguments, {"learning_rate": FULL_RATE}
 
 
 def bound_side(labels: tuple[str, ...]) -> Made:
     """The frozen network in fp32 with activation gradients and a trained head: no adapters."""
-    model = _plain(labels)
+    model = stock_model(labels)
     model.base_model.requires_grad_(False)
     model.base_model.embeddings.register_forward_hook(lambda *given: given[-1].detach().requires_grad_())
     return model, Trainer, TrainingArguments, {}
@@ -171,10 +165,7 @@ def run(side: str, data_set: DataSet, seed: int, examples: int | None, epochs: f
 
 
 def _accuracy(trainer: Trainer, data: ClassificationData) -> float:
-    held_out = data.splits["test" if "test" in data.splits else "validation"]
-    output = trainer.predict(held_out)
-    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    return float(np.mean(logits.argmax(-1) == output.label_ids))
+    return accuracy_on(trainer, data.splits["test" if "test" in data.splits else "validation"])
 
 
 def main() -> None:

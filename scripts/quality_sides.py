@@ -7,34 +7,25 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import numpy as np
 from benchmark_data import BASE
-from benchmark_sides import peft_config
-from peft import get_peft_model
+from benchmark_sides import accuracy_on, stock_model, stock_peft
 from quality_data import QualitySet
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_lora.data import DataConfig, prepare_data
-from hf_lora.modeling import load_base, load_tokenizer
+from hf_lora.modeling import load_tokenizer
 
 EPOCHS, BATCH_SIZE, MAX_LENGTH = 3, 32, 128
 
 
-def _plain(labels: tuple[str, ...]) -> Any:
-    return load_base(BASE, labels)[0]
-
-
-def _peft(labels: tuple[str, ...]) -> Any:
-    return get_peft_model(_plain(labels), peft_config(r=8, lora_alpha=16, lora_dropout=0.1))
-
-
 # The stock sides: how the model is made, and the learning rate.
 STOCK: dict[str, tuple[Callable[[tuple[str, ...]], Any], float]] = {
-    "peft": (_peft, 2e-3),
-    "full 1e-4": (_plain, 1e-4),
-    "full 5e-5": (_plain, 5e-5),
+    "peft": (partial(stock_peft, rank=8, alpha=16, dropout=0.1), 2e-3),
+    "full 1e-4": (stock_model, 1e-4),
+    "full 5e-5": (stock_model, 5e-5),
 }
 
 
@@ -71,9 +62,7 @@ def run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        output = trainer.predict(data.splits["test"])
-    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    accuracy = float(np.mean(logits.argmax(-1) == output.label_ids))
+        accuracy = accuracy_on(trainer, data.splits["test"])
     return {
         "accuracy": accuracy,
         "seconds": seconds,

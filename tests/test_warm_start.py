@@ -33,10 +33,12 @@ _SPECIAL_SIZES = {
 }
 
 
-def prepared(folder: Path, base: Path, pooling: str = "mean", **settings: Any) -> tuple[LoRATrainer, Any]:
+def prepared(
+    folder: Path, base: Path, pooling: str = "mean", config: LoRAConfig | None = None, **settings: Any
+) -> tuple[LoRATrainer, Any]:
     write_texts(folder / "texts.csv", 60)
     torch.manual_seed(0)
-    model, tokenizer = load_classifier(str(base), LABELS, LoRAConfig(rank=2), pooling=pooling)
+    model, tokenizer = load_classifier(str(base), LABELS, config or LoRAConfig(rank=2), pooling=pooling)
     data = prepare_data(DataConfig(train_file=str(folder / "texts.csv"), max_length=32), tokenizer)
     args = LoRATrainingArguments(
         str(folder / "out"), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", **settings
@@ -158,33 +160,21 @@ def test_an_unknown_start_names_the_known_ones(run) -> None:
 
 
 def test_the_pass_for_the_features_fills_the_frozen_prefix(tmp_path: Path, tiny_bert_dir: Path) -> None:
-    write_texts(tmp_path / "texts.csv", 60)
-    model, tokenizer = load_classifier(
-        str(tiny_bert_dir), LABELS, LoRAConfig(rank=2, layers=(-1,)), pooling="mean"
-    )
-    data = prepare_data(DataConfig(train_file=str(tmp_path / "texts.csv"), max_length=32), tokenizer)
-    args = LoRATrainingArguments(
-        str(tmp_path / "out"),
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
+    trainer, data = prepared(
+        tmp_path,
+        tiny_bert_dir,
+        config=LoRAConfig(rank=2, layers=(-1,)),
         num_train_epochs=1,
         cache_frozen_prefix="memory",
     )
-    trainer = LoRATrainer(
-        model=model,
-        args=args,
-        train_dataset=data.splits["train"],
-        eval_dataset=data.splits["validation"],
-        processing_class=tokenizer,
-    )
     warm = start_head(trainer, "probe").warm
-    assert trainer.kept_prefix is not None and trainer.kept_prefix.store is not None
-    assert len(trainer.kept_prefix.store) == len({tuple(ids) for ids in data.splits["train"]["input_ids"]})
-    frozen = model.bert.encoder.layer[0]
-    calls = []
-    frozen.register_forward_hook(lambda *_: calls.append(1))
+    kept = trainer.kept_prefix
+    assert kept is not None and kept.store is not None
+    assert len(kept.store) == len({tuple(ids) for ids in data.splits["train"]["input_ids"]})
+    record, recorded = kept.prefix.record, []
+    kept.prefix.record = lambda inputs: recorded.append(inputs) or record(inputs)
     trainer.train()
+    assert recorded == []
     assert trainer.kept_prefix is None
     plain, _ = prepared(tmp_path, tiny_bert_dir, "mean")
     expected = fit_warm_start(plain)
