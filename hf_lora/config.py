@@ -10,7 +10,7 @@ from typing import Any
 from hf_lora.architectures import ROLES
 from hf_lora.initializers import INITIALIZERS
 from hf_lora.registry import Registry
-from hf_lora.untrusted import check_pattern, full_match, shortened
+from hf_lora.untrusted import check_pattern, full_match, is_number, shortened
 from hf_lora.update import VARIANTS
 
 # The factor of B A for a rank and alpha (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
@@ -65,7 +65,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(
                 f"dropout is not a probability; got {shortened(self.dropout)}; expected 0 <= dropout < 1"
             )
@@ -131,15 +131,6 @@ def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
 
 
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
-
-
 def _check_rank(what: str, rank: object) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(
@@ -148,7 +139,7 @@ def _check_rank(what: str, rank: object) -> None:
 
 
 def _check_alpha(what: str, alpha: object) -> None:
-    if not _is_number(alpha) or alpha <= 0:  # type: ignore[operator]
+    if not is_number(alpha) or alpha <= 0:  # type: ignore[operator]
         raise ValueError(
             f"{what} is not usable; got {shortened(alpha)}; expected a number above 0, such as 16"
         )

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 from transformers import EvalPrediction
 
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.losses import example_losses
 from hf_lora.metrics import class_errors_beside, compute_metrics, errors_beside
 from hf_lora.sidecar import AdapterInfo
 from hf_lora.temperature import decision_outputs, scale_of
@@ -120,7 +122,7 @@ def calibration_of(info: AdapterInfo, logits: np.ndarray, references: np.ndarray
     """
     scaled, references = np.asarray(logits, np.float64) / scale_of(info), np.asarray(references)
     if info.problem_type == SINGLE:
-        return calibration(np.exp(_log_softmax(scaled).max(1)), scaled.argmax(1) == references)
+        return calibration(softmax(scaled, 1).max(1), scaled.argmax(1) == references)
     if info.problem_type == MULTI:
         likelier = 1 / (1 + np.exp(-np.abs(scaled.ravel())))
         return calibration(likelier, ((scaled > 0) == (references > 0)).ravel())
@@ -159,10 +161,10 @@ def _single(
     mistakes: int,
 ) -> dict[str, Any]:
     references = references.astype(int)
-    labels, log_probabilities = info.labels, _log_softmax(logits / scale_of(info))
+    labels, scaled = info.labels, logits / scale_of(info)
     given, without = logits.argmax(1), disabled.argmax(1)
-    losses = -np.take_along_axis(log_probabilities, references[:, None], 1)[:, 0]
-    confidence = np.exp(log_probabilities.max(1))
+    losses = example_losses(scaled, references, SINGLE)
+    confidence = softmax(scaled, 1).max(1)
     wrong = given != references
     return {
         "classes": class_errors_beside(logits, disabled, references, labels),
@@ -195,9 +197,7 @@ def _multi(
 ) -> dict[str, Any]:
     truth = references.astype(bool)
     given, without = decision_outputs(logits, info) > 0, decision_outputs(disabled, info) > 0
-    scaled = logits / scale_of(info)
-    # Binary cross-entropy in a form that does not overflow.
-    losses = (np.logaddexp(0, scaled) - scaled * truth).mean(1)
+    losses = example_losses(logits / scale_of(info), truth, MULTI)
     wrong = (given != truth).any(1)
 
     def names(row: np.ndarray) -> str:
@@ -224,7 +224,7 @@ def _regression(
     mistakes: int,
 ) -> dict[str, Any]:
     truth, given = references.astype(float).reshape(-1), logits[:, 0]
-    losses = (given - truth) ** 2
+    losses = example_losses(logits[:, :1], truth, REGRESSION)
     return {
         "points": list(zip(truth.tolist(), given.tolist(), strict=True)),
         "wrong": len(truth),
@@ -247,8 +247,3 @@ _JUDGES: dict[str, Callable[..., dict[str, Any]]] = {SINGLE: _single, MULTI: _mu
 def _worst(losses: np.ndarray, among: np.ndarray, count: int) -> list[int]:
     """The rows `among` with the largest losses, the largest first; equal ones in order of the texts."""
     return [int(row) for row in np.argsort(-losses, kind="stable") if among[row]][:count]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.losses import example_losses
 
 # Inverse strengths of the L2 penalty that are tried, for features of mean squared norm 1.
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -115,7 +115,7 @@ def fit_probe(
 
 def mean_loss(logits: np.ndarray, targets: np.ndarray, problem_type: str) -> float:
     """What training minimizes: cross-entropy, binary cross-entropy over all labels, or the squared error."""
-    return _LOSSES[problem_type](np.asarray(logits, np.float64), np.asarray(targets))
+    return float(example_losses(logits, targets, problem_type).mean())
 
 
 def _single(given: _Problem) -> Fit:
@@ -181,21 +181,4 @@ def _of_present(weight: np.ndarray, bias: np.ndarray, present: np.ndarray, label
     return full
 
 
-def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
-    return float(-np.take_along_axis(log_softmax(logits, 1), targets.astype(int)[:, None], 1).mean())
-
-
-def _binary_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
-    return float((np.logaddexp(0, logits) - logits * targets).mean())
-
-
-def _squared_error(logits: np.ndarray, targets: np.ndarray) -> float:
-    return float(((logits - np.reshape(targets, logits.shape)) ** 2).mean())
-
-
 _FITTERS: dict[str, Callable[[_Problem], Fit]] = {SINGLE: _single, MULTI: _multi, REGRESSION: _regression}
-_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    SINGLE: _cross_entropy,
-    MULTI: _binary_cross_entropy,
-    REGRESSION: _squared_error,
-}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_lora.data import ClassificationData
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.losses import example_losses
 from hf_lora.metrics import first_output
 from hf_lora.trainer import LoRATrainer
 from hf_lora.warm_start import WarmStart
@@ -73,5 +74,5 @@ def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
 _QUALITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     SINGLE: lambda logits, references: (logits.argmax(1) == references).astype(float),
     MULTI: lambda logits, references: ((logits > 0) == (references > 0.5)).mean(1),
-    REGRESSION: lambda logits, references: -((logits - references.reshape(logits.shape)) ** 2).mean(1),
+    REGRESSION: lambda logits, references: -example_losses(logits, references, REGRESSION),
 }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from hf_lora.untrusted import check_types, parse_object, shortened
+from hf_lora.untrusted import check_types, is_number, parse_object, shortened
 
 FILE = "hf_lora.json"
 FORMAT_VERSION = 1
@@ -122,7 +122,7 @@ def _check_temperature(temperature: Any, problem_type: str) -> None:
     low, high = TEMPERATURES
     if problem_type == "regression":
         raise ValueError(f"a regression has no temperature; got {shortened(temperature)}; expected null")
-    if not _is_number(temperature) or not low <= temperature <= high:
+    if not is_number(temperature) or not low <= temperature <= high:
         raise ValueError(
             f"temperature is not usable; got {shortened(temperature)}; expected a number from {low:g} to {high:g}, "
             "or null"
@@ -136,13 +136,8 @@ def _check_thresholds(thresholds: Any, problem_type: str, labels: int) -> None:
             "expected null"
         )
     usable = isinstance(thresholds, list | tuple) and len(thresholds) == labels
-    if not usable or not all(_is_number(value) and 0 < value < 1 for value in thresholds):
+    if not usable or not all(is_number(value) and 0 < value < 1 for value in thresholds):
         raise ValueError(
             f"thresholds are not usable; got {shortened(thresholds)}; expected {labels} numbers between 0 and 1, one "
             "for each label, or null"
         )
-
-
-def _is_number(value: Any) -> bool:
-    """True and False are integers to Python, and none here."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -111,6 +111,16 @@ def check_types(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
             raise ValueError(f"{source} cannot be read; got {name}={shortened(value)}; expected {expected}")
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number. True and False are integers to Python, and none here."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
 def shortened(value: Any, limit: int = 80) -> str:
     """`repr` of a value for a message, cut where it is long."""
     text = repr(value)

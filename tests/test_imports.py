@@ -45,6 +45,7 @@ LEVELS = (
     ("arithmetic",),
     ("extract",),
     ("data", "modeling", "verify"),
+    ("losses",),
     ("probe",),
     ("metric_classes", "curves"),
     ("metrics", "model_card", "lr_range_plot"),
