@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,38 +19,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmark_data import BASE
-from benchmarks import add_output_arguments, in_process, machine, report, write_json
+from benchmarks import in_process, report, write_json
 from quality_data import QualitySet, quality_sets
+from quality_runs import add_run_arguments, chosen_sets, fill, hf_lora_run, prepare
 
 HERE = Path(__file__).parent
 FULL = ("full 1e-4", "full 5e-5")
 SIDES = ("hf_lora", "peft", *FULL)
 QUICK_SETS = ("tweets", "clinc150")
-
-
-def hf_lora_run(data_set: QualitySet, seed: int) -> dict[str, float]:
-    """`hf-lora train` with its defaults: seed and files are all it is told."""
-    files = [part for name, path in data_set.files().items() for part in (f"--{name}", path)]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "hf_lora.cli", "train", "--model_name_or_path", BASE, *files]
-        command += ["--seed", str(seed), "--output_dir", folder, "--disable_tqdm", "true"]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"hf-lora train failed on {data_set.name}: {run.stderr.splitlines()[-1:]}")
-        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-    parts = ("warm_start_runtime", "train_runtime", "evaluation_runtime")
-    return {
-        "accuracy": metrics["test_accuracy"],
-        "probe": metrics["test_accuracy_probe"],
-        "majority": metrics["test_accuracy_majority"],
-        "calibration_error": metrics["test_calibration_error"],
-        "calibration_error_uncalibrated": metrics["test_calibration_error_uncalibrated"],
-        "seconds": sum(metrics[part] for part in parts),
-        "trained": metrics["trainable_parameters"],
-        "share_trained": metrics["trainable_parameters"] / metrics["total_parameters"],
-        "steps": metrics["global_step"],
-    }
 
 
 def one_run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
@@ -66,24 +40,16 @@ def one_run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
 def main() -> None:
     """Run what is missing, print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_output_arguments(parser, plot=False)
-    parser.add_argument("--data", type=Path, help="folder of amazon, tweets, editorials and clinc150")
+    add_run_arguments(parser)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N (default: 3)")
-    parser.add_argument("--sets", nargs="+", help="only these data sets")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="default: all")
     parser.add_argument(
         "--quick", action="store_true", help=f"one seed, {' and '.join(QUICK_SETS)}, without full fine-tuning"
     )
-    parser.add_argument("--threads", type=int, help="threads of a run (default: all cores)")
     options = parser.parse_args()
-    if options.data is not None and not options.data.is_dir():
-        raise SystemExit(f"--data is no folder; got {str(options.data)!r}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.threads:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    prepare(options)
     with tempfile.TemporaryDirectory() as folder:
-        sets = quality_sets(options.data, Path(folder))
-        result = measure(options, sets)
+        result = measure(options, quality_sets(options.data, Path(folder)))
     table = report(options)
     table("accuracy on the test file, mean (least - greatest)", HEADER, rows(result))
     table("beside it", COST_HEADER, cost_rows(result))
@@ -92,31 +58,11 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, sets: dict[str, QualitySet]) -> dict[str, Any]:
     """What the results file has already, and the runs that are missing in it."""
-    names = options.sets or [name for name in (QUICK_SETS if options.quick else sets) if name in sets]
-    unknown = set(names) - set(sets)
-    if unknown or not names:
-        raise SystemExit(
-            f"no such data; got {sorted(unknown) or names}; there are {', '.join(sets)}; see --data"
-        )
+    names = chosen_sets(options, sets, QUICK_SETS if options.quick else sets)
     seeds = range(1, 2 if options.quick else 1 + options.seeds)
     sides = [side for side in options.sides if not (options.quick and side in FULL)]
-    result: dict[str, Any] = {"machine": machine(), "threads": options.threads, "runs": {}}
-    path = None if options.json in (None, "-") else Path(options.json)
-    if path is not None and path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["threads"] != options.threads:
-            raise SystemExit(f"{path} has runs with threads={known['threads']}; got {options.threads}")
-        result["runs"] = known["runs"]
-    for seed in seeds:
-        for name in names:
-            for side in sides:
-                runs = result["runs"].setdefault(name, {}).setdefault(side, {})
-                if str(seed) not in runs:
-                    runs[str(seed)] = one_run(side, sets[name], seed)
-                    print(f"{name}, {side}, seed {seed}: {runs[str(seed)]}", file=sys.stderr, flush=True)
-                    if path is not None:
-                        write_json(str(path), result)
-    return result
+    orders = ((name, side, seed) for seed in seeds for name in names for side in sides)
+    return fill(options, orders, lambda name, side, seed: one_run(side, sets[name], seed))
 
 
 HEADER = ("data", "hf_lora", "linear probe", "peft", "full fine-tuning", "majority", "seeds")

@@ -1,8 +1,9 @@
-"""The data sets of `benchmark_quality.py`: each as a training and a test file."""
+"""The data sets of the quality benchmarks: each as a training and a test file, or as folds of its training file."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from benchmark_data import bbc_folder
 # Folders of `--data`, in order of the tables.
 FOLDERS = ("amazon", "tweets", "editorials", "clinc150")
 TEST_SHARE = 0.2
+FOLDS, FOLD_SEED = 4, 7
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,27 @@ def _bbc(work: Path) -> QualitySet:
     for topic in sorted({topic for _, topic in rows}):
         of_topic = [row for row in order if rows[row][1] == topic]
         tested |= set(of_topic[: round(TEST_SHARE * len(of_topic))])
+    return _written("bbc", rows, [row in tested for row in range(len(rows))], work)
+
+
+def fold(data_set: QualitySet, number: int, work: Path) -> QualitySet:
+    """The `number`-th of four parts of the training file as the test file and the others as the training file.
+
+    The parts are drawn once for all settings, and neither the test nor the validation file is looked at.
+    """
+    with open(data_set.train_file, newline="", encoding="utf-8") as file:
+        rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    part = np.random.default_rng(FOLD_SEED).permutation(len(rows)) % FOLDS
+    return _written(data_set.name, rows, (part == number).tolist(), work / f"fold{number}")
+
+
+def _written(name: str, rows: Sequence[tuple[str, str]], in_test: Sequence[bool], work: Path) -> QualitySet:
     work.mkdir(parents=True, exist_ok=True)
     files = {}
-    for split, in_test in (("train", False), ("test", True)):
-        path = work / f"bbc_{split}.csv"
+    for split, wanted in (("train", False), ("test", True)):
+        path = work / f"{name}_{split}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
-            chosen = [rows[row] for row in range(len(rows)) if (row in tested) == in_test]
+            chosen = [row for row, tested in zip(rows, in_test, strict=True) if tested == wanted]
             csv.writer(file).writerows([("text", "label"), *chosen])
         files[f"{split}_file"] = str(path)
-    return QualitySet("bbc", **files)
+    return QualitySet(name, **files)

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import benchmark_quality
-from quality_data import QualitySet, quality_sets
+from quality_data import QualitySet, fold, quality_sets
 
 
 def own(accuracy: float, seconds: float = 10.0) -> dict[str, float]:
@@ -102,6 +102,27 @@ def test_bbc_news_is_divided_once_and_for_all_by_topic(tmp_path: Path) -> None:
     texts = {name: {row["text"] for row in of_file} for name, of_file in rows.items()}
     # The data repeats itself here and there.
     assert len(texts["train_file"] & texts["test_file"]) < 40
+
+
+def test_folds_divide_the_training_file_and_leave_the_others_alone(tmp_path: Path) -> None:
+    for name, count in (("train", 10), ("test", 3)):
+        write(tmp_path / f"{name}.csv", count)
+    data_set = QualitySet(
+        "words", str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), str(tmp_path / "no.csv")
+    )
+    tested: list[tuple[str, str]] = []
+    whole = {(f"text {row}", "ab"[row % 2]) for row in range(10)}
+    for number in range(4):
+        part = fold(data_set, number, tmp_path / "work")
+        assert part.validation_file is None
+        rows = {
+            name: [(row["text"], row["label"]) for row in csv.DictReader(io.StringIO(Path(path).read_text()))]
+            for name, path in part.files().items()
+        }
+        assert set(rows["train_file"]) | set(rows["test_file"]) == whole
+        assert len(rows["train_file"]) + len(rows["test_file"]) == 10
+        tested += rows["test_file"]
+    assert sorted(tested) == sorted(whole)
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

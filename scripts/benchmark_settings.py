@@ -1,0 +1,130 @@
+"""What the defaults of `hf-lora train` are worth: other settings against them, by folds of the training files.
+
+The test files are not looked at, so that `benchmark_quality.py` can measure on them what was chosen here. A fold
+is one part of four as the test and the others as the training file; all settings get the same folds and seeds,
+and are compared fold by fold. The results file is written after every run, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks import report, write_json
+from quality_data import FOLDS, fold, quality_sets
+from quality_runs import add_run_arguments, chosen_sets, fill, hf_lora_run, prepare
+
+DEFAULTS = "defaults"
+# What each setting changes, as a user would say it.
+SETTINGS: dict[str, str] = {
+    DEFAULTS: "",
+    "rate 5e-4": "--learning_rate 5e-4",
+    "rate 1e-3": "--learning_rate 1e-3",
+    "rate 4e-3": "--learning_rate 4e-3",
+    "rank 2": "--lora_rank 2",
+    "rank 2, rate 1e-3": "--lora_rank 2 --learning_rate 1e-3",
+    "rank 2, rate 4e-3": "--lora_rank 2 --learning_rate 4e-3",
+    "rank 32": "--lora_rank 32",
+    "rank 32, rate 1e-3": "--lora_rank 32 --learning_rate 1e-3",
+    "rank 32, rate 4e-3": "--lora_rank 32 --learning_rate 4e-3",
+    "2 epochs": "--num_train_epochs 2",
+    "3 epochs": "--num_train_epochs 3",
+    "4 epochs": "--num_train_epochs 4",
+    "6 epochs": "--num_train_epochs 6",
+    "batches of 16": "--per_device_train_batch_size 16",
+    "random order": "--train_sampling_strategy random",
+    "no smoothing": "--label_smoothing_factor 0",
+    "no LoRA dropout": "--lora_dropout 0",
+    "no warm-up": "--warmup_steps 0",
+    "cosine": "--lr_scheduler_type cosine",
+    "beta2 0.98": "--adam_beta2 0.98",
+    "weight decay 0.1": "--weight_decay 0.1",
+    "random A": "--lora_init kaiming",
+    "random A, 4 epochs": "--lora_init kaiming --num_train_epochs 4",
+    "LoRA+ 8": "--lora_plus_ratio 8",
+    "random head": "--head_init random",
+    "native head": "--pooling native",
+    "native random head": "--pooling native --head_init random",
+    "early stopping": "--early_stopping_patience 1",
+    "balanced": "--class_weights balanced",
+}
+HEADER = ("setting", "data", "accuracy", "defaults", "difference", "loss", "defaults", "time", "folds")
+
+
+def main() -> None:
+    """Run what is missing, print the differences, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="settings: " + "; ".join(SETTINGS)
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--folds", type=int, default=FOLDS, choices=range(1, FOLDS + 1), help="the first N")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help="default: all; see below"
+    )
+    options = parser.parse_args()
+    prepare(options)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(options, Path(folder))
+    report(options)("against the defaults, fold by fold", HEADER, rows(result))
+    write_json(options.json, result)
+
+
+def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """What the results file has already, and the runs that are missing in it."""
+    sets = quality_sets(options.data, work)
+    settings = [DEFAULTS, *(name for name in options.settings or SETTINGS if name != DEFAULTS)]
+    orders = (
+        (name, setting, number)
+        for setting in settings
+        for number in range(options.folds)
+        for name in chosen_sets(options, sets, sets)
+    )
+
+    def run(name: str, setting: str, number: int) -> dict[str, float]:
+        return hf_lora_run(fold(sets[name], number, work), number + 1, SETTINGS[setting].split())
+
+    return fill(options, orders, run)
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """For each setting its data sets, and below them all of them together.
+
+    The difference of accuracy is in points, with the standard error of its mean over the folds.
+    """
+    by_setting: dict[str, dict[str, list[tuple[dict[str, float], dict[str, float]]]]] = {}
+    for name, settings in result["runs"].items():
+        for setting, runs in settings.items():
+            known = settings.get(DEFAULTS, {})
+            pairs = [(run, known[number]) for number, run in runs.items() if number in known]
+            if setting != DEFAULTS and pairs:
+                by_setting.setdefault(setting, {})[name] = pairs
+    found = []
+    for setting, sets in by_setting.items():
+        found += [_row(setting, name, pairs) for name, pairs in sets.items()]
+        if len(sets) > 1:
+            found.append(_row(setting, "all", [pair for pairs in sets.values() for pair in pairs]))
+    return found
+
+
+def _row(setting: str, name: str, pairs: list[tuple[dict[str, float], dict[str, float]]]) -> tuple[str, ...]:
+    def means(what: str) -> tuple[float, float]:
+        return mean(run[what] for run, _ in pairs), mean(known[what] for _, known in pairs)
+
+    differences = [100 * (run["accuracy"] - known["accuracy"]) for run, known in pairs]
+    error = f" ± {stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    return (
+        setting,
+        name,
+        *(f"{value:.4f}" for value in means("accuracy")),
+        f"{mean(differences):+.2f}{error}",
+        *(f"{value:.4f}" for value in means("loss")),
+        f"{mean(run['seconds'] / known['seconds'] for run, known in pairs):.2f}",
+        str(len(pairs)),
+    )
+
+
+if __name__ == "__main__":
+    main()

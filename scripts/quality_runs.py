@@ -1,0 +1,97 @@
+"""Runs of `hf-lora train` in processes of their own, and a results file that is written after every run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark_data import BASE
+from benchmarks import add_output_arguments, machine, write_json
+from quality_data import QualitySet
+
+Run = dict[str, float]
+
+
+def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> Run:
+    """`hf-lora train` with its defaults but for `flags`: otherwise seed and files are all it is told."""
+    files = [part for name, path in data_set.files().items() for part in (f"--{name}", path)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "hf_lora.cli", "train", "--model_name_or_path", BASE, *files, *flags]
+        command += ["--seed", str(seed), "--output_dir", folder, "--disable_tqdm", "true"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"hf-lora train failed on {data_set.name}: {run.stderr.splitlines()[-1:]}")
+        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    parts = ("warm_start_runtime", "train_runtime", "evaluation_runtime")
+    return {
+        "accuracy": metrics["test_accuracy"],
+        "loss": metrics["test_loss"],
+        "probe": metrics["test_accuracy_probe"],
+        "majority": metrics["test_accuracy_majority"],
+        "calibration_error": metrics["test_calibration_error"],
+        "calibration_error_uncalibrated": metrics["test_calibration_error_uncalibrated"],
+        "seconds": sum(metrics.get(part, 0.0) for part in parts),
+        "trained": metrics["trainable_parameters"],
+        "share_trained": metrics["trainable_parameters"] / metrics["total_parameters"],
+        "steps": metrics.get("global_step", 0),
+    }
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what both quality benchmarks take: data, sets, threads and the results file."""
+    add_output_arguments(parser, plot=False)
+    parser.add_argument("--data", type=Path, help="folder of amazon, tweets, editorials and clinc150")
+    parser.add_argument("--sets", nargs="+", help="only these data sets")
+    parser.add_argument("--threads", type=int, help="threads of a run (default: all cores)")
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Check `--data`, and set what the processes of the runs inherit. Raises SystemExit for a folder that is none."""
+    if options.data is not None and not options.data.is_dir():
+        raise SystemExit(f"--data is no folder; got {str(options.data)!r}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+
+
+def chosen_sets(options: argparse.Namespace, sets: Iterable[str], names: Iterable[str]) -> list[str]:
+    """`--sets`, or those of `names` that are there. Raises SystemExit where one is not, or none is left."""
+    there = list(sets)
+    chosen = options.sets or [name for name in names if name in there]
+    unknown = set(chosen) - set(there)
+    if unknown or not chosen:
+        raise SystemExit(
+            f"no such data; got {sorted(unknown) or chosen}; there are {', '.join(there)}; see --data"
+        )
+    return chosen
+
+
+def fill(
+    options: argparse.Namespace, orders: Iterable[tuple[str, str, int]], run: Callable[[str, str, int], Run]
+) -> dict[str, Any]:
+    """What the results file has already, and those of `orders`, (data set, side, number), that are missing in it.
+
+    Raises SystemExit for a file of runs with another number of threads.
+    """
+    result: dict[str, Any] = {"machine": machine(), "threads": options.threads, "runs": {}}
+    path = None if options.json in (None, "-") else Path(options.json)
+    if path is not None and path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["threads"] != options.threads:
+            raise SystemExit(f"{path} has runs with threads={known['threads']}; got {options.threads}")
+        result["runs"] = known["runs"]
+    for name, side, number in orders:
+        runs = result["runs"].setdefault(name, {}).setdefault(side, {})
+        if str(number) not in runs:
+            runs[str(number)] = run(name, side, number)
+            print(f"{name}, {side}, {number}: {runs[str(number)]}", file=sys.stderr, flush=True)
+            if path is not None:
+                write_json(str(path), result)
+    return result

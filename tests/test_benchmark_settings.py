@@ -1,0 +1,90 @@
+"""The settings benchmark without its runs: pairs by fold, the flags, going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from statistics import stdev
+
+import pytest
+
+from hf_lora.parsing import parse_training
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import benchmark_settings
+from benchmark_settings import DEFAULTS, HEADER, SETTINGS, rows
+from quality_data import QualitySet
+
+
+def run(accuracy: float, loss: float = 0.5, seconds: float = 10.0) -> dict[str, float]:
+    return {"accuracy": accuracy, "loss": loss, "seconds": seconds}
+
+
+RESULT = {
+    "runs": {
+        "words": {
+            DEFAULTS: {"0": run(0.90), "1": run(0.80)},
+            "2 epochs": {"0": run(0.93, 0.4, 5.0), "1": run(0.81, 0.3, 6.0), "2": run(0.1)},
+        },
+        "topics": {DEFAULTS: {"0": run(0.70)}, "2 epochs": {"0": run(0.68)}, "rank 2": {}},
+    }
+}
+
+
+def test_settings_are_compared_fold_by_fold() -> None:
+    words, topics, together = rows(RESULT)
+    error = stdev([3.0, 1.0]) / 2**0.5
+    assert words == (
+        "2 epochs",
+        "words",
+        "0.8700",
+        "0.8500",
+        f"+2.00 ± {error:.2f}",
+        "0.3500",
+        "0.5000",
+        "0.55",
+        "2",
+    )
+    assert len(words) == len(HEADER)
+    assert topics[:5] == ("2 epochs", "topics", "0.6800", "0.7000", "-2.00")
+    error = stdev([3.0, 1.0, -2.0]) / 3**0.5
+    assert together[1] == "all" and together[4] == f"+0.67 ± {error:.2f}" and together[-1] == "3"
+
+
+@pytest.mark.parametrize("flags", SETTINGS.values(), ids=list(SETTINGS))
+def test_every_setting_is_flags_of_the_command_line(flags: str, tmp_path: Path) -> None:
+    base = ["--model_name_or_path", "m", "--train_file", "t.csv", "--output_dir", str(tmp_path / "out")]
+    given = {flag[2:] for flag in shlex.split(flags) if flag.startswith("--")}
+    with_flags, without = (parse_training([*base, *more]) for more in (shlex.split(flags), []))
+    changed = {
+        name
+        for one, other in zip(with_flags, without, strict=True)
+        for name, value in vars(one).items()
+        if value != vars(other)[name]
+    }
+    assert given <= changed
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int, tuple[str, ...]]] = []
+
+    def made(data_set: QualitySet, seed: int, flags: list[str]) -> dict[str, float]:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append((Path(data_set.test_file).parent.name, seed, tuple(flags)))
+        return run(0.9)
+
+    monkeypatch.setattr(benchmark_settings, "hf_lora_run", made)
+    argv = ["benchmark_settings.py", "--sets", "bbc", "--folds", "2", "--settings", "rank 2"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "settings.json")])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_settings.main()
+    first, calls[:] = list(calls), []
+    benchmark_settings.main()
+    flags = ("--lora_rank", "2")
+    assert first == [("fold0", 1, ()), ("fold1", 2, ()), ("fold0", 1, flags)]
+    assert calls == [("fold1", 2, flags)]
+    assert sorted(json.loads((tmp_path / "settings.json").read_text())["runs"]["bbc"]) == [DEFAULTS, "rank 2"]
