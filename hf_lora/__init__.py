@@ -13,6 +13,7 @@ from hf_lora.version import __version__
 if TYPE_CHECKING:
     from hf_lora.checkpoint import load_adapter, save_adapter
     from hf_lora.config import LoRAConfig
+    from hf_lora.gradient_start import start_lora
     from hf_lora.hub import push_adapter
     from hf_lora.inference import TextClassifier
     from hf_lora.inject import (
@@ -50,6 +51,7 @@ _HOMES = {
     "LoRATrainingArguments": "training_arguments",
     "TextClassifier": "inference",
     "start_head": "warm_start",
+    "start_lora": "gradient_start",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "start_head",
+    "start_lora",
     "trainable_parameter_count",
     "unmerge_lora",
 ]

@@ -109,7 +109,9 @@ class LoRAArguments:
     lora_alpha_pattern: str | None = _option(None, help="Other alphas by module, as JSON.")
     lora_bias: str = _option("none", help="Biases to train: none, lora_only or all.")
     lora_init: str = _option(
-        "kaiming", help="How A and B start: kaiming, gaussian, normal, orthogonal, pissa, olora."
+        "auto",
+        help="How A and B start: gradient (A along the gradient of the training loss), kaiming, gaussian, normal, "
+        "orthogonal, pissa, olora, or auto: gradient, unless the head starts at random.",
     )
     lora_variant: str = _option(
         "lora", help="lora, dora (row norms are learned too) or lora_fa (A is not trained)."

@@ -94,6 +94,8 @@ for _name, _make in {
     "gaussian": gaussian,
     "normal": normal,
     "orthogonal": orthogonal,
+    # Until `gradient_start` has seen the training data.
+    "gradient": kaiming,
 }.items():
     INITIALIZERS.register(_name, Initialization(_make))
 for _name, _make in {"pissa": pissa, "olora": olora}.items():

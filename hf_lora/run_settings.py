@@ -12,6 +12,7 @@ from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments
 from hf_lora.config import LoRAConfig
 from hf_lora.data import DataConfig
 from hf_lora.data.labels import SINGLE
+from hf_lora.gradient_start import AUTO, INIT
 from hf_lora.training_arguments import LoRATrainingArguments
 
 # PEFT's files have no rank 0: a linear probe is the smallest adapter there is, whose B stays zero.
@@ -42,7 +43,7 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
         alpha_pattern=_json_object("lora_alpha_pattern", arguments.lora_alpha_pattern),
         bias=arguments.lora_bias,
         train_head=arguments.train_head,
-        init=arguments.lora_init,
+        init=INIT if arguments.lora_init == AUTO else arguments.lora_init,
         variant=arguments.lora_variant,
         scaling=arguments.lora_scaling,
         form=arguments.lora_form,

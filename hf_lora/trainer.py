@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,12 +29,14 @@ from hf_lora.curves import training_curve
 from hf_lora.evaluation_order import LongestFirst, metrics_in_order, order_of, restored
 from hf_lora.fingerprint import fingerprint
 from hf_lora.first_token import first_token_only
+from hf_lora.gradient_start import LoRAStart, awaits_start, start_lora
 from hf_lora.inject import base_parameters, injection, trainable_parameter_count
 from hf_lora.model_card import CURVE, CardFacts, render_card
 from hf_lora.parameter_groups import has_own_rates, parameter_groups
 from hf_lora.preemption import saving_on_sigterm
 from hf_lora.prefix_cache import PrefixCache, ordinary, prefix_cache
 from hf_lora.processes import check_equal, keep_frozen_local, mean_shares, process_count
+from hf_lora.quantized import trainable_if_quantized
 from hf_lora.sharding import check_fsdp, name_blocks
 from hf_lora.training_arguments import LoRATrainingArguments
 from hf_lora.version import __version__
@@ -58,7 +60,7 @@ class LoRATrainer(CheckpointingTrainer):
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        with _trainable_if_quantized(model):
+        with trainable_if_quantized(model):
             super().__init__(model=model, args=args, **kwargs)
         injection(self.model)
         # `forward` takes **kwargs, from which Trainer concludes that the loss is divided by
@@ -70,6 +72,7 @@ class LoRATrainer(CheckpointingTrainer):
         if isinstance(self.args, LoRATrainingArguments):
             self.args.lora_settings = injection(self.model).config.to_dict()
         self._replaying: Callable[[Any], AbstractContextManager[None]] = ordinary
+        self.lora_start: LoRAStart | None = None
         self.predicting: Callable[[Any], AbstractContextManager[None]] = ordinary
         self.kept_prefix: PrefixCache | None = None
         self._shares: dict[int, float] = {}
@@ -98,6 +101,8 @@ class LoRATrainer(CheckpointingTrainer):
             self._check_processes()
             self._remember_base()
             keep_frozen_local(self.model)
+        if resume is None and awaits_start(self):
+            start_lora(self)
         if resume is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # Before the model is sharded; for the rest Trainer does so itself.
             self._load_adapter_checkpoint(resume)
@@ -284,17 +289,3 @@ class LoRATrainer(CheckpointingTrainer):
                 f"the optimizer does not hold {len(missing)} trained parameters, first {missing[0]!r}; "
                 "make the optimizer after inject_lora and load_classifier, or let LoRATrainer make it"
             )
-
-
-@contextmanager
-def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
-    """Inside, Trainer takes a quantized model, which it refuses unless transformers' own adapters are loaded."""
-    if not getattr(model, "is_quantized", False):
-        yield
-        return
-    quantized: Any = model
-    quantized._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        quantized._hf_peft_config_loaded = False

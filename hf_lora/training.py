@@ -21,6 +21,7 @@ from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunA
 from hf_lora.baselines import baseline_logits
 from hf_lora.config import LoRAConfig
 from hf_lora.data import ClassificationData, prepare_data
+from hf_lora.gradient_start import choose_start
 from hf_lora.inject import inject_lora, trainable_parameter_count
 from hf_lora.lr_range import run_find_lr
 from hf_lora.metrics import compute_metrics
@@ -141,13 +142,19 @@ def _run(
     start = start_head(trainer, "probe" if lora_args.lora_rank == 0 else lora_args.head_init)
     if args.process_index == 0:
         print(start, flush=True)
+    seconds = start.seconds
+    if lora_args.lora_rank > 0 and resume is None:
+        lora_start = choose_start(trainer, lora_args.lora_init, start.kind)
+        seconds += lora_start.seconds
+        if args.process_index == 0:
+            print(lora_start, flush=True)
     if run_args.find_lr:
         set_seed(args.seed)
         return run_find_lr(trainer, args.output_dir)
     baselines = baseline_logits(trainer, data, start.warm)
     # And once more: training draws the same with any start.
     set_seed(args.seed)
-    train_metrics = {"warm_start_runtime": start.seconds, "train_runtime": 0.0}
+    train_metrics = {"warm_start_runtime": seconds, "train_runtime": 0.0}
     if lora_args.lora_rank > 0:
         train_metrics |= train_timed(trainer, data, start, resume)
     return finish(trainer, data, train_metrics, baselines)

@@ -52,6 +52,7 @@ LEVELS = (
     ("judgement",),
     ("charts", "report"),
     ("pages",),
+    ("gradient_start",),
     ("trainer",),
     ("warm_start", "lr_range"),
     ("safeguard", "baselines"),
