@@ -69,8 +69,6 @@ class LoRATrainer(CheckpointingTrainer):
         if kwargs.get("data_collator") is None:
             self.data_collator = quick_collator(self.data_collator)
         self.facts = CardFacts()
-        if isinstance(self.args, LoRATrainingArguments):
-            self.args.lora_settings = injection(self.model).config.to_dict()
         self._replaying: Callable[[Any], AbstractContextManager[None]] = ordinary
         self.lora_start: LoRAStart | None = None
         self.predicting: Callable[[Any], AbstractContextManager[None]] = ordinary
@@ -103,6 +101,8 @@ class LoRATrainer(CheckpointingTrainer):
             keep_frozen_local(self.model)
         if resume is None and awaits_start(self):
             start_lora(self)
+        if isinstance(self.args, LoRATrainingArguments):
+            self.args.lora_settings = injection(self.model).config.to_dict()
         if resume is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # Before the model is sharded; for the rest Trainer does so itself.
             self._load_adapter_checkpoint(resume)

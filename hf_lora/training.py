@@ -143,8 +143,8 @@ def _run(
     if args.process_index == 0:
         print(start, flush=True)
     seconds = start.seconds
-    if lora_args.lora_rank > 0 and resume is None:
-        lora_start = choose_start(trainer, lora_args.lora_init, start.kind)
+    if lora_args.lora_rank > 0:
+        lora_start = choose_start(trainer, lora_args.lora_init, start.kind, resuming=resume is not None)
         seconds += lora_start.seconds
         if args.process_index == 0:
             print(lora_start, flush=True)

@@ -23,7 +23,7 @@ INFO = AdapterInfo(
     hf_lora_version="1.2.3",
     transformers_version="5.4.3",
 )
-CONFIG = LoRAConfig(rank=6, alpha=13.5, dropout=0.15, projections="qv")
+CONFIG = LoRAConfig(rank=6, alpha=13.5, dropout=0.15, projections="qv", init="gradient")
 COUNT = ParameterCount(trainable=12_345, total=987_654, lora=12_000, head=345)
 METRICS = {
     "eval_loss": 0.41239,
@@ -152,6 +152,7 @@ def test_tables_show_the_facts(card: str) -> None:
         ["warmup_steps", "0.06"],
         ["weight_decay", "0.01"],
         ["seed", "1234"],
+        ["lora_init", "gradient"],
     ]
     assert by_header[("epoch", "step", "training loss", "validation loss", "validation accuracy")] == [
         ["1.00", "73", "1.0988", "0.6234", "0.7123"],
@@ -254,7 +255,7 @@ def test_a_base_that_is_no_hub_id_stays_out_of_the_metadata(base: str | None) ->
 def test_seed_zero_is_shown() -> None:
     card = render(args=SimpleNamespace(seed=0))
     by_header = {tuple(table[0]): table[2:] for table in tables(card)}
-    assert by_header.get(("hyperparameter", "value")) == [["seed", "0"]]
+    assert by_header.get(("hyperparameter", "value")) == [["seed", "0"], ["lora_init", "gradient"]]
 
 
 def test_label_with_a_pipe_does_not_break_the_tables() -> None:

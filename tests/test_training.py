@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,30 +386,34 @@ def test_frozen_head_is_not_trained(train: Train, texts: Path, tmp_path: Path) -
     assert changed == {key for key in last if ".lora_" in key}
 
 
+# What the command line asks for if it is asked for nothing: A along the gradient.
+DEFAULT = LoRAConfig(rank=8, alpha=16.0, dropout=0.1, init="gradient")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, LoRAConfig(rank=8, alpha=16.0, dropout=0.1)),
-        ({"lora_rank": 3}, LoRAConfig(rank=3, dropout=0.1)),
-        ({"lora_alpha": 2.5}, LoRAConfig(alpha=2.5, dropout=0.1)),
-        ({"lora_dropout": 0.0}, LoRAConfig(dropout=0.0)),
-        ({"lora_projections": "vq"}, LoRAConfig(projections="qv", dropout=0.1)),
-        ({"lora_target_modules": ["query"]}, LoRAConfig(target_modules=("query",), dropout=0.1)),
+        ({}, DEFAULT),
+        ({"lora_rank": 3}, replace(DEFAULT, rank=3)),
+        ({"lora_alpha": 2.5}, replace(DEFAULT, alpha=2.5)),
+        ({"lora_dropout": 0.0}, replace(DEFAULT, dropout=0.0)),
+        ({"lora_projections": "vq"}, replace(DEFAULT, projections="qv")),
+        ({"lora_target_modules": ["query"]}, replace(DEFAULT, target_modules=("query",))),
         (
             {"lora_target_modules": ["self.query", "value"]},
-            LoRAConfig(target_modules=("self.query", "value"), dropout=0.1),
+            replace(DEFAULT, target_modules=("self.query", "value")),
         ),
         (
             {"lora_target_modules": [r".*\.(query|key)"]},
-            LoRAConfig(target_modules=r".*\.(query|key)", dropout=0.1),
+            replace(DEFAULT, target_modules=r".*\.(query|key)"),
         ),
-        ({"lora_target_modules": ["all-linear"]}, LoRAConfig(target_modules="all-linear", dropout=0.1)),
-        ({"lora_layers": [0, -1]}, LoRAConfig(layers=(0, -1), dropout=0.1)),
-        ({"lora_rank_pattern": '{"query": 2}'}, LoRAConfig(rank_pattern={"query": 2}, dropout=0.1)),
-        ({"lora_alpha_pattern": '{"query": 0.5}'}, LoRAConfig(alpha_pattern={"query": 0.5}, dropout=0.1)),
-        ({"lora_bias": "lora_only"}, LoRAConfig(bias="lora_only", dropout=0.1)),
-        ({"lora_init": "gaussian"}, LoRAConfig(init="gaussian", dropout=0.1)),
-        ({"train_head": False}, LoRAConfig(train_head=False, dropout=0.1)),
+        ({"lora_target_modules": ["all-linear"]}, replace(DEFAULT, target_modules="all-linear")),
+        ({"lora_layers": [0, -1]}, replace(DEFAULT, layers=(0, -1))),
+        ({"lora_rank_pattern": '{"query": 2}'}, replace(DEFAULT, rank_pattern={"query": 2})),
+        ({"lora_alpha_pattern": '{"query": 0.5}'}, replace(DEFAULT, alpha_pattern={"query": 0.5})),
+        ({"lora_bias": "lora_only"}, replace(DEFAULT, bias="lora_only")),
+        ({"lora_init": "gaussian"}, replace(DEFAULT, init="gaussian")),
+        ({"train_head": False}, replace(DEFAULT, train_head=False)),
     ],
 )
 def test_every_lora_argument_reaches_the_config(arguments: dict[str, Any], expected: LoRAConfig) -> None:
