@@ -191,7 +191,7 @@ def help_text() -> str:
     )
     lines += _argument_lines("frozen_prefix_cache_gb", "Memory for that; above it the disk is used.", 1.0)
     lines += _argument_lines(
-        "num_train_epochs", "Epochs; default: as many as make 300 steps, from 2 to 4.", None
+        "num_train_epochs", "Epochs; default: 3, 2 if they make 200 steps, up to 30 to make 60.", None
     )
     lines += [
         f"  --{name} (default: {value})"

@@ -18,7 +18,8 @@ from hf_lora.training_arguments import LoRATrainingArguments
 # PEFT's files have no rank 0: a linear probe is the smallest adapter there is, whose B stays zero.
 PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
 
-ENOUGH_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 300, 2, 4
+# Two epochs where they make so many steps, else three, and more where those make hardly any.
+ENOUGH_STEPS, FEWEST_STEPS, MOST_EPOCHS = 200, 60, 30
 
 
 def lora_config(arguments: LoRAArguments) -> LoRAConfig:
@@ -51,17 +52,18 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
 
 
 def choose_epochs(args: LoRATrainingArguments, examples: int) -> str | None:
-    """Set `num_train_epochs` where it was left open: as many as make 300 steps, from two to four.
+    """Set `num_train_epochs` where it was left open: three, two if they make 200 steps, more to make at least 60.
 
-    Small data need more passes until the adapter has moved far enough; README, "Quality", says how that was measured.
+    A few examples need many passes until the adapter has moved; README, "Quality", says how that was measured.
     Returns what was chosen and why, in one line; None where there was nothing to choose.
     """
     if args.num_train_epochs > 0 or args.max_steps > 0:
         return None
     step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     steps = max(1, math.ceil(examples / step))
-    args.num_train_epochs = min(max(math.ceil(ENOUGH_STEPS / steps), FEWEST_EPOCHS), MOST_EPOCHS)
-    rule = f"as many as make {ENOUGH_STEPS} steps, from {FEWEST_EPOCHS} to {MOST_EPOCHS}"
+    usual = 2 if 2 * steps >= ENOUGH_STEPS else 3
+    args.num_train_epochs = min(max(usual, math.ceil(FEWEST_STEPS / steps)), MOST_EPOCHS)
+    rule = f"3, 2 if they make {ENOUGH_STEPS} steps, up to {MOST_EPOCHS} to make {FEWEST_STEPS}"
     return f"epochs: {args.num_train_epochs} of {steps} steps ({rule})"
 
 

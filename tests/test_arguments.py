@@ -57,7 +57,7 @@ def test_help_shows_our_defaults_of_training_arguments() -> None:
         # The epochs are chosen from the data, and the help says how.
         assert name == "num_train_epochs" or f"  --{name} (default: {value})" in lines
         assert name in known
-    assert any("from 2 to 4" in line for line in lines)
+    assert any("2 if they make 200 steps" in line for line in lines)
 
 
 def test_no_name_is_taken_twice() -> None:

@@ -15,16 +15,21 @@ def arguments(*flags: object):
 @pytest.mark.parametrize(
     ("examples", "flags", "epochs"),
     [
-        (10, (), 4),
-        (3200, (), 3),  # 100 steps of 32
-        (3168, (), 4),  # 99
-        (4800, (), 2),  # 150
+        (10, (), 30),
+        (64, (), 30),
+        (65, (), 20),  # 3 steps of 32
+        (224, (), 9),  # 7
+        (608, (), 4),  # 19
+        (640, (), 3),
+        (3200, (), 2),  # 100 steps of 32
+        (3168, (), 3),  # 99
         (1_000_000, (), 2),
-        (3200, ("--per_device_train_batch_size", 16), 2),
-        (3200, ("--gradient_accumulation_steps", 2), 4),
+        (2000, ("--per_device_train_batch_size", 16), 2),
+        (2000, (), 3),
+        (3200, ("--gradient_accumulation_steps", 2), 3),
     ],
 )
-def test_as_many_epochs_as_make_300_steps_from_two_to_four(examples: int, flags: tuple, epochs: int) -> None:
+def test_as_many_epochs_as_make_enough_steps(examples: int, flags: tuple, epochs: int) -> None:
     args = arguments(*flags)
     line = choose_epochs(args, examples)
     assert args.num_train_epochs == epochs
