@@ -148,3 +148,20 @@ def test_multi_label_and_regression_start_from_their_probes(tiny_bert_dir: Path,
         assert metrics[f"eval_{name}_probe"] == pytest.approx(metrics[f"eval_{name}"], rel=0.2)
         better = metrics[f"eval_{name}_probe"] > metrics[f"eval_{name}_majority"]
         assert better == (kind == "multi"), metrics
+
+
+@pytest.mark.parametrize(("flags", "init"), [((), "gradient"), (("--head_init", "random"), "kaiming")])
+def test_lora_starts_along_the_gradient_after_a_probe(
+    flags: tuple[str, ...], init: str, tiny_bert_dir: Path, files, tmp_path: Path, capsys
+) -> None:
+    # So small a rate leaves A where it started.
+    metrics = train(
+        tiny_bert_dir, tmp_path / "run", files, "--learning_rate", 1e-12, "--lora_rank", 4, *flags
+    )
+    assert f"LoRA: {init} (" in capsys.readouterr().out
+    assert f"| lora_init | {init} |" in (tmp_path / "run" / "README.md").read_text()
+    assert metrics["warm_start_runtime"] > 0
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    starts = [tensor for name, tensor in tensors.items() if "lora_A" in name]
+    orthogonal = [torch.allclose(A @ A.T, torch.eye(4) / 3, atol=1e-4) for A in starts]
+    assert len(starts) == 8 and all(orthogonal) is any(orthogonal) is (init == "gradient")
