@@ -13,6 +13,7 @@ from hf_lora.checkpoint import TENSORS, AdapterFiles
 from hf_lora.checkpoints import checkpoints
 from hf_lora.inspection import Update, amplifications, updates_of
 from hf_lora.judgement import Judgement
+from hf_lora.metric_classes import BASELINES
 from hf_lora.overview import Grid, grid_of
 from hf_lora.spectra import Amplification
 from hf_lora.untrusted import MAX_JSON_BYTES, parse_object, read_bytes
@@ -22,6 +23,13 @@ METRICS, TRAINER_STATE = "metrics.json", "trainer_state.json"
 _MOST_POINTS = 1000
 _ABSURD = 10**15
 _SPLITS = {"eval": "validation ", "test": "test "}
+# The columns of the training run's results, and how its metrics' names end there.
+_COLUMNS = {
+    "with the adapter": "",
+    "adapter disabled": "_disabled",
+    "before calibration": "_uncalibrated",
+    **{title: f"_{name}" for name, title in BASELINES.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -65,16 +73,34 @@ class Report:
     missing: list[str] = field(default_factory=list)
 
     @property
-    def recorded_results(self) -> list[tuple[str, float, float | None]]:
-        """(name, with the adapter, with it disabled) of the metrics of the training run."""
-        numbers = {name: value for name, value in self.recorded.items() if _is_number(value)}
-        other = ("_runtime", "_per_second", "_disabled")
+    def recorded_columns(self) -> list[str]:
+        """Under which of the columns the training run recorded anything: with the adapter, disabled, ..."""
         return [
-            (_SPLITS[split] + metric, value, numbers.get(f"{name}_disabled"))
-            for name, value in numbers.items()
-            for split, _, metric in [name.partition("_")]
-            if split in _SPLITS and not name.endswith(other)
+            title
+            for title, suffix in _COLUMNS.items()
+            if any(f"{name}{suffix}" in self._numbers for name in self._recorded_names)
         ]
+
+    @property
+    def recorded_results(self) -> list[tuple[str, dict[str, float | None]]]:
+        """The metrics of the training run: name, and a value or None for each of `recorded_columns`."""
+        return [
+            (
+                _SPLITS[split] + metric,
+                {title: self._numbers.get(f"{name}{_COLUMNS[title]}") for title in self.recorded_columns},
+            )
+            for name in self._recorded_names
+            for split, _, metric in [name.partition("_")]
+        ]
+
+    @property
+    def _numbers(self) -> dict[str, float]:
+        return {name: value for name, value in self.recorded.items() if _is_number(value)}
+
+    @property
+    def _recorded_names(self) -> list[str]:
+        other = ("_runtime", "_per_second", *filter(None, _COLUMNS.values()))
+        return [n for n in self._numbers if n.partition("_")[0] in _SPLITS and not n.endswith(other)]
 
     @property
     def classes(self) -> Mapping[str, Mapping[str, int]]:

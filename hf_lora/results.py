@@ -175,7 +175,7 @@ def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str,
         print_class_errors(errors)
     facts = [
         ("parameters", count),
-        ("probe", f"{metrics['warm_start_runtime']:.1f} s"),
+        ("start", f"{metrics['warm_start_runtime']:.1f} s"),
         ("training", f"{metrics['train_runtime']:.1f} s, {metrics['global_step']} steps"),
         ("peak memory", f"{metrics['peak_memory_mb']:.0f} MB"),
         ("adapter", f"{output} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"),

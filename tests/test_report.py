@@ -314,6 +314,40 @@ def test_without_labelled_data_only_what_the_files_know(adapter_dir: Path, tmp_p
     assert "| 20 | 0.7500 | 0.6000 |" in pages.render(made, ".md")
 
 
+def test_baselines_and_what_was_before_calibration_are_columns(adapter_dir: Path, tmp_path: Path):
+    shutil.copytree(adapter_dir, tmp_path / "run")
+    recorded = {
+        "eval_accuracy": 0.75,
+        "eval_accuracy_disabled": 0.5,
+        "eval_accuracy_majority": 0.25,
+        "eval_accuracy_probe": 0.625,
+        "eval_calibration_error": 0.0125,
+        "eval_calibration_error_uncalibrated": 0.0625,
+        "test_accuracy": 0.875,
+        "test_runtime": 9.0,
+    }
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(recorded))
+    made = collect(read_adapter(tmp_path / "run"))
+    table = [
+        [
+            "metric",
+            "with the adapter",
+            "adapter disabled",
+            "before calibration",
+            "majority class",
+            "linear probe",
+        ],
+        ["validation accuracy", "0.7500", "0.5000", "", "0.2500", "0.6250"],
+        ["validation calibration error", "0.0125", "", "0.0625", "", ""],
+        ["test accuracy", "0.8750", "", "", "", ""],
+    ]
+    assert Page(pages.render(made, ".html")).tables["recorded"] == table
+    lines = pages.render(made, ".md").splitlines()
+    first = lines.index("## Results of the training run") + 2
+    as_lists = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[first : first + 5]]
+    assert as_lists == [table[0], ["---"] * 6, *table[1:]]
+
+
 @pytest.mark.parametrize(
     "content",
     [
