@@ -113,8 +113,8 @@ def awaits_start(trainer: Any) -> bool:
 def weight_gradients(trainer: Any, rows: Sequence[int]) -> dict[str, Tensor]:
     """The gradient of the loss with respect to every adapted weight, in the weight's shape and fp32.
 
-    rows: of the training set, over which the loss is summed, up to a factor. The adapter is disabled and dropout is
-    off. No gradient is left on any parameter.
+    rows: of the training set, over which the loss is summed. The adapter is disabled and dropout is off. No gradient is
+    left on any parameter. Takes memory for these gradients in fp32 and once more in the type of the weights.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: layer.frozen_weight for name, layer in lora_layers(model).items()}

@@ -12,6 +12,7 @@ import check_distributed
 import pytest
 from safetensors.torch import load_file
 from tiny_run import write_base, write_texts
+from torch.testing import assert_close
 
 from hf_lora.checkpoints import checkpoints, problem
 
@@ -58,6 +59,20 @@ def test_two_processes_are_one(name, tmp_path):
     assert compared["ranks"] == 2 and compared["evaluated"] == 37
     sent = compared["gradient_bytes"] or compared["collectives"]["reduce_scatter_base"]
     assert sent == compared["trained_bytes"]
+
+
+def test_two_processes_start_along_the_gradient_of_one(folder, tmp_path):
+    # So small a rate leaves A where it started.
+    still = ("--learning_rate", "1e-12")
+    for name, config in (("one", None), ("two", "cpu_2")):
+        ended = run(command(folder, tmp_path / name, *still, config=config, steps=1))
+        assert ended.returncode == 0, ended.stderr
+        assert "LoRA: gradient (A along the gradient of " in ended.stdout
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    starts = [name for name in one if "lora_A" in name]
+    assert starts
+    for name in starts:
+        assert_close(two[name].T @ two[name], one[name].T @ one[name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", ["cpu_2", "cpu_2_fsdp2"])
