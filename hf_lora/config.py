@@ -37,7 +37,8 @@ class LoRAConfig:
         for the end of the dotted name (as in PEFT), the first that matches wins.
     bias: which biases are trained: "none", "lora_only" (those of adapted layers), "all".
     train_head: whether the classification head is trained. It is saved with the adapter either way.
-    init: how A and B start, a name of `hf_lora.initializers.INITIALIZERS`.
+    init: how A and B start, a name of `hf_lora.initializers.INITIALIZERS`; "gradient" is "kaiming" until
+        `start_lora`, or else `LoRATrainer.train`, has seen the training data.
     variant: "lora"; "dora" (the norms of the weight's rows are learned too); "lora_fa" (A stays as it was drawn).
     scaling: "standard" (alpha / rank) or "rslora" (alpha / sqrt(rank)).
     form: "module" (the layer gets a forward with the update in it: fast) or "parametrization" (the weight is

@@ -72,7 +72,7 @@ def start_lora(trainer: Any, examples: int = EXAMPLES) -> LoRAStart:
     state.config = replace(state.config, init=INIT)
     rest = len(gradients) - turned
     reason = f"A along the gradient of {len(rows):,} examples" + (
-        f", {rest} weights have none" if rest else ""
+        f", without one: {rest} of {len(gradients)} weights" if rest else ""
     )
     trainer.lora_start = LoRAStart(INIT, reason, time.perf_counter() - began)
     return trainer.lora_start

@@ -178,7 +178,7 @@ def test_a_weight_without_a_gradient_keeps_its_random_rows(
         return gradients
 
     monkeypatch.setattr("hf_lora.gradient_start.weight_gradients", without)
-    assert "1 weights have none" in str(start_lora(trainer))
+    assert f"without one: 1 of {len(layers)} weights" in str(start_lora(trainer))
     unchanged = [name for name, layer in layers.items() if torch.equal(layer.lora_A, drawn[name])]
     assert unchanged == [unread]
 
