@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
+from threadpoolctl import threadpool_limits
 
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.losses import example_losses
@@ -167,7 +168,8 @@ def _regression(given: _Problem) -> Fit:
 
 def _fitted(model: LogisticRegression, strength: float, given: _Problem, targets: np.ndarray) -> Layer:
     model.set_params(C=strength)
-    with warnings.catch_warnings():
+    # The products are small: several threads wait for each other, and for torch's, longer than they compute.
+    with threadpool_limits(1, "blas"), warnings.catch_warnings():
         # What is not quite at the optimum is still a better start than a random layer.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(given.features, targets, sample_weight=given.weights)
