@@ -107,7 +107,7 @@ def awaits_start(trainer: Any) -> bool:
     """Whether LoRAConfig(init="gradient") has been asked for, and A is still random and B zero."""
     if trainer.lora_start is not None or injection(trainer.model).config.init != INIT:
         return False
-    return not any(bool(layer.lora_B.any()) for layer in lora_layers(trainer.model).values())
+    return not _is_trained(trainer.model)
 
 
 def weight_gradients(trainer: Any, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -179,6 +179,10 @@ def _requiring_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
+def _is_trained(model: nn.Module) -> bool:
+    return any(bool(layer.lora_B.any()) for layer in lora_layers(model).values())
+
+
 def _check(trainer: Any, model: nn.Module) -> None:
     layers, init = lora_layers(model).values(), injection(model).config.init
     problems = {
@@ -187,7 +191,7 @@ def _check(trainer: Any, model: nn.Module) -> None:
         "a quantized weight": not all(is_adaptable(layer.frozen_weight) for layer in layers),
         "a merged adapter": any(layer.merged for layer in layers),
         f"init={init!r}": init not in ("kaiming", INIT),
-        "factors that have been trained": any(bool(layer.lora_B.any()) for layer in layers),
+        "factors that have been trained": _is_trained(model),
         "training data of unknown size": not isinstance(trainer.train_dataset, Sized),
         "no training data": isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset),
     }

@@ -96,7 +96,9 @@ def fit_probe(
     fit = _FITTERS[problem_type](problem)
 
     def at(strength: float) -> Probe:
-        weight, bias = fit(strength)
+        # The products are small: several threads wait for each other, and for torch's, longer than they compute.
+        with threadpool_limits(1, "blas"):
+            weight, bias = fit(strength)
         weight = weight / scale
         return Probe(weight, bias - weight @ center, strength, None, len(features))
 
@@ -168,8 +170,7 @@ def _regression(given: _Problem) -> Fit:
 
 def _fitted(model: LogisticRegression, strength: float, given: _Problem, targets: np.ndarray) -> Layer:
     model.set_params(C=strength)
-    # The products are small: several threads wait for each other, and for torch's, longer than they compute.
-    with threadpool_limits(1, "blas"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # What is not quite at the optimum is still a better start than a random layer.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(given.features, targets, sample_weight=given.weights)

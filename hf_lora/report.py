@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Report:
     """How many parameters are trained, of how many."""
     missing: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def recorded_columns(self) -> list[str]:
         """Under which of the columns the training run recorded anything: with the adapter, disabled, ..."""
         return [
@@ -93,11 +94,11 @@ class Report:
             for split, _, metric in [name.partition("_")]
         ]
 
-    @property
+    @cached_property
     def _numbers(self) -> dict[str, float]:
         return {name: value for name, value in self.recorded.items() if _is_number(value)}
 
-    @property
+    @cached_property
     def _recorded_names(self) -> list[str]:
         other = ("_runtime", "_per_second", *filter(None, _COLUMNS.values()))
         return [n for n in self._numbers if n.partition("_")[0] in _SPLITS and not n.endswith(other)]

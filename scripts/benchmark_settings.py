@@ -75,12 +75,10 @@ def main() -> None:
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """What the results file has already, and the runs that are missing in it."""
     sets = quality_sets(options.data, work)
+    names = chosen_sets(options, sets, sets)
     settings = [DEFAULTS, *(name for name in options.settings or SETTINGS if name != DEFAULTS)]
     orders = (
-        (name, setting, number)
-        for setting in settings
-        for number in range(options.folds)
-        for name in chosen_sets(options, sets, sets)
+        (name, setting, number) for setting in settings for number in range(options.folds) for name in names
     )
 
     def run(name: str, setting: str, number: int) -> dict[str, float]:
