@@ -51,7 +51,19 @@ SETTINGS: dict[str, str] = {
     "early stopping": "--early_stopping_patience 1",
     "balanced": "--class_weights balanced",
 }
-HEADER = ("setting", "data", "accuracy", "defaults", "difference", "loss", "defaults", "time", "folds")
+HEADER = (
+    "setting",
+    "data",
+    "accuracy",
+    "defaults",
+    "difference",
+    "F1",
+    "defaults",
+    "loss",
+    "defaults",
+    "time",
+    "folds",
+)
 
 
 def main() -> None:
@@ -118,7 +130,7 @@ def _row(setting: str, name: str, pairs: list[tuple[dict[str, float], dict[str, 
         name,
         *(f"{value:.4f}" for value in means("accuracy")),
         f"{mean(differences):+.2f}{error}",
-        *(f"{value:.4f}" for value in means("loss")),
+        *(f"{value:.4f}" for what in ("f1", "loss") for value in means(what)),
         f"{mean(run['seconds'] / known['seconds'] for run, known in pairs):.2f}",
         str(len(pairs)),
     )

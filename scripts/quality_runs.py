@@ -35,6 +35,7 @@ def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> R
     return {
         "accuracy": metrics["test_accuracy"],
         "loss": metrics["test_loss"],
+        "f1": metrics["test_f1_macro"],
         "probe": metrics["test_accuracy_probe"],
         "majority": metrics["test_accuracy_majority"],
         "calibration_error": metrics["test_calibration_error"],
