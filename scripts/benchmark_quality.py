@@ -69,6 +69,7 @@ def measure(options: argparse.Namespace, sets: dict[str, QualitySet]) -> dict[st
 
 
 HEADER = ("data", "hf_lora", "linear probe", "peft", "full fine-tuning", "majority", "seeds")
+ERROR = "calibration_error"
 COST_HEADER = ("data", "hf_lora s", "peft s", "ratio", "parameters trained", "calibration error")
 
 
@@ -80,7 +81,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         full = max((sides.get(side, {}) for side in FULL), key=lambda runs: _mean(runs, "accuracy"))
         cells = [_cell(own, "accuracy"), _cell(own, "probe"), _cell(sides.get("peft", {}), "accuracy")]
         counts = "/".join(str(len(runs)) for runs in (own, sides.get("peft", {}), full))
-        found.append((name, *cells, _cell(full, "accuracy"), f"{_mean(own, 'majority'):.4f}", counts))
+        majority = f"{_mean(own, 'majority'):.4f}" if own else "-"
+        found.append((name, *cells, _cell(full, "accuracy"), majority, counts))
     return found
 
 
@@ -89,15 +91,15 @@ def cost_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for name, sides in result["runs"].items():
         own, peft = sides.get("hf_lora", {}), sides.get("peft", {})
+        seconds = (f"{_mean(runs, 'seconds'):.0f}" if runs else "-" for runs in (own, peft))
         ratios = [own[seed]["seconds"] / peft[seed]["seconds"] for seed in own if seed in peft]
         found.append(
             (
                 name,
-                f"{_mean(own, 'seconds'):.0f}",
-                f"{_mean(peft, 'seconds'):.0f}",
+                *seconds,
                 f"{mean(ratios):.2f}" if ratios else "-",
-                f"{100 * _mean(own, 'share_trained'):.2f}%",
-                f"{_mean(own, 'calibration_error_uncalibrated'):.4f} to {_mean(own, 'calibration_error'):.4f}",
+                f"{100 * _mean(own, 'share_trained'):.2f}%" if own else "-",
+                f"{_mean(own, ERROR + '_uncalibrated'):.4f} to {_mean(own, ERROR):.4f}" if own else "-",
             )
         )
     return found

@@ -70,6 +70,12 @@ def test_the_ratio_of_times_is_the_mean_of_the_seeds_ratios() -> None:
 def test_sides_without_runs_are_dashes() -> None:
     (row,) = benchmark_quality.rows({"runs": {"words": {"hf_lora": {"1": own(0.9)}}}})
     assert row[3] == row[4] == "-"
+    made = {"runs": {"words": {"hf_lora": {"1": own(0.9)}}}}
+    assert benchmark_quality.cost_rows(made) == [("words", "10", "-", "-", "0.65%", "0.0500 to 0.0100")]
+    stock = {"runs": {"words": {"peft": {"1": {"accuracy": 0.7, "seconds": 40.0}}}}}
+    assert benchmark_quality.cost_rows(stock) == [("words", "-", "40", "-", "-", "-")]
+    (row,) = benchmark_quality.rows(stock)
+    assert row == ("words", "-", "-", "0.7000 (0.7000 - 0.7000)", "-", "-", "0/1/0")
 
 
 def write(path: Path, rows: int) -> None:
