@@ -68,13 +68,17 @@ def fold(data_set: QualitySet, number: int, work: Path) -> QualitySet:
     return _written(data_set.name, rows, (part == number).tolist(), work / f"fold{number}")
 
 
+def write_rows(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Write (text, label) rows as CSV with these column names, and the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+
+
 def _written(name: str, rows: Sequence[tuple[str, str]], in_test: Sequence[bool], work: Path) -> QualitySet:
-    work.mkdir(parents=True, exist_ok=True)
     files = {}
     for split, wanted in (("train", False), ("test", True)):
         path = work / f"{name}_{split}.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            chosen = [row for row, tested in zip(rows, in_test, strict=True) if tested == wanted]
-            csv.writer(file).writerows([("text", "label"), *chosen])
+        write_rows(path, [row for row, tested in zip(rows, in_test, strict=True) if tested == wanted])
         files[f"{split}_file"] = str(path)
     return QualitySet(name, **files)

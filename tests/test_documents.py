@@ -98,6 +98,9 @@ RULES = (
         "minutes; test_faults, test_distributed, test_architectures run parts",
     ),
     Rule("python scripts/benchmark_", "flags", "minutes of measuring; test_benchmarks runs parts"),
+    Rule(
+        "python scripts/package_data.py", "flags", "downloads packages; test_package_data runs all but that"
+    ),
     Rule("python scripts/mnist_mlp.py", "flags", "minutes; test_mnist_reference runs it"),
     Rule("bash scripts/", "shell", "makes an environment, and trains or tests for minutes"),
     Rule("pip install", "install", "changes the environment that the tests run in"),
