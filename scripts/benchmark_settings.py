@@ -35,6 +35,7 @@ SETTINGS: dict[str, str] = {
     "4 epochs": "--num_train_epochs 4",
     "6 epochs": "--num_train_epochs 6",
     "batches of 16": "--per_device_train_batch_size 16",
+    "batches of 16, 3 epochs": "--per_device_train_batch_size 16 --num_train_epochs 3",
     "random order": "--train_sampling_strategy random",
     "no smoothing": "--label_smoothing_factor 0",
     "no LoRA dropout": "--lora_dropout 0",

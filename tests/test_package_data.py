@@ -32,12 +32,13 @@ def test_every_source_reads_its_kind_of_file() -> None:
     expected = [('A good, "long" one.\n', "positive"), ("A bad\none.", "negative")]
     assert SOURCES["reviews"].read(POLARITY) == SOURCES["hedges"].read(POLARITY) == expected
     assert SOURCES["friends"].read(TABLE) == [("We were on a break , I say", "Ross")]
-    tweets = TABLE.replace("Quote", "Content")
-    assert SOURCES["elections"].read(tweets) == [
-        ("We were on a break , I say", "Ross"),
-        ("Oh my god , oh my god !", "Janice"),
-        ("Too short", "Joey"),
-    ]
+    renamed = TABLE.replace("Author", "Category").replace("Quote", "Text")
+    for name, table in (("elections", TABLE.replace("Quote", "Content")), ("reuters", renamed)):
+        assert SOURCES[name].read(table) == [
+            ("We were on a break , I say", "Ross"),
+            ("Oh my god , oh my god !", "Janice"),
+            ("Too short", "Joey"),
+        ]
 
 
 def test_parts_are_shuffled_and_share_no_text() -> None:
