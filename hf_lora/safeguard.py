@@ -45,22 +45,30 @@ def keep_the_better(
     Clearly: by more than one standard error of the difference, example by example. Every process has to call it.
     """
     split = data.splits["validation"]
-    references = np.asarray(split["labels"])
-    after = quality(first_output(trainer.predict(split).predictions), references, data.problem_type)
     assert warm.validation is not None  # a run of the command line has a validation split
-    before = quality(warm.validation, references, data.problem_type)
+    weights = None if trainer.class_weights is None else trainer.class_weights.cpu().numpy()
+    after, before = (
+        quality(logits, np.asarray(split["labels"]), data.problem_type, weights)
+        for logits in (first_output(trainer.predict(split).predictions), warm.validation)
+    )
     if not clearly_better(before, after):
         return None
     start.restore(trainer.accelerator.unwrap_model(trainer.model))
     return (
-        f"LoRA did worse than the linear probe on the {len(references)} validation examples "
+        f"LoRA did worse than the linear probe on the {len(after)} validation examples "
         f"({after.mean():.4g} against {before.mean():.4g}); the adapter is the probe; try a lower --learning_rate"
     )
 
 
-def quality(logits: np.ndarray, references: np.ndarray, problem_type: str) -> np.ndarray:
-    """How good each prediction is, `(examples,)`: right or not, share of right labels, minus the squared error."""
-    return _QUALITIES[problem_type](np.asarray(logits, np.float64), references)
+def quality(
+    logits: np.ndarray, references: np.ndarray, problem_type: str, class_weights: np.ndarray | None = None
+) -> np.ndarray:
+    """How good each prediction is, `(examples,)`: right or not, share of right labels, minus the squared error.
+
+    class_weights: `(labels,)`, of the training loss, so that what it aims at is what counts; the mean over the
+    examples is then the weighted accuracy.
+    """
+    return _QUALITIES[problem_type](np.asarray(logits, np.float64), references, class_weights)
 
 
 def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
@@ -71,8 +79,18 @@ def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
-_QUALITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    SINGLE: lambda logits, references: (logits.argmax(1) == references).astype(float),
-    MULTI: lambda logits, references: ((logits > 0) == (references > 0.5)).mean(1),
-    REGRESSION: lambda logits, references: -example_losses(logits, references, REGRESSION),
+def _single(logits: np.ndarray, references: np.ndarray, class_weights: np.ndarray | None) -> np.ndarray:
+    right = (logits.argmax(1) == references).astype(float)
+    if class_weights is None:
+        return right
+    weights = class_weights[references]
+    return right * weights / weights.mean()
+
+
+_QUALITIES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]] = {
+    SINGLE: _single,
+    MULTI: lambda logits, references, weights: np.average(
+        (logits > 0) == (references > 0.5), axis=1, weights=weights
+    ),
+    REGRESSION: lambda logits, references, _: -example_losses(logits, references, REGRESSION),
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_warm_start import prepared
 
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.safeguard import Snapshot, clearly_better, keep_the_better, quality
-from hf_lora.warm_start import output_layer, start_head
+from hf_lora.warm_start import WarmStart, output_layer, start_head
 
 
 def test_quality_by_hand() -> None:
@@ -18,6 +19,38 @@ def test_quality_by_hand() -> None:
     assert quality(logits, np.array([0, 0]), SINGLE).tolist() == [1.0, 0.0]
     assert quality(logits, np.array([[1, 0], [0, 1]]), MULTI).tolist() == [1.0, 0.5]
     assert quality(logits[:, :1], np.array([1.0, 2.5]), REGRESSION).tolist() == [0.0, -4.0]
+
+
+def test_quality_counts_as_the_loss_does() -> None:
+    logits = np.array([[1.0, -1.0], [2.0, 0.5], [0.5, 2.0]])
+    references = np.array([0, 1, 1])
+    # Weighted accuracy: 1 * 1 + 4 * 0 + 4 * 1 of 9; its mean over the three is 5 / 9.
+    weighted = quality(logits, references, SINGLE, np.array([1.0, 4.0]))
+    np.testing.assert_allclose(weighted, [1 / 3, 0.0, 4 / 3])
+    several = quality(logits, np.array([[1, 0], [0, 1], [0, 0]]), MULTI, np.array([1.0, 3.0]))
+    np.testing.assert_allclose(several, [1.0, 0.75, 0.0])
+    rare_only = np.array([0, 1])
+    before, after = np.array([[1.0, 0], [1.0, 0]]), np.array([[0, 1.0], [0, 1.0]])
+    one, other = (quality(each, rare_only, SINGLE, np.array([1.0, 9.0])).mean() for each in (before, after))
+    assert one == pytest.approx(0.1) and other == pytest.approx(0.9)
+
+
+def test_what_helps_a_heavy_label_is_not_taken_back(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    """All of the heavy label right and all of the other wrong: worse by accuracy, better by the weights."""
+    trainer, data = prepared(tmp_path, tiny_bert_dir)
+    start = start_head(trainer, "probe")
+    assert start.warm is not None
+    labels = np.asarray(data.splits["validation"]["labels"])
+    rare, other = labels[0], labels[labels != labels[0]][0]
+    all_but_one = np.where(np.arange(len(labels)) == 0, other, labels)
+    warm = WarmStart(start.warm.probe, 5.0 * np.eye(len(data.labels))[all_but_one])
+    logits = 5.0 * np.eye(len(data.labels))[np.full(len(labels), rare)]
+    trainer.predict = lambda split: SimpleNamespace(predictions=logits)  # type: ignore[method-assign, assignment]
+    before = Snapshot.of(trainer.model)
+    assert keep_the_better(trainer, data, before, warm) is not None
+    trainer.class_weights = torch.ones(len(data.labels))
+    trainer.class_weights[rare] = 1000.0
+    assert keep_the_better(trainer, data, before, warm) is None
 
 
 @pytest.mark.parametrize("shift", [-0.5, 0.05, 0.5])
