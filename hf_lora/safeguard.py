@@ -46,9 +46,10 @@ def keep_the_better(
     """
     split = data.splits["validation"]
     assert warm.validation is not None  # a run of the command line has a validation split
+    references = np.asarray(split["labels"])
     weights = None if trainer.class_weights is None else trainer.class_weights.cpu().numpy()
     after, before = (
-        quality(logits, np.asarray(split["labels"]), data.problem_type, weights)
+        quality(logits, references, data.problem_type, weights)
         for logits in (first_output(trainer.predict(split).predictions), warm.validation)
     )
     if not clearly_better(before, after):

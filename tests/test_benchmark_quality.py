@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import benchmark_quality
-from quality_data import QualitySet, fold, quality_sets
+from quality_data import QualitySet, fold, quality_sets, write_rows
 
 
 def own(accuracy: float, seconds: float = 10.0) -> dict[str, float]:
@@ -68,9 +68,9 @@ def test_the_ratio_of_times_is_the_mean_of_the_seeds_ratios() -> None:
 
 
 def test_sides_without_runs_are_dashes() -> None:
-    (row,) = benchmark_quality.rows({"runs": {"words": {"hf_lora": {"1": own(0.9)}}}})
-    assert row[3] == row[4] == "-"
     made = {"runs": {"words": {"hf_lora": {"1": own(0.9)}}}}
+    (row,) = benchmark_quality.rows(made)
+    assert row[3] == row[4] == "-"
     assert benchmark_quality.cost_rows(made) == [("words", "10", "-", "-", "0.65%", "0.0500 to 0.0100")]
     stock = {"runs": {"words": {"peft": {"1": {"accuracy": 0.7, "seconds": 40.0}}}}}
     assert benchmark_quality.cost_rows(stock) == [("words", "-", "40", "-", "-", "-")]
@@ -79,11 +79,7 @@ def test_sides_without_runs_are_dashes() -> None:
 
 
 def write(path: Path, rows: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [("text", "label"), *((f"text {row}", "ab"[row % 2]) for row in range(rows))]
-        )
+    write_rows(path, [(f"text {row}", "ab"[row % 2]) for row in range(rows)])
 
 
 def test_the_sets_are_those_that_are_there(tmp_path: Path) -> None:
