@@ -14,6 +14,7 @@ from torch import Tensor
 def class_weights(text: str | None, dataset: Any, count: int, problem_type: str | None) -> Tensor | None:
     """The weights `(count,)` that `text` asks for: "balanced", or one number for each label.
 
+    The training loss is the mean over the examples of weight times loss, as with scikit-learn's class weights.
     None where none were asked for. Raises ValueError for a regression and for unusable numbers.
     """
     if text is None:
@@ -26,8 +27,11 @@ def class_weights(text: str | None, dataset: Any, count: int, problem_type: str 
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != count or not all(weight >= 0 and math.isfinite(weight) for weight in weights):
-        raise ValueError(f"class_weights is not usable; got {text!r}; expected 'balanced' or {count} numbers")
+    usable = all(weight >= 0 and math.isfinite(weight) for weight in weights) and any(weights)
+    if len(weights) != count or not usable:
+        raise ValueError(
+            f"class_weights is not usable; got {text!r}; expected 'balanced' or {count} numbers from 0 up, not all 0"
+        )
     return torch.tensor(weights)
 
 

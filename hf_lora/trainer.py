@@ -218,7 +218,9 @@ class LoRATrainer(CheckpointingTrainer):
             loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), weight=weights)
         else:
             smoothing = self.args.label_smoothing_factor if model.training else 0.0
-            loss = F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=smoothing)
+            losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="none")
+            # torch's own weight= divides by the weights in the batch: a rare example would rule the batch it is in.
+            loss = (weights[labels] * losses).mean()
         return loss, outputs
 
     def create_model_card(self, **_: Any) -> None:

@@ -292,7 +292,7 @@ def test_plain_training_arguments_are_enough(tmp_path):
 
 
 @pytest.mark.parametrize("weights", [None, "1,2,0.5"])
-def test_the_loss_is_torchs_smoothed_in_training_alone(weights, tmp_path):
+def test_the_loss_is_weighted_by_example_and_smoothed_in_training_alone(weights, tmp_path):
     run = trainer(tmp_path, class_weights=weights, label_smoothing_factor=0.1)
     for module in run.model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -300,16 +300,16 @@ def test_the_loss_is_torchs_smoothed_in_training_alone(weights, tmp_path):
     batch = tiny_batch()
     logits = run.model.eval()(batch["input_ids"], batch["attention_mask"]).logits
     for training, smoothing in ((True, 0.1), (False, 0.0)):
-        expected = torch.nn.functional.cross_entropy(
-            logits,
-            batch["labels"],
-            weight=None if weights is None else torch.tensor([1.0, 2.0, 0.5]),
-            label_smoothing=smoothing,
+        losses = torch.nn.functional.cross_entropy(
+            logits, batch["labels"], label_smoothing=smoothing, reduction="none"
         )
+        importance = torch.tensor([1.0, 2.0, 0.5] if weights else [1.0] * 3)[batch["labels"]]
+        # Over the examples, not over their weights: a rare example must not rule the batch that it is in.
+        expected = (importance * losses).mean()
         torch.testing.assert_close(run.compute_loss(run.model.train(training), dict(batch)), expected)
 
 
-@pytest.mark.parametrize("weights", ["1,2", "1,2,x", "1,2,-3", "equal"])
+@pytest.mark.parametrize("weights", ["1,2", "1,2,x", "1,2,-3", "0,0,0", "equal"])
 def test_unusable_class_weights_are_refused(weights, tmp_path):
     with pytest.raises(ValueError, match="class_weights is not usable"):
         trainer(tmp_path, class_weights=weights)
