@@ -131,6 +131,11 @@ class LoRAArguments:
         help="How the head starts: probe (logistic or ridge regression on the frozen features), random, or auto: the "
         "probe, unless the checkpoint has a trained head for these labels.",
     )
+    head_penalty: float = _option(
+        30.0,
+        help="LoRA starts from a probe with so many times the penalty of the best one, which is less sure of itself; "
+        "1: from the best one.",
+    )
 
 
 @dataclass

@@ -78,11 +78,12 @@ def fit_probe(
     labels: int,
     class_weights: Sequence[float] | None = None,
     intercept: bool = True,
+    strength: float = 10.0,
 ) -> Probe:
     """Fit logistic regression, one for each label of multi-label data, or ridge regression; choose its penalty.
 
     features: `(n, width)`. targets: ids `(n,)`, zeros and ones `(n, labels)`, or numbers `(n,)` or `(n, labels)`.
-    held_out: other features and targets, on which the strength with the least loss is chosen; None: C = 10.
+    held_out: other features and targets, on which the strength with the least loss is chosen; None: `strength`.
     class_weights: `(labels,)`, as in the training loss; of single labels only.
     intercept: whether the layer has a bias; without one it is zero.
     """
@@ -103,7 +104,7 @@ def fit_probe(
         return Probe(weight, bias - weight @ center, strength, None, len(features))
 
     if held_out is None or len(held_out[0]) == 0:
-        return at(10.0)
+        return at(strength)
     best, lowest, worse = None, math.inf, 0
     for strength in STRENGTHS:
         probe = at(strength)

@@ -14,7 +14,10 @@ from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.losses import example_losses
 from hf_lora.metrics import first_output
 from hf_lora.trainer import LoRATrainer
-from hf_lora.warm_start import WarmStart
+from hf_lora.warm_start import WarmStart, install
+
+# LoRA is nearly always better than its probe: a small validation part has to say very clearly that it is not.
+SURE = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def keep_the_better(
 ) -> str | None:
     """Go back to the probe if training made the validation split clearly worse; returns what was done, in one line.
 
-    Clearly: by more than one standard error of the difference, example by example. Every process has to call it.
+    Clearly: by more than `SURE` standard errors of the difference, example by example. Every process has to call it.
     """
     split = data.splits["validation"]
     assert warm.validation is not None  # a run of the command line has a validation split
@@ -54,7 +57,9 @@ def keep_the_better(
     )
     if not clearly_better(before, after):
         return None
-    start.restore(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    start.restore(model)
+    install(model, warm.probe)
     return (
         f"LoRA did worse than the linear probe on the {len(after)} validation examples "
         f"({after.mean():.4g} against {before.mean():.4g}); the adapter is the probe; try a lower --learning_rate"
@@ -73,11 +78,11 @@ def quality(
 
 
 def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether `one` is better in the mean by more than a standard error of the paired difference."""
+    """Whether `one` is better in the mean by more than `SURE` standard errors of the paired difference."""
     difference = one - other
     if len(difference) < 2:
         return False
-    return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
+    return bool(difference.mean() > SURE * difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
 def _single(logits: np.ndarray, references: np.ndarray, class_weights: np.ndarray | None) -> np.ndarray:

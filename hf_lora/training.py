@@ -139,7 +139,10 @@ def _run(
         label_counts=data.report.label_counts,
         place=args.hub_model_id or (None if Path(args.output_dir).is_absolute() else args.output_dir),
     )
-    start = start_head(trainer, "probe" if lora_args.lora_rank == 0 else lora_args.head_init)
+    if lora_args.lora_rank == 0:
+        start = start_head(trainer, "probe", penalty=1.0)
+    else:
+        start = start_head(trainer, lora_args.head_init, penalty=lora_args.head_penalty)
     if args.process_index == 0:
         print(start, flush=True)
     seconds = start.seconds

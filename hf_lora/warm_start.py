@@ -1,11 +1,17 @@
-"""The start of a run: frozen features of all splits, a linear probe on them, and the head that begins as the probe."""
+"""The start of a run: frozen features of all splits, a linear probe on them, and the head that LoRA begins with.
+
+That head is the probe's regression with a stronger penalty. How far the features may move is set by the loss that they
+start with (Ren et al. 2023, arXiv:2302.05779): from the best probe they hardly do, from a random head too far.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +29,8 @@ from hf_lora.processes import on_first
 from hf_lora.trainer import LoRATrainer
 
 HEAD_INITS = ("auto", "probe", "random")
+# How many times the probe's penalty the head that LoRA starts from is fitted with: README, "Quality".
+PENALTY = 30.0
 # A linear layer that has seen so many examples changes little with more of them.
 MAX_EXAMPLES = 50_000
 _METHODS = {
@@ -35,10 +43,15 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A probe and its outputs `(n, labels)` on the evaluation set, in its order; None where there is none."""
+    """A probe, its outputs `(n, labels)` on the evaluation set, in its order (None where there is none), and a start.
+
+    start: the same probe under a stronger penalty. It is less sure of itself, so that the gradients of LoRA
+    come from all examples and not only from those that the probe has wrong.
+    """
 
     probe: Probe
     validation: np.ndarray | None
+    start: Probe
 
 
 def output_layer(model: Any) -> nn.Linear:
@@ -92,11 +105,12 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
     return np.asarray(features, np.float32)
 
 
-def fit_warm_start(trainer: LoRATrainer) -> WarmStart:
+def fit_warm_start(trainer: LoRATrainer, penalty: float = PENALTY) -> WarmStart:
     """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set; the model stays as it is.
 
-    Every process has to call it; the first one fits. Raises ValueError where the logits are not a linear function
-    of what the last layer of the head gets.
+    penalty: by how much that of the start is stronger; a ridge regression, which is never sure, starts as it is. Every
+    process has to call it; the first one fits. Raises ValueError where the logits are not a linear function of
+    what the last layer of the head gets.
     """
     _check_linear(trainer)
     train: Any = trainer.train_dataset
@@ -107,18 +121,25 @@ def fit_warm_start(trainer: LoRATrainer) -> WarmStart:
     held_out: Any = trainer.eval_dataset
     validation = None if held_out is None else frozen_features(trainer, held_out)
     weights = trainer.class_weights
-    probe = on_first(
-        lambda: fit_probe(
-            features,
-            np.asarray(train["labels"]),
-            None if validation is None else (validation, np.asarray(held_out["labels"])),
-            problem_type=_problem_type(trainer),
-            labels=trainer.model.config.num_labels,
-            class_weights=None if weights is None else weights.tolist(),
-            intercept=output_layer(trainer.model).bias is not None,
-        )
+    problem_type = _problem_type(trainer)
+    fit = partial(
+        fit_probe,
+        features,
+        np.asarray(train["labels"]),
+        problem_type=problem_type,
+        labels=trainer.model.config.num_labels,
+        class_weights=None if weights is None else weights.tolist(),
+        intercept=output_layer(trainer.model).bias is not None,
     )
-    return WarmStart(probe, None if validation is None else probe.logits(validation))
+
+    def both() -> tuple[Probe, Probe]:
+        probe = fit(None if validation is None else (validation, np.asarray(held_out["labels"])))
+        if penalty == 1.0 or problem_type == REGRESSION:
+            return probe, probe
+        return probe, fit(None, strength=probe.strength / penalty)
+
+    probe, start = on_first(both)
+    return WarmStart(probe, None if validation is None else probe.logits(validation), start)
 
 
 @dataclass(frozen=True)
@@ -131,19 +152,27 @@ class HeadStart:
     seconds: float
 
     def __str__(self) -> str:
-        probe = self.warm.probe if self.warm else None
-        fitted = f"; probe of {probe.examples:,} examples, C = {probe.strength:g}" if probe else ""
+        fitted = ""
+        if self.warm is not None:
+            probe, start = self.warm.probe, self.warm.start
+            fitted = f"; probe of {probe.examples:,} examples, C = {probe.strength:g}"
+            if self.kind == "probe" and start is not probe:
+                fitted += f", LoRA starts from C = {start.strength:.2g}"
         return f"head: {self.kind} ({self.reason}{fitted}, {self.seconds:.1f} s)"
 
 
-def start_head(trainer: LoRATrainer, head_init: str = "auto") -> HeadStart:
+def start_head(trainer: LoRATrainer, head_init: str = "auto", *, penalty: float = PENALTY) -> HeadStart:
     """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
 
     head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
-    the model allows none. Raises ValueError for another name, and where a probe was asked for that cannot be had.
+    the model allows none. penalty: the head is fitted with so many times the penalty of the probe; 1: it is
+    the probe. Raises ValueError for another name, a penalty that is not above 0, and where a probe was asked for that
+    cannot be had.
     """
     if head_init not in HEAD_INITS:
         raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
+    if not (penalty > 0 and math.isfinite(penalty)):
+        raise ValueError(f"head_penalty is not usable; got {penalty!r}; expected a number above 0")
     start = time.perf_counter()
     reason = "as asked for"
     warm = None
@@ -152,7 +181,7 @@ def start_head(trainer: LoRATrainer, head_init: str = "auto") -> HeadStart:
             raise ValueError(
                 "no probe is fitted where the weights are sharded; got FSDP or DeepSpeed; use DDP"
             )
-        warm = fit_warm_start(trainer)
+        warm = fit_warm_start(trainer, penalty)
     except ValueError as error:
         if head_init == "probe":
             raise
@@ -165,7 +194,7 @@ def start_head(trainer: LoRATrainer, head_init: str = "auto") -> HeadStart:
         if not _is_fresh(trainer.model):
             kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
     if kind == "probe" and warm is not None:
-        install(trainer.model, warm.probe)
+        install(trainer.model, warm.start)
     return HeadStart(kind, reason, warm, time.perf_counter() - start)
 
 

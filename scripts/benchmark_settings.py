@@ -46,6 +46,8 @@ SETTINGS: dict[str, str] = {
     "random A": "--lora_init kaiming",
     "random A, 4 epochs": "--lora_init kaiming --num_train_epochs 4",
     "LoRA+ 8": "--lora_plus_ratio 8",
+    "all layers, rank 4": "--lora_target_modules all-linear --lora_rank 4 --lora_alpha 8",
+    "head as fitted": "--head_penalty 1",
     "random head": "--head_init random",
     "native head": "--pooling native",
     "native random head": "--pooling native --head_init random",

@@ -133,10 +133,47 @@ def test_random_leaves_the_head_but_fits_the_probe_for_comparison(run) -> None:
     start = start_head(trainer, "random")
     assert start.kind == "random" and start.warm is not None
     assert torch.equal(before, output_layer(trainer.model).weight)
-    assert start_head(trainer, "auto").kind == "probe"
+    assert start_head(trainer, "auto", penalty=1.0).kind == "probe"
     np.testing.assert_allclose(
         output_layer(trainer.model).weight.detach(), start.warm.probe.weight.astype(np.float32), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("penalty", [1.0, 30.0])
+def test_lora_starts_from_the_regression_with_so_many_times_the_penalty(run, penalty: float) -> None:
+    trainer, data = run
+    x = frozen_features(trainer, data.splits["train"]).astype(np.float64)
+    y = np.asarray(data.splits["train"]["labels"])
+    start = start_head(trainer, "probe", penalty=penalty)
+    assert start.warm is not None
+    best = start.warm.probe.strength
+    x = (x - x.mean(0)) / np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean())
+    regression = LogisticRegression(C=best / penalty, max_iter=10_000, tol=1e-10).fit(x, y)
+    measured = trainer.evaluate(data.splits["train"])["eval_loss"]
+    assert measured == pytest.approx(log_loss(y, regression.predict_proba(x)), rel=2e-3)
+    assert ("LoRA starts from C" in str(start)) == (penalty != 1.0)
+    # What the run is compared with, and goes back to, is the best one.
+    best_loss = log_loss(y, LogisticRegression(C=best, max_iter=10_000, tol=1e-10).fit(x, y).predict_proba(x))
+    install(trainer.model, start.warm.probe)
+    assert trainer.evaluate(data.splits["train"])["eval_loss"] == pytest.approx(best_loss, rel=2e-3)
+
+
+def test_a_ridge_regression_starts_as_it_is(run) -> None:
+    trainer, _data = run
+    trainer.model.config.problem_type = "regression"
+    labels = np.random.default_rng(0).normal(size=(len(trainer.train_dataset), len(LABELS)))
+    trainer.train_dataset = trainer.train_dataset.remove_columns("labels").add_column(
+        "labels", labels.tolist()
+    )
+    trainer.eval_dataset = None
+    warm = fit_warm_start(trainer)
+    assert warm.start is warm.probe
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_unusable_penalty_is_refused(run, penalty: float) -> None:
+    with pytest.raises(ValueError, match=f"head_penalty is not usable; got {penalty}"):
+        start_head(run[0], "probe", penalty=penalty)
 
 
 def test_a_checkpoints_own_head_is_kept(tmp_path: Path, tiny_bert_dir: Path) -> None:
