@@ -176,12 +176,15 @@ def start_head(trainer: LoRATrainer, head_init: str = "auto", *, penalty: float 
     start = time.perf_counter()
     reason = "as asked for"
     warm = None
+    keeps_own = head_init == "auto" and not _is_fresh(trainer.model)
     try:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
                 "no probe is fitted where the weights are sharded; got FSDP or DeepSpeed; use DDP"
             )
-        warm = fit_warm_start(trainer, penalty)
+        # A head that does not start from the regression needs the probe alone, to be compared with.
+        unused = head_init == "random" or keeps_own
+        warm = fit_warm_start(trainer, 1.0 if unused else penalty)
     except ValueError as error:
         if head_init == "probe":
             raise
@@ -191,7 +194,7 @@ def start_head(trainer: LoRATrainer, head_init: str = "auto", *, penalty: float 
         kind = "random" if warm is None else "probe"
         if warm is not None:
             reason = f"{_METHODS[_problem_type(trainer)]} on the frozen features"
-        if not _is_fresh(trainer.model):
+        if keeps_own:
             kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
     if kind == "probe" and warm is not None:
         install(trainer.model, warm.start)
