@@ -22,6 +22,8 @@ MIN_EXAMPLES = 20
 """Fewer tell too little of how sure a classifier may be."""
 MIN_OF_EACH = 5
 """Examples with a label, and without it, that a threshold of its own needs."""
+PRIOR = 40.0
+"""So many examples with a label, and what was seen counts as much for its threshold as what its scores expect."""
 # Scores that differ by rounding are equal: a threshold between them would decide by it.
 _DIGITS = 6
 
@@ -91,15 +93,21 @@ def fit_temperature(logits: np.ndarray, references: np.ndarray, problem_type: st
     return 1 / inverse if loss(inverse) < loss(1.0) else 1.0
 
 
-def fit_thresholds(probabilities: np.ndarray, references: np.ndarray) -> tuple[float, ...]:
-    """For each label the threshold above which it is best given, by its F1 on these examples.
+def fit_thresholds(
+    probabilities: np.ndarray, references: np.ndarray, prior: float = PRIOR
+) -> tuple[float, ...]:
+    """For each label the threshold above which it is best given, by its expected F1 on examples like these.
 
-    probabilities: calibrated, `(examples, labels)`; references: rows of 0 and 1. Thresholds lie in the middle
-    between neighbouring scores. One half stays where none is better, and for labels that fewer than 5 examples
+    The best cut of a few examples is a matter of chance, and worse than one half on others (Lipton et al. 2014,
+    arXiv:1402.1892). So an example has a label in part as it was seen, and in part by its probability.
+
+    probabilities: calibrated, `(examples, labels)`; references: rows of 0 and 1. prior: with so many examples of
+    the label both parts are equal; with 0 only what was seen counts. Thresholds lie in the middle between
+    neighbouring scores. One half stays where none is better, and for labels that fewer than 5 examples
     have, or have not; of equally good ones the nearest to one half is taken.
     """
     columns = zip(np.asarray(probabilities, np.float64).T, np.asarray(references).T > 0, strict=True)
-    return tuple(_threshold(scores, truth) for scores, truth in columns)
+    return tuple(_threshold(scores, truth, prior) for scores, truth in columns)
 
 
 def _above_the_truth(logits: np.ndarray, references: np.ndarray, problem_type: str) -> np.ndarray:
@@ -120,18 +128,20 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return low if function(low) >= 0 else float(brentq(function, low, high))
 
 
-def _threshold(scores: np.ndarray, truth: np.ndarray) -> float:
+def _threshold(scores: np.ndarray, truth: np.ndarray, prior: float) -> float:
     positives = int(truth.sum())
     if min(positives, len(truth) - positives) < MIN_OF_EACH:
         return 0.5
     scores = scores.round(_DIGITS)
     order = np.argsort(-scores)
-    # Cut i is below the i + 1 highest scores, the last one between the lowest and 0.
-    below = np.append(scores[order][1:], 0.0)
-    hits, given = truth[order].cumsum(), np.arange(1, len(scores) + 1)
-    cuts = np.append((scores[order] + below) / 2, 0.5)
-    hits = np.append(hits, (truth & (scores > 0.5)).sum())
-    given = np.append(given, (scores > 0.5).sum())
-    f1 = np.where(np.append(scores[order] > below, True), 2 * hits / (given + positives), -1)
+    scores, truth = scores[order], truth[order]
+    seen = positives / (positives + prior)
+    with_label = seen * truth + (1 - seen) * scores
+    # Cut i is below the i highest scores, the last one between the lowest and 0; then the one at one half.
+    given = np.append(np.arange(1, len(scores) + 1), (scores > 0.5).sum())
+    hits = np.append(0.0, with_label.cumsum())[given]
+    below = np.append(scores[1:], 0.0)
+    cuts = np.append((scores + below) / 2, 0.5)
+    f1 = np.where(np.append(scores > below, True), 2 * hits / (given + with_label.sum()), -1)
     best = cuts[f1 == f1.max()]
     return float(best[np.abs(best - 0.5).argmin()])

@@ -289,5 +289,5 @@ def test_calibration_is_one_line_and_no_rows() -> None:
     kind = "multi_label_classification"
     several = render(replace(INFO, problem_type=kind, temperature=2.0, thresholds=(0.2, 0.5, 0.7)), facts)
     [line] = [line for line in several.splitlines() if "calibrated on" in line]
-    assert line.endswith("(test). So are the thresholds, one for each label, by its F1.")
+    assert line.endswith("(test). So are the thresholds, one for each label, by its expected F1.")
     assert all(len(row) == len(table[0]) for table in tables(several) for row in table)

@@ -16,6 +16,7 @@ from hf_lora.sidecar import AdapterInfo
 from hf_lora.temperature import (
     HIGHEST,
     LOWEST,
+    PRIOR,
     decision_outputs,
     fit_temperature,
     fit_thresholds,
@@ -160,7 +161,7 @@ def test_thresholds_give_the_best_f1_of_sklearn(seed):
     scores = expit(logits.astype(np.float64))
     if seed % 2:
         scores = scores.round(1)  # with many equal scores
-    thresholds = fit_thresholds(scores, references)
+    thresholds = fit_thresholds(scores, references, prior=0)
     assert len(thresholds) == 3
     for column, threshold in enumerate(thresholds):
         score, truth = scores[:, column], references[:, column]
@@ -174,17 +175,59 @@ def test_thresholds_give_the_best_f1_of_sklearn(seed):
     assert set(thresholds) != {0.5}
 
 
+def expected_f1(scores: np.ndarray, truth: np.ndarray, threshold: float, prior: float) -> float:
+    """F1 of a threshold with each example having the label in part as it was seen and in part by its score."""
+    share = sum(truth) / (sum(truth) + prior)
+    with_label = [share * bool(true) + (1 - share) * score for score, true in zip(scores, truth, strict=True)]
+    given = [score > threshold for score in scores]
+    hits = sum(part for part, is_given in zip(with_label, given, strict=True) if is_given)
+    return 2 * hits / (sum(given) + sum(with_label))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("prior", [5.0, PRIOR])
+def test_thresholds_are_the_best_for_what_was_seen_and_what_the_probabilities_expect(seed, prior):
+    logits, references = multi(seed, 1.0, examples=120)
+    scores = expit(logits.astype(np.float64)).round(2 if seed % 2 else 6)
+    for column, threshold in enumerate(fit_thresholds(scores, references, prior=prior)):
+        score, truth = scores[:, column], references[:, column]
+        candidates = [*np.unique(score)[:-1], 0.0, 0.5]
+        best = max(expected_f1(score, truth, candidate, prior) for candidate in candidates)
+        assert expected_f1(score, truth, threshold, prior) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("examples", [100, 200, 400])
+def test_thresholds_of_few_examples_do_no_harm_to_others(examples):
+    """Probabilities that are right already have little to gain from a cut, and much to lose from a chance one."""
+    rng = np.random.default_rng(examples)
+    rate = rng.uniform(0.05, 0.2, 40)
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        truth = rng.random((count, 40)) < rate
+        # A normal feature with mean 1 or -1 and spread 0.7: its log odds by Bayes, so that they are calibrated.
+        feature = rng.normal(np.where(truth, 1.0, -1.0), 0.7)
+        return expit(2 * feature / 0.49 + np.log(rate / (1 - rate))), truth.astype(int)
+
+    thresholds = fit_thresholds(*draw(examples))
+    scores, references = draw(20_000)
+    score = f1_score(references, scores > thresholds, average="macro")
+    chance = f1_score(references, scores > fit_thresholds(*draw(examples), prior=0), average="macro")
+    half = f1_score(references, scores > 0.5, average="macro")
+    assert half - score < 0.003
+    assert half - score < (half - chance) / 2
+
+
 def test_thresholds_by_hand():
     # Cut below 0.3, all five with the label are found beside one without: F1 = 10/11. Below 0.7: 8/9.
     scores = np.array([0.9, 0.8, 0.75, 0.7, 0.4, 0.3, 0.2, 0.1, 0.05, 0.04])
     truth = np.array([1, 1, 1, 1, 0, 1, 0, 0, 0, 0])
-    assert fit_thresholds(scores[:, None], truth[:, None]) == (pytest.approx(0.25),)
+    assert fit_thresholds(scores[:, None], truth[:, None], prior=0) == (pytest.approx(0.25),)
     # 0.4 and 0.6 for the label are equally good by F1; so is one half between them.
     parted = np.where(truth, 0.6, 0.4)
-    assert fit_thresholds(parted[:, None], truth[:, None]) == (0.5,)
+    assert fit_thresholds(parted[:, None], truth[:, None], prior=0) == (0.5,)
     # All of those above 0.6 are right: the cut nearest to one half is the one below the lowest of them.
     shifted = np.where(truth, 0.9, 0.6)
-    assert fit_thresholds(shifted[:, None], truth[:, None]) == (pytest.approx(0.75),)
+    assert fit_thresholds(shifted[:, None], truth[:, None], prior=0) == (pytest.approx(0.75),)
     # Four with the label, or four without it, are too few.
     for few in (np.arange(10) < 4, np.arange(10) < 6):
         assert fit_thresholds(shifted[:, None], few[:, None]) == (0.5,)
