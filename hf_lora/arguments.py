@@ -23,6 +23,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 20,
     "train_sampling_strategy": "group_by_length",
 }
+# How many times the probe's penalty the head that LoRA starts from is fitted with; measured too.
+HEAD_PENALTY = 30.0
 
 
 def _option(default: Any = MISSING, *, help: str) -> Any:
@@ -132,7 +134,7 @@ class LoRAArguments:
         "probe, unless the checkpoint has a trained head for these labels.",
     )
     head_penalty: float = _option(
-        30.0,
+        HEAD_PENALTY,
         help="LoRA starts from a probe with so many times the penalty of the best one, which is less sure of itself; "
         "1: from the best one.",
     )

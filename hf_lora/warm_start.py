@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_lora.arguments import HEAD_PENALTY
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.head import belongs_to
 from hf_lora.inject import injection
@@ -29,8 +30,6 @@ from hf_lora.processes import on_first
 from hf_lora.trainer import LoRATrainer
 
 HEAD_INITS = ("auto", "probe", "random")
-# How many times the probe's penalty the head that LoRA starts from is fitted with: README, "Quality".
-PENALTY = 30.0
 # A linear layer that has seen so many examples changes little with more of them.
 MAX_EXAMPLES = 50_000
 _METHODS = {
@@ -105,7 +104,7 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
     return np.asarray(features, np.float32)
 
 
-def fit_warm_start(trainer: LoRATrainer, penalty: float = PENALTY) -> WarmStart:
+def fit_warm_start(trainer: LoRATrainer, penalty: float = HEAD_PENALTY) -> WarmStart:
     """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set; the model stays as it is.
 
     penalty: by how much that of the start is stronger; a ridge regression, which is never sure, starts as it is. Every
@@ -161,7 +160,7 @@ class HeadStart:
         return f"head: {self.kind} ({self.reason}{fitted}, {self.seconds:.1f} s)"
 
 
-def start_head(trainer: LoRATrainer, head_init: str = "auto", *, penalty: float = PENALTY) -> HeadStart:
+def start_head(trainer: LoRATrainer, head_init: str = "auto", *, penalty: float = HEAD_PENALTY) -> HeadStart:
     """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
 
     head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
