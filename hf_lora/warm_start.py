@@ -107,9 +107,8 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
 def fit_warm_start(trainer: LoRATrainer, penalty: float = HEAD_PENALTY) -> WarmStart:
     """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set; the model stays as it is.
 
-    penalty: by how much that of the start is stronger; a ridge regression, which is never sure, starts as it is. Every
-    process has to call it; the first one fits. Raises ValueError where the logits are not a linear function of
-    what the last layer of the head gets.
+    penalty: by how much that of the start is stronger. Every process has to call it; the first one fits. Raises
+    ValueError where the logits are not a linear function of what the last layer of the head gets.
     """
     _check_linear(trainer)
     train: Any = trainer.train_dataset
@@ -120,12 +119,11 @@ def fit_warm_start(trainer: LoRATrainer, penalty: float = HEAD_PENALTY) -> WarmS
     held_out: Any = trainer.eval_dataset
     validation = None if held_out is None else frozen_features(trainer, held_out)
     weights = trainer.class_weights
-    problem_type = _problem_type(trainer)
     fit = partial(
         fit_probe,
         features,
         np.asarray(train["labels"]),
-        problem_type=problem_type,
+        problem_type=_problem_type(trainer),
         labels=trainer.model.config.num_labels,
         class_weights=None if weights is None else weights.tolist(),
         intercept=output_layer(trainer.model).bias is not None,
@@ -133,7 +131,7 @@ def fit_warm_start(trainer: LoRATrainer, penalty: float = HEAD_PENALTY) -> WarmS
 
     def both() -> tuple[Probe, Probe]:
         probe = fit(None if validation is None else (validation, np.asarray(held_out["labels"])))
-        if penalty == 1.0 or problem_type == REGRESSION:
+        if penalty == 1.0:
             return probe, probe
         return probe, fit(None, strength=probe.strength / penalty)
 

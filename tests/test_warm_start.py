@@ -158,7 +158,7 @@ def test_lora_starts_from_the_regression_with_so_many_times_the_penalty(run, pen
     assert trainer.evaluate(data.splits["train"])["eval_loss"] == pytest.approx(best_loss, rel=2e-3)
 
 
-def test_a_ridge_regression_starts_as_it_is(run) -> None:
+def test_a_ridge_regression_starts_with_so_many_times_the_penalty_too(run) -> None:
     trainer, _data = run
     trainer.model.config.problem_type = "regression"
     labels = np.random.default_rng(0).normal(size=(len(trainer.train_dataset), len(LABELS)))
@@ -166,8 +166,15 @@ def test_a_ridge_regression_starts_as_it_is(run) -> None:
         "labels", labels.tolist()
     )
     trainer.eval_dataset = None
-    warm = fit_warm_start(trainer)
-    assert warm.start is warm.probe
+    x = frozen_features(trainer, trainer.train_dataset).astype(np.float64)
+    x, y = x - x.mean(0), labels - labels.mean(0)
+    scale = np.sqrt((x**2).sum(1).mean())
+    warm = fit_warm_start(trainer, 30.0)
+    for probe, factor in ((warm.probe, 1.0), (warm.start, 30.0)):
+        # By the normal equations, for features of mean squared norm 1.
+        penalty = factor * scale**2 / warm.probe.strength
+        expected = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y).T
+        np.testing.assert_allclose(probe.weight, expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
