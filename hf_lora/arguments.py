@@ -99,7 +99,7 @@ class LoRAArguments:
 
     lora_rank: int = _option(8, help="Rank r of the updates; 0: no LoRA, the adapter is a linear probe.")
     lora_alpha: float = _option(16.0, help="The updates are scaled by alpha / rank.")
-    lora_dropout: float = _option(0.1, help="Dropout on the input of A.")
+    lora_dropout: float = _option(0.0, help="Dropout on the input of A.")
     lora_projections: str = _option("qkvo", help="Projections to adapt: any letters of qkvo.")
     lora_target_modules: list[str] | None = _option(
         None, help="Modules to adapt by name instead: dotted suffixes, one regular expression, or all-linear."

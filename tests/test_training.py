@@ -387,7 +387,7 @@ def test_frozen_head_is_not_trained(train: Train, texts: Path, tmp_path: Path) -
 
 
 # What the command line asks for if it is asked for nothing: A along the gradient.
-DEFAULT = LoRAConfig(rank=8, alpha=16.0, dropout=0.1, init="gradient")
+DEFAULT = LoRAConfig(rank=8, alpha=16.0, init="gradient")
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ DEFAULT = LoRAConfig(rank=8, alpha=16.0, dropout=0.1, init="gradient")
         ({}, DEFAULT),
         ({"lora_rank": 3}, replace(DEFAULT, rank=3)),
         ({"lora_alpha": 2.5}, replace(DEFAULT, alpha=2.5)),
-        ({"lora_dropout": 0.0}, replace(DEFAULT, dropout=0.0)),
+        ({"lora_dropout": 0.25}, replace(DEFAULT, dropout=0.25)),
         ({"lora_projections": "vq"}, replace(DEFAULT, projections="qv")),
         ({"lora_target_modules": ["query"]}, replace(DEFAULT, target_modules=("query",))),
         (
