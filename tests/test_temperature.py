@@ -208,10 +208,10 @@ def test_thresholds_of_few_examples_do_no_harm_to_others(examples):
         feature = rng.normal(np.where(truth, 1.0, -1.0), 0.7)
         return expit(2 * feature / 0.49 + np.log(rate / (1 - rate))), truth.astype(int)
 
-    thresholds = fit_thresholds(*draw(examples))
+    few = draw(examples)
     scores, references = draw(20_000)
-    score = f1_score(references, scores > thresholds, average="macro")
-    chance = f1_score(references, scores > fit_thresholds(*draw(examples), prior=0), average="macro")
+    score = f1_score(references, scores > fit_thresholds(*few), average="macro")
+    chance = f1_score(references, scores > fit_thresholds(*few, prior=0), average="macro")
     half = f1_score(references, scores > 0.5, average="macro")
     assert half - score < 0.003
     assert half - score < (half - chance) / 2

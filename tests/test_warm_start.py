@@ -11,6 +11,7 @@ import torch
 from conftest import LABELS, tiny_batch, tiny_classifier, write_texts
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from test_probe import scaled
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -53,6 +54,13 @@ def prepared(
     return trainer, data
 
 
+def regressions_loss(x: np.ndarray, y: np.ndarray, strength: float) -> float:
+    """The loss of a logistic regression on its training set, fitted plainly and to the end by scikit-learn."""
+    x = scaled(x, x)
+    regression = LogisticRegression(C=strength, max_iter=10_000, tol=1e-10).fit(x, y)
+    return float(log_loss(y, regression.predict_proba(x)))
+
+
 @pytest.fixture(params=["mean", "cls", "native"])
 def run(request, tmp_path: Path, tiny_bert_dir: Path) -> tuple[LoRATrainer, Any]:
     return prepared(tmp_path, tiny_bert_dir, request.param)
@@ -75,14 +83,9 @@ def test_features_are_what_goes_into_the_last_layer(run) -> None:
 def test_the_warm_started_heads_loss_is_the_fitted_regressions(run) -> None:
     trainer, data = run
     warm = fit_warm_start(trainer)
-    before = frozen_features(trainer, data.splits["train"])
+    x, y = frozen_features(trainer, data.splits["train"]), np.asarray(data.splits["train"]["labels"])
     install(trainer.model, warm.probe)
-    x, y = before.astype(np.float64), np.asarray(data.splits["train"]["labels"])
-    scale = np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean())
-    regression = LogisticRegression(C=warm.probe.strength, max_iter=10_000, tol=1e-10).fit(
-        (x - x.mean(0)) / scale, y
-    )
-    expected = log_loss(y, regression.predict_proba((x - x.mean(0)) / scale))
+    expected = regressions_loss(x, y, warm.probe.strength)
     measured = trainer.evaluate(data.splits["train"])["eval_loss"]
     assert measured == pytest.approx(expected, rel=2e-3)
     logits = trainer.predict(data.splits["validation"]).predictions
@@ -142,20 +145,17 @@ def test_random_leaves_the_head_but_fits_the_probe_for_comparison(run) -> None:
 @pytest.mark.parametrize("penalty", [1.0, 30.0])
 def test_lora_starts_from_the_regression_with_so_many_times_the_penalty(run, penalty: float) -> None:
     trainer, data = run
-    x = frozen_features(trainer, data.splits["train"]).astype(np.float64)
-    y = np.asarray(data.splits["train"]["labels"])
+    x, y = frozen_features(trainer, data.splits["train"]), np.asarray(data.splits["train"]["labels"])
     start = start_head(trainer, "probe", penalty=penalty)
     assert start.warm is not None
     best = start.warm.probe.strength
-    x = (x - x.mean(0)) / np.sqrt(((x - x.mean(0)) ** 2).sum(1).mean())
-    regression = LogisticRegression(C=best / penalty, max_iter=10_000, tol=1e-10).fit(x, y)
     measured = trainer.evaluate(data.splits["train"])["eval_loss"]
-    assert measured == pytest.approx(log_loss(y, regression.predict_proba(x)), rel=2e-3)
+    assert measured == pytest.approx(regressions_loss(x, y, best / penalty), rel=2e-3)
     assert ("LoRA starts from C" in str(start)) == (penalty != 1.0)
     # What the run is compared with, and goes back to, is the best one.
-    best_loss = log_loss(y, LogisticRegression(C=best, max_iter=10_000, tol=1e-10).fit(x, y).predict_proba(x))
     install(trainer.model, start.warm.probe)
-    assert trainer.evaluate(data.splits["train"])["eval_loss"] == pytest.approx(best_loss, rel=2e-3)
+    measured = trainer.evaluate(data.splits["train"])["eval_loss"]
+    assert measured == pytest.approx(regressions_loss(x, y, best), rel=2e-3)
 
 
 def test_a_ridge_regression_starts_with_so_many_times_the_penalty_too(run) -> None:
