@@ -2,7 +2,9 @@
 
 The test files are not looked at, so that `benchmark_quality.py` can measure on them what was chosen here. A fold
 is one part of four as the test and the others as the training file; all settings get the same folds and seeds,
-and are compared fold by fold. The results file is written after every run, and the same command goes on.
+and are compared fold by fold. Every setting is compared with the same runs of the defaults: one that was lucky makes
+all of them look bad, so that small differences need `--repeats`, of the defaults above all. The results file is
+written after every run, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from typing import Any
 
 from benchmarks import report, write_json
 from quality_data import FOLDS, fold, quality_sets
-from quality_runs import add_run_arguments, chosen_sets, fill, hf_lora_run, prepare
+from quality_runs import Run, add_run_arguments, chosen_sets, fill, hf_lora_run, prepare
+
+# On one fold: the runs of a setting, and those of the defaults.
+Pair = tuple[list[Run], list[Run]]
 
 DEFAULTS = "defaults"
 # What each setting changes, as a user would say it.
@@ -71,6 +76,7 @@ HEADER = (
     "defaults",
     "time",
     "folds",
+    "runs",
 )
 
 
@@ -82,10 +88,15 @@ def main() -> None:
     add_run_arguments(parser)
     parser.add_argument("--folds", type=int, default=FOLDS, choices=range(1, FOLDS + 1), help="the first N")
     parser.add_argument(
+        "--repeats", type=int, default=1, help="runs on each fold, with other seeds (default: 1)"
+    )
+    parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help="default: all; see below"
     )
     options = parser.parse_args()
     prepare(options)
+    if options.repeats < 1:
+        raise SystemExit(f"--repeats is not usable; got {options.repeats}; expected at least 1")
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
     report(options)("against the defaults, fold by fold", HEADER, rows(result))
@@ -97,12 +108,17 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     sets = quality_sets(options.data, work)
     names = chosen_sets(options, sets, sets)
     settings = [DEFAULTS, *(name for name in options.settings or SETTINGS if name != DEFAULTS)]
-    numbers = range(options.folds)
+    folds = {
+        (name, number): fold(sets[name], number, work) for name in names for number in range(options.folds)
+    }
+    # Run 5 is the second one on fold 1.
+    numbers = [
+        repeat * FOLDS + number for repeat in range(options.repeats) for number in range(options.folds)
+    ]
     orders = ((name, setting, number) for setting in settings for number in numbers for name in names)
-    folds = {(name, number): fold(sets[name], number, work) for name in names for number in numbers}
 
-    def run(name: str, setting: str, number: int) -> dict[str, float]:
-        return hf_lora_run(folds[name, number], number + 1, SETTINGS[setting].split())
+    def run(name: str, setting: str, number: int) -> Run:
+        return hf_lora_run(folds[name, number % FOLDS], number + 1, SETTINGS[setting].split())
 
     return fill(options, orders, run)
 
@@ -110,13 +126,14 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """For each setting its data sets, and below them all of them together.
 
-    The difference of accuracy is in points, with the standard error of its mean over the folds.
+    The difference of accuracy is in points, with the standard error of its mean over the folds. The runs of one
+    fold count as their mean; how many runs there were is said last, of the setting and of the defaults.
     """
-    by_setting: dict[str, dict[str, list[tuple[dict[str, float], dict[str, float]]]]] = {}
+    by_setting: dict[str, dict[str, list[Pair]]] = {}
     for name, settings in result["runs"].items():
+        known = _by_fold(settings.get(DEFAULTS, {}))
         for setting, runs in settings.items():
-            known = settings.get(DEFAULTS, {})
-            pairs = [(run, known[number]) for number, run in runs.items() if number in known]
+            pairs = [(found, known[number]) for number, found in _by_fold(runs).items() if number in known]
             if setting != DEFAULTS and pairs:
                 by_setting.setdefault(setting, {})[name] = pairs
     found = []
@@ -127,20 +144,32 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
-def _row(setting: str, name: str, pairs: list[tuple[dict[str, float], dict[str, float]]]) -> tuple[str, ...]:
-    def means(what: str) -> tuple[float, float]:
-        return mean(run[what] for run, _ in pairs), mean(known[what] for _, known in pairs)
+def _by_fold(runs: dict[str, Run]) -> dict[int, list[Run]]:
+    found: dict[int, list[Run]] = {}
+    for number, run in runs.items():
+        found.setdefault(int(number) % FOLDS, []).append(run)
+    return found
 
-    differences = [100 * (run["accuracy"] - known["accuracy"]) for run, known in pairs]
+
+def _row(setting: str, name: str, pairs: list[Pair]) -> tuple[str, ...]:
+    def by_fold(what: str) -> list[tuple[float, float]]:
+        return [(mean(run[what] for run in runs), mean(run[what] for run in known)) for runs, known in pairs]
+
+    def means(what: str) -> list[str]:
+        return [f"{mean(values):.4f}" for values in zip(*by_fold(what), strict=True)]
+
+    differences = [100 * (value - known) for value, known in by_fold("accuracy")]
     error = f" ± {stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
     return (
         setting,
         name,
-        *(f"{value:.4f}" for value in means("accuracy")),
+        *means("accuracy"),
         f"{mean(differences):+.2f}{error}",
-        *(f"{value:.4f}" for what in ("f1", "loss") for value in means(what)),
-        f"{mean(run['seconds'] / known['seconds'] for run, known in pairs):.2f}",
+        *means("f1"),
+        *means("loss"),
+        f"{mean(value / known for value, known in by_fold('seconds')):.2f}",
         str(len(pairs)),
+        ", ".join(str(sum(map(len, side))) for side in zip(*pairs, strict=True)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The settings benchmark without its runs: pairs by fold, the flags, going on where it stopped."""
+"""The settings benchmark without its runs: pairs by fold, repeats, the flags, going on where it stopped."""
 
 from __future__ import annotations
 
@@ -49,11 +49,23 @@ def test_settings_are_compared_fold_by_fold() -> None:
         "0.5000",
         "0.55",
         "2",
+        "2, 2",
     )
     assert len(words) == len(HEADER)
     assert topics[:5] == ("2 epochs", "topics", "0.6800", "0.7000", "-2.00")
     error = stdev([3.0, 1.0, -2.0]) / 3**0.5
-    assert together[1] == "all" and together[4] == f"+0.67 ± {error:.2f}" and together[-1] == "3"
+    assert together[1] == "all" and together[4] == f"+0.67 ± {error:.2f}" and together[-2] == "3"
+
+
+def test_the_runs_of_a_fold_are_one_figure() -> None:
+    """Run 4 is another run on fold 0: a lucky run of the defaults does not count against every setting."""
+    defaults = {"0": run(0.96), "1": run(0.80), "4": run(0.90), "8": run(0.90), "6": run(0.1)}
+    (row,) = rows(
+        {"runs": {"words": {DEFAULTS: defaults, "rank 2": {"0": run(0.93, seconds=23.0), "5": run(0.84)}}}}
+    )
+    error = stdev([1.0, 4.0]) / 2**0.5
+    assert row[2:5] == ("0.8850", "0.8600", f"+2.50 ± {error:.2f}")
+    assert row[-3:] == ("1.65", "2", "2, 4")
 
 
 @pytest.mark.parametrize("flags", SETTINGS.values(), ids=list(SETTINGS))
@@ -68,6 +80,30 @@ def test_every_setting_is_flags_of_the_command_line(flags: str, tmp_path: Path) 
         if value != vars(other)[name]
     }
     assert given <= changed
+
+
+def test_repeats_are_other_seeds_on_the_same_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def made(data_set: QualitySet, seed: int, flags: list[str]) -> dict[str, float]:
+        calls.append((Path(data_set.test_file).parent.name, seed))
+        return run(0.9)
+
+    monkeypatch.setattr(benchmark_settings, "hf_lora_run", made)
+    argv = [
+        "benchmark_settings.py",
+        "--sets",
+        "bbc",
+        "--folds",
+        "2",
+        "--repeats",
+        "2",
+        "--settings",
+        DEFAULTS,
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    benchmark_settings.main()
+    assert calls == [("fold0", 1), ("fold1", 2), ("fold0", 5), ("fold1", 6)]
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
