@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-# Defaults of the command line for fields of TrainingArguments, where those of transformers do not suit LoRA. The rates,
+# Defaults of the command line for fields of TrainingArguments, where those of transformers do not suit LoRA. The rate,
 # the batch and the epochs are measured: README, "Quality".
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-3,
-    "num_train_epochs": 0.0,  # from the number of steps, see run_settings.choose_epochs
+    "learning_rate": 0.0,
+    "num_train_epochs": 0.0,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "warmup_steps": 0.06,
@@ -23,6 +23,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 20,
     "train_sampling_strategy": "group_by_length",
 }
+# What is chosen from the data where it is 0, see run_settings.
+FROM_DATA = tuple(name for name, value in TRAINING_DEFAULTS.items() if value == 0.0)
 # How many times the probe's penalty the head that LoRA starts from is fitted with; measured too.
 HEAD_PENALTY = 30.0
 
@@ -198,12 +200,15 @@ def help_text() -> str:
     )
     lines += _argument_lines("frozen_prefix_cache_gb", "Memory for that; above it the disk is used.", 1.0)
     lines += _argument_lines(
+        "learning_rate",
+        "Learning rate; default: 2e-3, with fewer than 500 training examples less, by the root of their number.",
+        None,
+    )
+    lines += _argument_lines(
         "num_train_epochs", "Epochs; default: 3, 2 if they make 200 steps, up to 30 to make 60.", None
     )
     lines += [
-        f"  --{name} (default: {value})"
-        for name, value in TRAINING_DEFAULTS.items()
-        if name != "num_train_epochs"
+        f"  --{name} (default: {value})" for name, value in TRAINING_DEFAULTS.items() if name not in FROM_DATA
     ]
     lines += [
         "",

@@ -18,6 +18,9 @@ from hf_lora.training_arguments import LoRATrainingArguments
 # PEFT's files have no rank 0: a linear probe is the smallest adapter there is, whose B stays zero.
 PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
 
+# Where the examples are few, each step is led by what only these have, and there are as many steps all the same.
+RATE, ENOUGH_EXAMPLES = 2e-3, 500
+
 # Two epochs where they make so many steps, else three, and more where those make hardly any.
 ENOUGH_STEPS, FEWEST_STEPS, MOST_EPOCHS = 200, 60, 30
 
@@ -49,6 +52,21 @@ def lora_config(arguments: LoRAArguments) -> LoRAConfig:
         scaling=arguments.lora_scaling,
         form=arguments.lora_form,
     )
+
+
+def choose_rate(args: LoRATrainingArguments, examples: int) -> str | None:
+    """Set `learning_rate` where it was left open: 2e-3, less by the root of the number of examples if they are few.
+
+    README, "Quality", says how that was measured. Returns what was chosen and why, in one line; None where there was
+    nothing to choose.
+    """
+    if args.learning_rate != 0:
+        return None
+    args.learning_rate = float(f"{RATE * math.sqrt(min(1.0, examples / ENOUGH_EXAMPLES)):.2g}")
+    rule = (
+        f"{RATE:g} from {ENOUGH_EXAMPLES} training examples on, with fewer less by the root of their number"
+    )
+    return f"learning rate: {args.learning_rate:g} ({rule})"
 
 
 def choose_epochs(args: LoRATrainingArguments, examples: int) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hf_lora.acceleration import set_threads
-from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
+from hf_lora.arguments import FROM_DATA, DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hf_lora.baselines import baseline_logits
 from hf_lora.config import LoRAConfig
 from hf_lora.data import ClassificationData, prepare_data
@@ -35,6 +35,7 @@ from hf_lora.results import finish
 from hf_lora.run_directory import prepare_output, reserved
 from hf_lora.run_settings import (
     choose_epochs,
+    choose_rate,
     choose_smoothing,
     data_config,
     hub_options,
@@ -94,7 +95,12 @@ def _run(
             data = prepare_data(data_config(data_args, model_args, args), tokenizer)
     if args.process_index == 0:
         print(data.report, flush=True)
-    chosen = (choose_epochs(args, len(data.splits["train"])), choose_smoothing(args, data.problem_type))
+    examples = len(data.splits["train"])
+    chosen = (
+        choose_rate(args, examples),
+        choose_epochs(args, examples),
+        choose_smoothing(args, data.problem_type),
+    )
     if args.process_index == 0:
         print(*filter(None, chosen), sep="\n", flush=True)
     precision = choose_precision(
@@ -229,7 +235,9 @@ def dry_run(model_args: ModelArguments, config: LoRAConfig, args: LoRATrainingAr
         model_args.model_name_or_path, revision=model_args.model_revision, **hub_options(model_args)
     )
     names = inject_lora(model, config)
-    print(json.dumps({"lora": config.to_dict(), "training": args.to_dict()}, indent=2, sort_keys=True))
+    left_open = {name: "from the data" for name in FROM_DATA if getattr(args, name) == 0}
+    training = args.to_dict() | left_open
+    print(json.dumps({"lora": config.to_dict(), "training": training}, indent=2, sort_keys=True))
     print("\n".join(names))
     print(f"{len(names)} modules; {trainable_parameter_count(model)} with a head of 2 labels")
     return {"modules": names}

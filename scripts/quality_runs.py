@@ -19,6 +19,8 @@ from benchmarks import add_output_arguments, machine, write_json
 from quality_data import QualitySet
 
 Run = dict[str, float]
+# What all runs of a results file have in common.
+CONDITIONS = ("threads", "jobs", "few_shot")
 
 
 def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> Run:
@@ -90,20 +92,19 @@ def fill(
 
     `run` is called from `--jobs` threads. A run that fails ends it, after the runs that are under way; all that
     are done are kept. Raises SystemExit for a file of runs with another number of threads or jobs, whose seconds
-    are not comparable.
+    are not comparable, or of examples.
     """
     result: dict[str, Any] = {
         "machine": machine(),
-        "threads": options.threads,
-        "jobs": options.jobs,
+        **{what: getattr(options, what, None) for what in CONDITIONS},
         "runs": {},
     }
     path = None if options.json in (None, "-") else Path(options.json)
     if path is not None and path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
-        for what in ("threads", "jobs"):
-            if known[what] != result[what]:
-                raise SystemExit(f"{path} has runs with {what}={known[what]}; got {result[what]}")
+        for what in CONDITIONS:
+            if known.get(what) != result[what]:
+                raise SystemExit(f"{path} has runs with {what}={known.get(what)}; got {result[what]}")
         result["runs"] = known["runs"]
     missing = []
     for name, side, number in orders:

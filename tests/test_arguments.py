@@ -54,10 +54,11 @@ def test_help_shows_our_defaults_of_training_arguments() -> None:
     known = {entry.name for entry in fields(LoRATrainingArguments)}
     lines = help_text().splitlines()
     for name, value in TRAINING_DEFAULTS.items():
-        # The epochs are chosen from the data, and the help says how.
-        assert name == "num_train_epochs" or f"  --{name} (default: {value})" in lines
+        # Rate and epochs are chosen from the data, and the help says how.
+        assert value == 0.0 or f"  --{name} (default: {value})" in lines
         assert name in known
     assert any("2 if they make 200 steps" in line for line in lines)
+    assert any("the root of their number" in line for line in lines)
 
 
 def test_no_name_is_taken_twice() -> None:

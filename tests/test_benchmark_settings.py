@@ -82,6 +82,24 @@ def test_every_setting_is_flags_of_the_command_line(flags: str, tmp_path: Path) 
     assert given <= changed
 
 
+def test_few_examples_are_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def made(data_set: QualitySet, seed: int, flags: list[str]) -> dict[str, float]:
+        calls.append(tuple(flags))
+        return run(0.9)
+
+    monkeypatch.setattr(benchmark_settings, "hf_lora_run", made)
+    argv = ["benchmark_settings.py", "--sets", "bbc", "--folds", "1", "--settings", "rank 2"]
+    argv += ["--json", str(tmp_path / "few.json"), "--few_shot"]
+    monkeypatch.setattr(sys, "argv", [*argv, "8"])
+    benchmark_settings.main()
+    assert calls == [("--few_shot", "8"), ("--lora_rank", "2", "--few_shot", "8")]
+    monkeypatch.setattr(sys, "argv", [*argv, "32"])
+    with pytest.raises(SystemExit, match="has runs with few_shot=8; got 32"):
+        benchmark_settings.main()
+
+
 def test_repeats_are_other_seeds_on_the_same_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
 

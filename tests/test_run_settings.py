@@ -4,7 +4,7 @@ import pytest
 
 from hf_lora.arguments import LoRAArguments
 from hf_lora.parsing import parse_training
-from hf_lora.run_settings import PROBE_CONFIG, choose_epochs, choose_smoothing, lora_config
+from hf_lora.run_settings import PROBE_CONFIG, choose_epochs, choose_rate, choose_smoothing, lora_config
 
 
 def arguments(*flags: object):
@@ -34,6 +34,25 @@ def test_as_many_epochs_as_make_enough_steps(examples: int, flags: tuple, epochs
     line = choose_epochs(args, examples)
     assert args.num_train_epochs == epochs
     assert line is not None and line.startswith(f"epochs: {epochs} of ")
+
+
+@pytest.mark.parametrize(
+    ("examples", "rate"),
+    [(1, 8.9e-5), (8, 2.5e-4), (50, 6.3e-4), (125, 1e-3), (320, 1.6e-3), (500, 2e-3), (1_000_000, 2e-3)],
+)
+def test_the_rate_falls_with_the_root_of_few_examples(examples: int, rate: float) -> None:
+    """2e-3 * sqrt(examples / 500) in two digits, by hand."""
+    args = arguments()
+    line = choose_rate(args, examples)
+    assert args.learning_rate == rate
+    assert line is not None and line.startswith(f"learning rate: {rate:g} (")
+
+
+@pytest.mark.parametrize("rate", [2e-3, 1e-5, -1.0])
+def test_a_rate_that_was_asked_for_stays(rate: float) -> None:
+    args = arguments("--learning_rate", rate)
+    assert choose_rate(args, 10) is None
+    assert args.learning_rate == rate
 
 
 def test_only_single_labels_are_smoothed() -> None:

@@ -240,6 +240,7 @@ def test_dry_run_prints_and_writes_nothing(
     train: Train, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--train_file", texts, "--dry_run", "--lora_projections", "vq", "--lora_layers", -1]
+    flags += ["--num_train_epochs", 2]
     result = train(tmp_path / "out", *flags, "--token", "hf_secret", "--hub_token", "hf_secret")
     out = capsys.readouterr().out
     modules = [f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
@@ -247,7 +248,8 @@ def test_dry_run_prints_and_writes_nothing(
     assert "\n".join(modules) in out and "2 modules;" in out
     settings = json.loads(out[: out.index("\n}\n") + 2])
     assert settings["lora"]["projections"] == "qv" and settings["lora"]["layers"] == [-1]
-    assert settings["training"]["learning_rate"] == 2e-3
+    assert settings["training"]["learning_rate"] == "from the data"
+    assert settings["training"]["num_train_epochs"] == 2
     assert "hf_secret" not in out
     assert list(tmp_path.iterdir()) == []
 
