@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+# What is chosen from the data where it is 0, see run_settings.
+FROM_DATA = ("learning_rate", "num_train_epochs")
 # Defaults of the command line for fields of TrainingArguments, where those of transformers do not suit LoRA. The rate,
 # the batch and the epochs are measured: README, "Quality".
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 0.0,
-    "num_train_epochs": 0.0,
+    **dict.fromkeys(FROM_DATA, 0.0),
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "warmup_steps": 0.06,
@@ -23,8 +24,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 20,
     "train_sampling_strategy": "group_by_length",
 }
-# What is chosen from the data where it is 0, see run_settings.
-FROM_DATA = tuple(name for name, value in TRAINING_DEFAULTS.items() if value == 0.0)
 # How many times the probe's penalty the head that LoRA starts from is fitted with; measured too.
 HEAD_PENALTY = 30.0
 

@@ -82,65 +82,60 @@ def test_every_setting_is_flags_of_the_command_line(flags: str, tmp_path: Path) 
     assert given <= changed
 
 
-def test_few_examples_are_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, ...]] = []
+Calls = list[tuple[str, int, tuple[str, ...]]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Fold, seed and flags of the runs, none of which is made."""
+    found: Calls = []
 
     def made(data_set: QualitySet, seed: int, flags: list[str]) -> dict[str, float]:
-        calls.append(tuple(flags))
+        found.append((Path(data_set.test_file).parent.name, seed, tuple(flags)))
         return run(0.9)
 
     monkeypatch.setattr(benchmark_settings, "hf_lora_run", made)
-    argv = ["benchmark_settings.py", "--sets", "bbc", "--folds", "1", "--settings", "rank 2"]
-    argv += ["--json", str(tmp_path / "few.json"), "--few_shot"]
-    monkeypatch.setattr(sys, "argv", [*argv, "8"])
+    return found
+
+
+def benchmark(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_settings.py", "--sets", "bbc", *map(str, flags)])
     benchmark_settings.main()
-    assert calls == [("--few_shot", "8"), ("--lora_rank", "2", "--few_shot", "8")]
-    monkeypatch.setattr(sys, "argv", [*argv, "32"])
+
+
+def test_few_examples_are_a_file_of_their_own(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--folds", 1, "--settings", "rank 2", "--json", tmp_path / "few.json", "--few_shot")
+    benchmark(monkeypatch, *flags, 8)
+    assert [call[-1] for call in calls] == [("--few_shot", "8"), ("--lora_rank", "2", "--few_shot", "8")]
     with pytest.raises(SystemExit, match="has runs with few_shot=8; got 32"):
-        benchmark_settings.main()
+        benchmark(monkeypatch, *flags, 32)
 
 
-def test_repeats_are_other_seeds_on_the_same_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, int]] = []
-
-    def made(data_set: QualitySet, seed: int, flags: list[str]) -> dict[str, float]:
-        calls.append((Path(data_set.test_file).parent.name, seed))
-        return run(0.9)
-
-    monkeypatch.setattr(benchmark_settings, "hf_lora_run", made)
-    argv = [
-        "benchmark_settings.py",
-        "--sets",
-        "bbc",
-        "--folds",
-        "2",
-        "--repeats",
-        "2",
-        "--settings",
-        DEFAULTS,
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
-    benchmark_settings.main()
-    assert calls == [("fold0", 1), ("fold1", 2), ("fold0", 5), ("fold1", 6)]
+def test_repeats_are_other_seeds_on_the_same_folds(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark(monkeypatch, "--folds", 2, "--repeats", 2, "--settings", DEFAULTS)
+    assert calls == [("fold0", 1, ()), ("fold1", 2, ()), ("fold0", 5, ()), ("fold1", 6, ())]
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, int, tuple[str, ...]]] = []
+def test_it_goes_on_where_it_was_stopped(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--folds", 2, "--settings", "rank 2", "--json", tmp_path / "settings.json")
+    made = benchmark_settings.hf_lora_run
 
-    def made(data_set: QualitySet, seed: int, flags: list[str]) -> dict[str, float]:
+    def stopped(*order: object) -> dict[str, float]:
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append((Path(data_set.test_file).parent.name, seed, tuple(flags)))
-        return run(0.9)
+        return made(*order)
 
-    monkeypatch.setattr(benchmark_settings, "hf_lora_run", made)
-    argv = ["benchmark_settings.py", "--sets", "bbc", "--folds", "2", "--settings", "rank 2"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "settings.json")])
-    with pytest.raises(KeyboardInterrupt):
-        benchmark_settings.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark_settings, "hf_lora_run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            benchmark(patch, *flags)
     first, calls[:] = list(calls), []
-    benchmark_settings.main()
-    flags = ("--lora_rank", "2")
-    assert first == [("fold0", 1, ()), ("fold1", 2, ()), ("fold0", 1, flags)]
-    assert calls == [("fold1", 2, flags)]
+    benchmark(monkeypatch, *flags)
+    rank = ("--lora_rank", "2")
+    assert first == [("fold0", 1, ()), ("fold1", 2, ()), ("fold0", 1, rank)]
+    assert calls == [("fold1", 2, rank)]
     assert sorted(json.loads((tmp_path / "settings.json").read_text())["runs"]["bbc"]) == [DEFAULTS, "rank 2"]
