@@ -92,7 +92,7 @@ def fill(
 
     `run` is called from `--jobs` threads. A run that fails ends it, after the runs that are under way; all that
     are done are kept. Raises SystemExit for a file of runs with another number of threads or jobs, whose seconds
-    are not comparable, or of examples.
+    are not comparable, or of examples; and where runs are missing in a file of another machine or other versions.
     """
     result: dict[str, Any] = {
         "machine": machine(),
@@ -100,6 +100,7 @@ def fill(
         "runs": {},
     }
     path = None if options.json in (None, "-") else Path(options.json)
+    known: dict[str, Any] = {}
     if path is not None and path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         for what in CONDITIONS:
@@ -108,8 +109,14 @@ def fill(
         result["runs"] = known["runs"]
     missing = []
     for name, side, number in orders:
-        if str(number) not in result["runs"].setdefault(name, {}).setdefault(side, {}):
+        if str(number) not in result["runs"].get(name, {}).get(side, {}):
             missing.append((name, side, number))
+    if known and missing:
+        _check_machine(path, known["machine"], result["machine"])
+    elif known:
+        result["machine"] = known["machine"]
+    for name, side, _ in missing:
+        result["runs"].setdefault(name, {}).setdefault(side, {})
     lock = Lock()
 
     def run_and_keep(name: str, side: str, number: int) -> None:
@@ -127,3 +134,13 @@ def fill(
     finally:
         pool.shutdown(cancel_futures=True)
     return result
+
+
+def _check_machine(path: Path | None, known: dict[str, Any], here: dict[str, Any]) -> None:
+    """The threads of the benchmark's own process say nothing: those of its runs are among the conditions."""
+    other = [what for what in here if what != "threads" and known.get(what) != here[what]]
+    if other:
+        made, got = (", ".join(f"{what}={values.get(what)!r}" for what in other) for values in (known, here))
+        raise SystemExit(
+            f"the runs in {path} were made with {made}; got {got}; give the new ones another --json"
+        )

@@ -229,6 +229,22 @@ def test_runs_under_other_conditions_are_not_mixed(flag: str, made: Callable[...
         made(lambda *_: own(0.5), "--sets", "words", "--sides", "hf_lora", "--seeds", "2", flag, "2")
 
 
+def test_runs_of_another_machine_are_shown_but_not_added_to(
+    made: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    flags = ("--sets", "words", "--sides", "hf_lora", "--seeds")
+    made(lambda *_: own(0.5), *flags, "1")
+    path = tmp_path / "quality.json"
+    result = json.loads(path.read_text())
+    result["machine"] |= {"cpu": "abacus", "torch": "0.1"}
+    path.write_text(json.dumps(result))
+    made(lambda *_: pytest.fail("nothing is missing"), *flags, "1")
+    assert json.loads(path.read_text()) == result
+    with pytest.raises(SystemExit, match=r"made with cpu='abacus', torch='0\.1'; got cpu=.*another --json"):
+        made(lambda *_: own(0.6), *flags, "2")
+    assert json.loads(path.read_text()) == result
+
+
 def test_no_job_at_all_is_refused(made: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(SystemExit, match="--jobs is not usable; got 0; expected at least 1"):
         made(lambda *_: own(0.5), "--sets", "words", "--jobs", "0")
