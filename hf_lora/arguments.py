@@ -127,7 +127,9 @@ class LoRAArguments:
     pooling: str = _option(
         "auto",
         help="What the head reads: native (as the architecture does), cls or mean (a linear layer on the first token "
-        "or on the mean of the tokens), or auto: what a sentence encoder's files name, else native.",
+        "or on the mean of the tokens), mean_layers (on the means in three layers), or auto: what a sentence encoder's "
+        "files name, for a linear probe of up to 64 labels in three layers or the last one, whichever is better on the "
+        "validation part, else native.",
     )
     head_init: str = _option(
         "auto",

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_lora.config import LoRAConfig
 from hf_lora.inject import ParameterCount
 from hf_lora.metric_classes import BASELINES, CLASS_F1, class_f1
+from hf_lora.pooling import NATIVE, POOLINGS
 from hf_lora.sidecar import AdapterInfo
 
 TEMPLATE = "model_card.md.jinja"
@@ -100,6 +101,7 @@ def render_card(
         metadata=_metadata(info, facts).to_yaml(),
         name=facts.model_name or "LoRA text classifier",
         info=info,
+        pooled=None if info.pooling == NATIVE else POOLINGS.get(info.pooling).words,
         config=config,
         count=count,
         facts=facts,

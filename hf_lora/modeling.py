@@ -53,8 +53,9 @@ def load_classifier(
     base: a Hub id, a local directory, or a Hub id that an installed package ships.
     labels: names in the order of the outputs; for regression the name of each target.
     config: None means `LoRAConfig()`.
-    pooling: "native", the architecture's own head, or "mean" or "cls": a linear layer on the mean of the tokens or
-        on the first one, of which peft and transformers load the LoRA part only. `choose_pooling` knows what suits.
+    pooling: "native", the architecture's own head, or "mean", "mean_layers" or "cls": a linear layer on the mean of the
+        tokens, on their means in three layers, or on the first one, of which peft and transformers load the LoRA part
+        only. `choose_pooling` knows what suits.
     dtype: precision of the frozen weights; None: that of the checkpoint. LoRA and head are fp32.
     hub: passed to transformers: `token`, `cache_dir`, `trust_remote_code`.
     Raises ValueError if the checkpoint does not fit the architecture; OSError if there is none.

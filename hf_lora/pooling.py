@@ -1,12 +1,15 @@
-"""A classifier that pools an encoder's token states itself: the mean over the tokens, or the first token.
+"""A classifier that pools an encoder's token states itself: their mean, in one layer or in three, or the first token.
 
 transformers' own heads read what their architecture was published with, for BERT the pooler's output of the first
-token. An encoder that was trained with mean pooling, as sentence encoders are, says more in the mean.
+token. An encoder that was trained with mean pooling, as sentence encoders are, says more in the mean; and what its
+last layer was trained to leave out, such as the tone of a text, is still there in those below.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +23,25 @@ from hf_lora.registry import Registry
 NATIVE = "native"
 HEAD = "pooled_head"
 
-# (states (batch, length, width), mask (batch, length)) -> (batch, width), in fp32.
-POOLINGS: Registry[str, Callable[[Tensor, Tensor], Tensor]] = Registry("pooling")
+LAST = (1.0,)
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How states become one vector.
+
+    words: what that is, for people. of_tokens: from states `(batch, length, width)` and mask `(batch, length)` to
+    `(batch, width)`, in fp32. depths: the layers whose vectors are put together, as shares of the encoder's layers.
+    of_last: of several layers the name of the same pooling of the last one alone.
+    """
+
+    words: str
+    of_tokens: Callable[[Tensor, Tensor], Tensor]
+    depths: tuple[float, ...] = LAST
+    of_last: str | None = None
+
+
+POOLINGS: Registry[str, Pooling] = Registry("pooling")
 
 
 def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
@@ -36,8 +56,13 @@ def first_token(states: Tensor, mask: Tensor) -> Tensor:
     return states[torch.arange(len(states), device=states.device), first].float()
 
 
-POOLINGS.register("mean", mean_of_tokens)
-POOLINGS.register("cls", first_token)
+MEAN, CLS, MEAN_LAYERS = "mean", "cls", "mean_layers"
+POOLINGS.register(MEAN, Pooling("the mean of the tokens", mean_of_tokens))
+POOLINGS.register(CLS, Pooling("the first token", first_token))
+POOLINGS.register(
+    MEAN_LAYERS,
+    Pooling("the means of the tokens in three layers", mean_of_tokens, (1 / 3, 2 / 3, 1.0), of_last=MEAN),
+)
 
 
 class PooledHead(nn.Linear):
@@ -78,6 +103,7 @@ class PooledClassifier(PreTrainedModel):
                 f"a {type(model).__name__} has no encoder whose tokens could be pooled; got pooling={pooling!r}; "
                 f"expected {NATIVE!r} for this model"
             )
+        self.layers = layers_read(pooling, model.config.num_hidden_layers)
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
             encoder.pooler = None  # read by nothing any more
         self.base_model_prefix = prefix
@@ -85,7 +111,7 @@ class PooledClassifier(PreTrainedModel):
         config = model.config
         given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
         dropout = next((value for value in given if value is not None), 0.1)
-        head = PooledHead(config.hidden_size, config.num_labels, dropout)
+        head = PooledHead(config.hidden_size * len(self.layers), config.num_labels, dropout)
         nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(head.bias)
         setattr(self, HEAD, head)
@@ -109,6 +135,10 @@ class PooledClassifier(PreTrainedModel):
             "inputs_embeds": inputs_embeds,
         }
         kwargs.pop("return_dict", None)
+        asked = kwargs.get("output_hidden_states")
+        asked = self.config.output_hidden_states if asked is None else asked
+        if len(self.layers) > 1:
+            kwargs["output_hidden_states"] = True
         outputs = self.base_model(**{name: x for name, x in given.items() if x is not None}, **kwargs)
         states = outputs.last_hidden_state
         mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
@@ -117,14 +147,53 @@ class PooledClassifier(PreTrainedModel):
                 f"the encoder returns other tokens than it is given; got states {tuple(states.shape[:2])} for a mask "
                 f"{tuple(mask.shape)}; use pooling={NATIVE!r}"
             )
-        logits = getattr(self, HEAD)(self.pool(states, mask))
+        pooled = [self.pool.of_tokens(layer, mask) for layer in (*self._below(outputs), states)]
+        logits = getattr(self, HEAD)(torch.cat(pooled, -1))
         loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=outputs.get("hidden_states"),
+            # Only to who asked: a Trainer collects what there is over the whole data set.
+            hidden_states=outputs.get("hidden_states") if asked else None,
             attentions=outputs.get("attentions"),
         )
+
+    def read_last_layer(self) -> None:
+        """Pool the last of several layers alone from here on; of the head, what reads it stays.
+
+        To be called before an optimizer holds the head's weight. Raises ValueError for a pooling without such a form.
+        """
+        if self.pool.of_last is None:
+            raise ValueError(
+                f"pooling={self.pooling!r} has no form that reads the last layer alone; got one of {len(self.layers)} "
+                f"layers; expected such as {MEAN_LAYERS!r}"
+            )
+        self.pooling = self.pool.of_last
+        self.pool, self.layers = POOLINGS.get(self.pooling), self.layers[-1:]
+        head = getattr(self, HEAD)
+        head.in_features = self.config.hidden_size
+        kept = head.weight.detach()[:, -head.in_features :].clone()
+        head.weight = nn.Parameter(kept, requires_grad=head.weight.requires_grad)
+
+    def _below(self, outputs: Any) -> list[Tensor]:
+        """The states `(batch, length, width)` of the layers that are read besides the last one."""
+        if len(self.layers) == 1:
+            return []
+        # The first are the embeddings. The last may lack the encoder's final norm, and is not used.
+        states, last = outputs.hidden_states, outputs.last_hidden_state
+        expected = self.layers[-1] + 1
+        if len(states) != expected or any(layer.shape != last.shape for layer in states):
+            raise ValueError(
+                f"the encoder's layers cannot be pooled; got states {[tuple(layer.shape) for layer in states]}; "
+                f"expected {expected} of {tuple(last.shape)}; use pooling={MEAN!r}"
+            )
+        return [states[layer] for layer in self.layers[:-1]]
+
+
+def layers_read(pooling: str, count: int) -> tuple[int, ...]:
+    """The layers whose states a pooling reads, ascending, of 1 to `count`, the encoder's number of layers."""
+    depths = POOLINGS.get(pooling).depths
+    return tuple(math.ceil(depth * count) for depth in depths)
 
 
 def pooling_of(model: nn.Module) -> str:

@@ -6,25 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from hf_lora.bundled import resolve_base
-from hf_lora.pooling import NATIVE, check_pooling
+from hf_lora.pooling import CLS, MEAN, MEAN_LAYERS, NATIVE, check_pooling
 from hf_lora.untrusted import MAX_JSON_BYTES, parse_object, read_bytes
 
 AUTO = "auto"
 
+# More make the fit on three layers long and the head large.
+MOST_LABELS = 64
+
 # Where sentence-transformers writes how a model was pooled in training.
 _FOLDER, _FILE = "1_Pooling", "config.json"
 # Its keys that mean a pooling of ours: older files have a flag for each, newer ones a name.
-_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-_NAMES = {"mean": "mean", "cls": "cls"}
+_FLAGS = {"pooling_mode_mean_tokens": MEAN, "pooling_mode_cls_token": CLS}
+_NAMES = {"mean": MEAN, "cls": CLS}
 
 
 @dataclass(frozen=True)
 class PoolingChoice:
-    """A pooling, `native`, `cls` or `mean`, and why it was taken."""
+    """A pooling, `native` or a name of `POOLINGS`, and why it was taken."""
 
     pooling: str
     reason: str
@@ -34,12 +37,19 @@ class PoolingChoice:
 
 
 def choose_pooling(
-    requested: str, base: str, *, labels: int | None = None, revision: str | None = None, **hub: Any
+    requested: str,
+    base: str,
+    *,
+    labels: int | None = None,
+    last_only: str | None = None,
+    revision: str | None = None,
+    **hub: Any,
 ) -> PoolingChoice:
     """The pooling for a base model, a Hub id or a directory; `requested`: a pooling, or "auto".
 
     labels: their number; a checkpoint that has a trained head for as many keeps it under "auto".
-    Auto takes what a sentence encoder's own files name, and the model's own head for any other.
+    last_only: why auto may not read several layers, in words.
+    Auto takes what a sentence encoder's own files name, a mean in three layers, and the model's own head for any other.
     Raises ValueError for an unknown name.
     """
     if requested != AUTO:
@@ -47,17 +57,24 @@ def choose_pooling(
         return PoolingChoice(requested, "as asked for")
     # Once: it may ask whether the Hub answers.
     source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
-    if labels is not None and has_head(source, labels, revision=revision, **hub):
+    config = AutoConfig.from_pretrained(source, revision=revision, **hub)
+    if labels is not None and has_head(config, labels):
         return PoolingChoice(NATIVE, f"the checkpoint has a trained head for {labels} labels")
     declared = declared_pooling(source, revision=revision, **hub)
     if declared is None:
         return PoolingChoice(NATIVE, "the model's own head; its files name no pooling")
-    return PoolingChoice(declared, f"as this sentence encoder was trained, by its {_FOLDER}/{_FILE}")
+    named = f"by the {_FOLDER}/{_FILE} of this sentence encoder"
+    if declared != MEAN:
+        return PoolingChoice(declared, named)
+    if labels is not None and labels > MOST_LABELS:
+        last_only = f"a head of {labels} labels is large"
+    if last_only is not None:
+        return PoolingChoice(MEAN, f"{named}; in the last layer alone, since {last_only}")
+    return PoolingChoice(MEAN_LAYERS, f"{named}, in three layers")
 
 
-def has_head(source: str, labels: int, *, revision: str | None = None, **hub: Any) -> bool:
-    """Whether a checkpoint, as `resolve_base` gives it, says of itself that it is a classifier of so many labels."""
-    config = AutoConfig.from_pretrained(source, revision=revision, **hub)
+def has_head(config: PreTrainedConfig, labels: int) -> bool:
+    """Whether a checkpoint's configuration says that it is a classifier of so many labels."""
     names = config.architectures or ()
     return config.num_labels == labels and any(name.endswith("ForSequenceClassification") for name in names)
 

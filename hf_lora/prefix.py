@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lora.inject import injection
+from hf_lora.pooling import MEAN, PooledClassifier
 from hf_lora.probing import evaluating
 
 # Trainer lets GPUs multiply fp32 with the ten digits of TF32.
@@ -33,6 +34,7 @@ class FrozenPrefix:
         self.model = model
         self.name, self.blocks = _stack(model)
         self.depth = _depth(self.name, self.blocks)
+        _check_layers_read(model, self.depth)
         # What each block returns: None for a tensor, else the length of a tuple that starts with it.
         self._returned: dict[int, int | None] = {}
         self.tolerance = 0.0
@@ -201,6 +203,16 @@ def _depth(name: str, blocks: nn.ModuleList) -> int:
     raise ValueError(
         f"cache_frozen_prefix needs a trained block; got none in {name}; train a LoRA factor there"
     )
+
+
+def _check_layers_read(model: nn.Module, depth: int) -> None:
+    """A head that reads the states of layers below the first trained block needs them to be run."""
+    if isinstance(model, PooledClassifier) and model.layers[0] <= depth:
+        raise ValueError(
+            f"cache_frozen_prefix needs a head that reads trained layers alone; got pooling={model.pooling!r}, which "
+            f"reads layer {model.layers[0]} of {model.layers[-1]}, where the first {depth} are frozen; "
+            f"use pooling={MEAN!r}"
+        )
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

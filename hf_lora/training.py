@@ -28,7 +28,7 @@ from hf_lora.metrics import compute_metrics
 from hf_lora.model_card import CardFacts
 from hf_lora.modeling import load_classifier, load_tokenizer, meta_classifier
 from hf_lora.parsing import parse_training
-from hf_lora.pooling_choice import choose_pooling
+from hf_lora.pooling_choice import AUTO, choose_pooling
 from hf_lora.precision import choose_precision
 from hf_lora.processes import on_first
 from hf_lora.results import finish
@@ -40,6 +40,7 @@ from hf_lora.run_settings import (
     data_config,
     hub_options,
     is_sharded,
+    last_layer_only,
     lora_config,
 )
 from hf_lora.safeguard import Snapshot, keep_the_better
@@ -110,6 +111,7 @@ def _run(
         lora_args.pooling,
         model_args.model_name_or_path,
         labels=len(data.labels),
+        last_only=last_layer_only(args, lora_args.lora_rank),
         revision=model_args.model_revision,
         **hub,
     )
@@ -145,10 +147,13 @@ def _run(
         label_counts=data.report.label_counts,
         place=args.hub_model_id or (None if Path(args.output_dir).is_absolute() else args.output_dir),
     )
-    if lora_args.lora_rank == 0:
-        start = start_head(trainer, "probe", penalty=1.0)
-    else:
-        start = start_head(trainer, lora_args.head_init, penalty=lora_args.head_penalty)
+    stops = lora_args.lora_rank == 0
+    start = start_head(
+        trainer,
+        "probe" if stops else lora_args.head_init,
+        penalty=1.0 if stops else lora_args.head_penalty,
+        choose_layers=lora_args.pooling == AUTO,
+    )
     if args.process_index == 0:
         print(start, flush=True)
     seconds = start.seconds

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.head import belongs_to
 from hf_lora.inject import injection
 from hf_lora.metrics import first_output
+from hf_lora.pooling import PooledClassifier, pooling_of
 from hf_lora.prefix_cache import filling_prefix
 from hf_lora.probe import Probe, fit_probe
 from hf_lora.probing import evaluating, relative_difference
@@ -45,12 +46,14 @@ class WarmStart:
     """A probe, its outputs `(n, labels)` on the evaluation set, in its order (None where there is none), and a start.
 
     start: the same probe under a stronger penalty. It is less sure of itself, so that the gradients of LoRA
-    come from all examples and not only from those that the probe has wrong.
+    come from all examples and not only from those that the probe has wrong. last_layer: whether the head read several
+    layers, and reads the last one alone now.
     """
 
     probe: Probe
     validation: np.ndarray | None
     start: Probe
+    last_layer: bool = False
 
 
 def output_layer(model: Any) -> nn.Linear:
@@ -104,11 +107,16 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
     return np.asarray(features, np.float32)
 
 
-def fit_warm_start(trainer: LoRATrainer, penalty: float = HEAD_PENALTY) -> WarmStart:
-    """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set; the model stays as it is.
+def fit_warm_start(
+    trainer: LoRATrainer, penalty: float = HEAD_PENALTY, *, choose_layers: bool = False
+) -> WarmStart:
+    """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set.
 
-    penalty: by how much that of the start is stronger. Every process has to call it; the first one fits. Raises
-    ValueError where the logits are not a linear function of what the last layer of the head gets.
+    penalty: by how much that of the start is stronger. choose_layers: the evaluation set says, too, whether a head that
+    reads several layers had better read the last one alone, and the head is changed so: topics are told best by
+    what a sentence encoder was trained to give, the tone of a text by what is below. Else the model stays as it is.
+    Every process has to call it; the first one fits. Raises ValueError where the logits are not a linear function
+    of what the last layer of the head gets.
     """
     _check_linear(trainer)
     train: Any = trainer.train_dataset
@@ -121,22 +129,41 @@ def fit_warm_start(trainer: LoRATrainer, penalty: float = HEAD_PENALTY) -> WarmS
     weights = trainer.class_weights
     fit = partial(
         fit_probe,
-        features,
-        np.asarray(train["labels"]),
         problem_type=_problem_type(trainer),
         labels=trainer.model.config.num_labels,
         class_weights=None if weights is None else weights.tolist(),
         intercept=output_layer(trainer.model).bias is not None,
     )
+    labels = np.asarray(train["labels"])
+    parts = [slice(None)]
+    if choose_layers and validation is not None and len(validation):
+        parts += _last_of_several(trainer.model)
 
-    def both() -> tuple[Probe, Probe]:
-        probe = fit(None if validation is None else (validation, np.asarray(held_out["labels"])))
+    def fitted() -> tuple[Probe, Probe, int]:
+        probes = []
+        for part in parts:
+            held = None if validation is None else (validation[:, part], np.asarray(held_out["labels"]))
+            probes.append(fit(features[:, part], labels, held))
+        chosen = min(range(len(parts)), key=lambda number: probes[number].loss or 0.0)
+        probe = probes[chosen]
         if penalty == 1.0:
-            return probe, probe
-        return probe, fit(None, strength=probe.strength / penalty)
+            return probe, probe, chosen
+        start = fit(features[:, parts[chosen]], labels, None, strength=probe.strength / penalty)
+        return probe, start, chosen
 
-    probe, start = on_first(both)
-    return WarmStart(probe, None if validation is None else probe.logits(validation), start)
+    probe, start, chosen = on_first(fitted)
+    if chosen:
+        trainer.model.read_last_layer()
+        state = injection(trainer.model)
+        state.info = state.info and replace(state.info, pooling=pooling_of(trainer.model))
+    logits = None if validation is None else probe.logits(validation[:, parts[chosen]])
+    return WarmStart(probe, logits, start, last_layer=bool(chosen))
+
+
+def _last_of_several(model: Any) -> list[slice]:
+    """Of a head that reads several layers the features of the last one; of any other nothing."""
+    several = isinstance(model, PooledClassifier) and len(model.layers) > 1 and model.pool.of_last
+    return [slice(-model.config.hidden_size, None)] if several else []
 
 
 @dataclass(frozen=True)
@@ -153,18 +180,26 @@ class HeadStart:
         if self.warm is not None:
             probe, start = self.warm.probe, self.warm.start
             fitted = f"; probe of {probe.examples:,} examples, C = {probe.strength:g}"
+            if self.warm.last_layer:
+                fitted += ", better on the last layer alone, which the head reads now"
             if self.kind == "probe" and start is not probe:
                 fitted += f", LoRA starts from C = {start.strength:.2g}"
         return f"head: {self.kind} ({self.reason}{fitted}, {self.seconds:.1f} s)"
 
 
-def start_head(trainer: LoRATrainer, head_init: str = "auto", *, penalty: float = HEAD_PENALTY) -> HeadStart:
+def start_head(
+    trainer: LoRATrainer,
+    head_init: str = "auto",
+    *,
+    penalty: float = HEAD_PENALTY,
+    choose_layers: bool = False,
+) -> HeadStart:
     """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
 
     head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
     the model allows none. penalty: the head is fitted with so many times the penalty of the probe; 1: it is
-    the probe. Raises ValueError for another name, a penalty that is not above 0, and where a probe was asked for that
-    cannot be had.
+    the probe. choose_layers: as for `fit_warm_start`. Raises ValueError for another name, a penalty that is not above
+    0, and where a probe was asked for that cannot be had.
     """
     if head_init not in HEAD_INITS:
         raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
@@ -181,7 +216,7 @@ def start_head(trainer: LoRATrainer, head_init: str = "auto", *, penalty: float 
             )
         # A head that does not start from the regression needs the probe alone, to be compared with.
         unused = head_init == "random" or keeps_own
-        warm = fit_warm_start(trainer, 1.0 if unused else penalty)
+        warm = fit_warm_start(trainer, 1.0 if unused else penalty, choose_layers=choose_layers)
     except ValueError as error:
         if head_init == "probe":
             raise

@@ -37,7 +37,8 @@ def declare(base: Path, **values: object) -> str:
 def test_a_sentence_encoder_says_how_it_was_pooled(base: Path, values: dict, expected: str | None) -> None:
     directory = declare(base, **values)
     assert declared_pooling(directory) == expected
-    assert choose_pooling("auto", directory, labels=2).pooling == (expected or "native")
+    chosen = {"mean": "mean_layers", "cls": "cls", None: "native"}[expected]
+    assert choose_pooling("auto", directory, labels=2).pooling == chosen
 
 
 def test_other_models_keep_their_own_head(base: Path) -> None:
@@ -47,14 +48,29 @@ def test_other_models_keep_their_own_head(base: Path) -> None:
 
 def test_minilm_is_a_mean_pooled_encoder(minilm: str) -> None:
     assert str(choose_pooling("auto", minilm, labels=2)) == (
-        "pooling: mean (as this sentence encoder was trained, by its 1_Pooling/config.json)"
+        "pooling: mean_layers (by the 1_Pooling/config.json of this sentence encoder, in three layers)"
     )
+
+
+@pytest.mark.parametrize(("labels", "expected"), [(64, "mean_layers"), (65, "mean"), (None, "mean_layers")])
+def test_a_head_of_many_labels_reads_the_last_layer_alone(
+    minilm: str, labels: int | None, expected: str
+) -> None:
+    assert choose_pooling("auto", minilm, labels=labels).pooling == expected
+
+
+def test_there_may_be_a_reason_to_read_the_last_layer_alone(minilm: str) -> None:
+    choice = choose_pooling("auto", minilm, labels=2, last_only="it rains")
+    assert choice.pooling == "mean" and choice.reason.endswith("in the last layer alone, since it rains")
+    assert choose_pooling("mean_layers", minilm, labels=2, last_only="it rains").pooling == "mean_layers"
 
 
 def test_what_is_asked_for_is_taken(minilm: str) -> None:
     assert choose_pooling("native", minilm).pooling == "native"
     assert choose_pooling("cls", minilm).pooling == "cls"
-    with pytest.raises(ValueError, match="unknown pooling; got 'max'; expected one of mean, cls"):
+    with pytest.raises(
+        ValueError, match="unknown pooling; got 'max'; expected one of mean, cls, mean_layers"
+    ):
         choose_pooling("max", minilm)
 
 
@@ -63,7 +79,7 @@ def test_a_classifier_of_as_many_labels_keeps_its_trained_head(tmp_path: Path) -
     directory = declare(tmp_path / "classifier", pooling_mode="mean")
     assert choose_pooling("auto", directory, labels=3).pooling == "native"
     assert "trained head for 3 labels" in choose_pooling("auto", directory, labels=3).reason
-    assert choose_pooling("auto", directory, labels=4).pooling == "mean"
+    assert choose_pooling("auto", directory, labels=4).pooling == "mean_layers"
 
 
 def test_a_broken_file_is_an_error_in_one_line(base: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_commands import read_texts
 from transformers import AutoModelForSequenceClassification
 
 from hf_lora import TextClassifier, cli
+from hf_lora.checkpoint import read_adapter
 from hf_lora.training import run_training
 
 
@@ -35,7 +37,7 @@ def train(base: Path, output: Path, files: dict[str, Path], *flags: object) -> d
     return run_training([str(part) for part in (*argv, *flags)])
 
 
-@pytest.fixture(scope="module", params=["native", "mean"])
+@pytest.fixture(scope="module", params=["native", "mean", "mean_layers"])
 def probe_run(request, tiny_bert_dir: Path, files, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("runs") / request.param
     return output, train(tiny_bert_dir, output, files, "--lora_rank", 0, "--pooling", request.param)
@@ -86,12 +88,15 @@ def test_peft_loads_the_probe(probe_run, tiny_bert_dir: Path) -> None:
         torch.testing.assert_close(adapted.base_model.model.base_model(ids).last_hidden_state, states)
 
 
-def test_a_pooled_head_is_not_merged_but_exported(tiny_bert_dir: Path, files, tmp_path: Path, capsys) -> None:
-    train(tiny_bert_dir, tmp_path / "run", files, "--pooling", "mean", "--learning_rate", 1e-3)
+@pytest.mark.parametrize("pooling", ["mean", "mean_layers"])
+def test_a_pooled_head_is_not_merged_but_exported(
+    pooling: str, tiny_bert_dir: Path, files, tmp_path: Path, capsys
+) -> None:
+    train(tiny_bert_dir, tmp_path / "run", files, "--pooling", pooling, "--learning_rate", 1e-3)
     capsys.readouterr()
     merge = ["merge", "--adapter", str(tmp_path / "run"), "--output_dir", str(tmp_path / "merged")]
     assert cli.main(merge) == 2
-    assert "transformers has no class for a head with pooling='mean'" in capsys.readouterr().err
+    assert f"transformers has no class for a head with pooling={pooling!r}" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
     pytest.importorskip("onnxruntime")
     export = ["export", "--adapter", str(tmp_path / "run"), "--output_dir", str(tmp_path / "onnx")]
@@ -101,6 +106,33 @@ def test_a_pooled_head_is_not_merged_but_exported(tiny_bert_dir: Path, files, tm
     texts = ["the film was good", "a dull and rude book"]
     ours = TextClassifier.from_pretrained(tmp_path / "run", precision="fp32")
     np.testing.assert_allclose(load_onnx(tmp_path / "onnx").logits(texts), ours.logits(texts), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "flags", "expected"),
+    [(0, (), "mean_layers"), (0, ("--cache_frozen_prefix", "memory"), "mean"), (2, (), "mean")],
+)
+def test_a_sentence_encoders_probe_reads_three_layers_and_lora_the_last(
+    rank: int, flags: tuple[str, ...], expected: str, tiny_bert_dir: Path, files, tmp_path: Path, capsys
+) -> None:
+    base = Path(shutil.copytree(tiny_bert_dir, tmp_path / "base"))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    train(base, tmp_path / "run", files, "--lora_rank", rank, *flags)
+    printed = capsys.readouterr().out
+    assert f"pooling: {expected} (by the 1_Pooling/config.json" in printed
+    narrowed = "better on the last layer alone" in printed
+    assert read_adapter(tmp_path / "run").info.pooling == ("mean" if narrowed else expected)
+
+
+def test_a_head_on_three_layers_has_none_to_read_where_they_are_cached(
+    tiny_bert_dir: Path, files, tmp_path: Path
+) -> None:
+    flags = ("--lora_layers", -1, "--cache_frozen_prefix", "memory", "--pooling", "mean_layers")
+    with pytest.raises(
+        ValueError, match=r"reads layer 1 of 2, where the first 1 are frozen; use pooling='mean'"
+    ):
+        train(tiny_bert_dir, tmp_path / "run", files, *flags)
 
 
 def test_a_run_from_a_probe_goes_on_to_the_same_adapter(tiny_bert_dir: Path, files, tmp_path: Path) -> None:

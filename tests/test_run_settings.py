@@ -4,7 +4,14 @@ import pytest
 
 from hf_lora.arguments import LoRAArguments
 from hf_lora.parsing import parse_training
-from hf_lora.run_settings import PROBE_CONFIG, choose_epochs, choose_rate, choose_smoothing, lora_config
+from hf_lora.run_settings import (
+    PROBE_CONFIG,
+    choose_epochs,
+    choose_rate,
+    choose_smoothing,
+    last_layer_only,
+    lora_config,
+)
 
 
 def arguments(*flags: object):
@@ -77,3 +84,15 @@ def test_what_was_asked_for_stays(flags: tuple) -> None:
 def test_rank_0_is_the_smallest_adapter_there_is() -> None:
     assert lora_config(LoRAArguments(lora_rank=0)) == PROBE_CONFIG
     assert lora_config(LoRAArguments(lora_rank=4)).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("rank", "flags", "reason"),
+    [
+        (0, (), None),
+        (0, ("--cache_frozen_prefix", "memory"), "the states of frozen layers are cached"),
+        (8, (), "LoRA makes as much of it"),
+    ],
+)
+def test_why_a_head_reads_the_last_layer_alone(rank: int, flags: tuple[str, ...], reason: str | None) -> None:
+    assert last_layer_only(arguments(*flags), rank) == reason

@@ -15,10 +15,21 @@ from test_probe import scaled
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora, load_classifier
+from hf_lora import (
+    LoRAConfig,
+    LoRATrainer,
+    LoRATrainingArguments,
+    inject_lora,
+    load_classifier,
+    save_adapter,
+)
+from hf_lora.checkpoint import read_adapter
 from hf_lora.data import DataConfig, prepare_data
+from hf_lora.data.labels import SINGLE
 from hf_lora.inject import injection
 from hf_lora.modeling import load_base
+from hf_lora.pooling import PooledClassifier
+from hf_lora.probe import fit_probe
 from hf_lora.warm_start import (
     features_as_logits,
     fit_warm_start,
@@ -156,6 +167,57 @@ def test_lora_starts_from_the_regression_with_so_many_times_the_penalty(run, pen
     install(trainer.model, start.warm.probe)
     measured = trainer.evaluate(data.splits["train"])["eval_loss"]
     assert measured == pytest.approx(regressions_loss(x, y, best), rel=2e-3)
+
+
+@pytest.mark.parametrize("telling", ["last layer", "layers below"])
+def test_the_validation_set_says_which_layers_the_probe_reads(
+    telling: str, tmp_path: Path, tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _data = prepared(tmp_path, tiny_bert_dir, "mean_layers")
+    width = 3 * 32
+    generator = np.random.default_rng(0)
+
+    def made(_: Any, dataset: Any, **__: Any) -> np.ndarray:
+        """Noise, but for eight columns that say the label, not quite without fail."""
+        x = generator.normal(size=(len(dataset), width))
+        first = width - 32 if telling == "last layer" else 0
+        x[:, first : first + 8] += 1.5 * (2 * np.asarray(dataset["labels"])[:, None] - 1)
+        return x.astype(np.float32)
+
+    known: dict[int, np.ndarray] = {}
+    monkeypatch.setattr(
+        "hf_lora.warm_start.frozen_features",
+        lambda trainer, dataset, **given: known.setdefault(len(dataset), made(trainer, dataset, **given)),
+    )
+    start = start_head(trainer, "probe", choose_layers=True)
+    assert start.warm is not None
+    x, held = (known[len(part)] for part in (trainer.train_dataset, trainer.eval_dataset))
+    y, held_y = (np.asarray(part["labels"]) for part in (trainer.train_dataset, trainer.eval_dataset))
+    probes = {
+        name: fit_probe(x[:, part], y, (held[:, part], held_y), problem_type=SINGLE, labels=2)
+        for name, part in (("mean", slice(-32, None)), ("mean_layers", slice(None)))
+    }
+    expected = "mean" if telling == "last layer" else "mean_layers"
+    assert min(probes, key=lambda name: probes[name].loss or 0.0) == expected
+    np.testing.assert_allclose(start.warm.probe.weight, probes[expected].weight)
+    np.testing.assert_allclose(
+        output_layer(trainer.model).weight.detach(), start.warm.start.weight.astype(np.float32)
+    )
+    assert start.warm.last_layer == (expected == "mean")
+    assert ("better on the last layer alone" in str(start)) == (expected == "mean")
+    # The adapter says what its head reads.
+    saved = save_adapter(trainer.model, tmp_path / "adapter")
+    assert read_adapter(saved).info.pooling == expected
+
+
+def test_a_pooling_that_was_asked_for_stays(
+    tmp_path: Path, tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _data = prepared(tmp_path, tiny_bert_dir, "mean_layers")
+    monkeypatch.setattr(PooledClassifier, "read_last_layer", lambda _: pytest.fail("not asked"))
+    warm = start_head(trainer, "probe").warm
+    assert warm is not None and not warm.last_layer
+    assert warm.probe.weight.shape == (2, 3 * 32)
 
 
 def test_a_ridge_regression_starts_with_so_many_times_the_penalty_too(run) -> None:
