@@ -78,6 +78,27 @@ def test_sides_without_runs_are_dashes() -> None:
     assert row == ("words", "-", "-", "0.7000 (0.7000 - 0.7000)", "-", "-", "0/1/0")
 
 
+def test_the_readmes_tables_are_those_of_the_results_file() -> None:
+    root = Path(__file__).parent.parent
+    result = json.loads((root / "docs" / "quality.json").read_text(encoding="utf-8"))
+    lines = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    shown: dict[str, list[list[str]]] = {}
+    for line in lines:
+        if line.startswith("| "):
+            cells = line.strip("| ").split(" | ")
+            shown.setdefault(cells[0], []).append(cells)
+    for row in benchmark_quality.rows(result):
+        assert row[-1].startswith("3/3/")
+        # The runs of full fine-tuning need not be there.
+        wanted = [(number, cell) for number, cell in enumerate(row[:-1]) if cell != "-"]
+        assert any(
+            len(cells) == 6 and all(cells[number] == cell for number, cell in wanted)
+            for cells in shown[row[0]]
+        ), row
+    for row in benchmark_quality.cost_rows(result):
+        assert list(row) in shown[row[0]], row
+
+
 def write(path: Path, rows: int) -> None:
     write_rows(path, [(f"text {row}", "ab"[row % 2]) for row in range(rows)])
 
