@@ -23,8 +23,6 @@ from hf_lora.registry import Registry
 NATIVE = "native"
 HEAD = "pooled_head"
 
-LAST = (1.0,)
-
 
 @dataclass(frozen=True)
 class Pooling:
@@ -37,7 +35,7 @@ class Pooling:
 
     words: str
     of_tokens: Callable[[Tensor, Tensor], Tensor]
-    depths: tuple[float, ...] = LAST
+    depths: tuple[float, ...] = (1.0,)
     of_last: str | None = None
 
 

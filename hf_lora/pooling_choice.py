@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from hf_lora.bundled import resolve_base
@@ -57,8 +57,7 @@ def choose_pooling(
         return PoolingChoice(requested, "as asked for")
     # Once: it may ask whether the Hub answers.
     source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
-    config = AutoConfig.from_pretrained(source, revision=revision, **hub)
-    if labels is not None and has_head(config, labels):
+    if labels is not None and has_head(source, labels, revision=revision, **hub):
         return PoolingChoice(NATIVE, f"the checkpoint has a trained head for {labels} labels")
     declared = declared_pooling(source, revision=revision, **hub)
     if declared is None:
@@ -73,8 +72,9 @@ def choose_pooling(
     return PoolingChoice(MEAN_LAYERS, f"{named}, in three layers")
 
 
-def has_head(config: PreTrainedConfig, labels: int) -> bool:
-    """Whether a checkpoint's configuration says that it is a classifier of so many labels."""
+def has_head(source: str, labels: int, *, revision: str | None = None, **hub: Any) -> bool:
+    """Whether a checkpoint, as `resolve_base` gives it, says of itself that it is a classifier of so many labels."""
+    config = AutoConfig.from_pretrained(source, revision=revision, **hub)
     names = config.architectures or ()
     return config.num_labels == labels and any(name.endswith("ForSequenceClassification") for name in names)
 

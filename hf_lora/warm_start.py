@@ -140,10 +140,8 @@ def fit_warm_start(
         parts += _last_of_several(trainer.model)
 
     def fitted() -> tuple[Probe, Probe, int]:
-        probes = []
-        for part in parts:
-            held = None if validation is None else (validation[:, part], np.asarray(held_out["labels"]))
-            probes.append(fit(features[:, part], labels, held))
+        held = None if validation is None else (validation, np.asarray(held_out["labels"]))
+        probes = [fit(features[:, part], labels, held and (held[0][:, part], held[1])) for part in parts]
         chosen = min(range(len(parts)), key=lambda number: probes[number].loss or 0.0)
         probe = probes[chosen]
         if penalty == 1.0:
