@@ -24,6 +24,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 20,
     "train_sampling_strategy": "group_by_length",
 }
+# Whether a run trains again on all examples, the held-out ones included, once it has been measured.
+REFITS = ("auto", "always", "never")
 # How many times the probe's penalty the head that LoRA starts from is fitted with; measured too.
 HEAD_PENALTY = 30.0
 
@@ -160,6 +162,11 @@ class RunArguments:
         False, help="Print the resolved configuration and the modules to adapt, and stop."
     )
     overwrite_output_dir: bool = _option(False, help="Replace what an earlier run left in output_dir.")
+    refit: str = _option(
+        "auto",
+        help="Whether to train again on all examples once the run has been measured on the validation part: always, "
+        "never, or auto: where that part was held out of up to 1,000 examples.",
+    )
     early_stopping_patience: int | None = _option(
         None, help="Stop after this many evaluations without a better result; the best is kept."
     )

@@ -34,7 +34,7 @@ def baseline_logits(trainer: LoRATrainer, data: ClassificationData, warm: WarmSt
         for split, others in found.items():
             known = warm.validation if split == "validation" else None
             others[PROBE] = (
-                warm.probe.logits(frozen_features(trainer, data.splits[split])) if known is None else known
+                warm.best.logits(frozen_features(trainer, data.splits[split])) if known is None else known
             )
     return found
 

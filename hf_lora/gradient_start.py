@@ -78,20 +78,17 @@ def start_lora(trainer: Any, examples: int = EXAMPLES) -> LoRAStart:
     return trainer.lora_start
 
 
-def choose_start(trainer: Any, init: str, head: str, *, resuming: bool = False) -> LoRAStart:
+def choose_start(trainer: Any, init: str, head: str) -> LoRAStart:
     """What `--lora_init` asks for; "auto": the gradient, but with a random head or where there is none to be had.
 
-    head: how the head starts, the `kind` of a `HeadStart`. resuming: a checkpoint will bring A and B, so that they
-    stay as they are. Raises ValueError where "gradient" cannot be had.
+    head: how the head starts, the `kind` of a `HeadStart`. A run that goes on from a checkpoint starts like any other:
+    it may come back to where it began. Raises ValueError where "gradient" cannot be had.
     """
     if init not in (AUTO, INIT):
         return LoRAStart(init, "as asked for")
     if init == INIT or head != "random":
         try:
-            if not resuming:
-                return start_lora(trainer)
-            _check(trainer, trainer.accelerator.unwrap_model(trainer.model))
-            return LoRAStart(INIT, "of the checkpoint")
+            return start_lora(trainer)
         except ValueError as error:
             if init == INIT:
                 raise

@@ -58,14 +58,34 @@ class SaveOnSigterm(TrainerCallback):
 
 
 @contextmanager
+def ending_on_sigterm(step: int) -> Iterator[None]:
+    """Inside, SIGTERM raises Preempted at once: what is under way is not saved, but done again on resuming from `step`.
+
+    As with `saving_on_sigterm` another handler stays.
+    """
+    if not _is_unhandled():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        logger.warning("SIGTERM: ended; go on from checkpoint-%d with --resume_from_checkpoint", step)
+        raise Preempted(step)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def saving_on_sigterm(trainer: Any) -> Iterator[None]:
     """Inside, SIGTERM makes `trainer` save a checkpoint and stop; then raises Preempted at the end of the block.
 
     A handler that the program has installed for SIGTERM stays, and so does transformers' own
     (`enable_jit_checkpoint`). Signals reach the main thread only: in another one nothing is changed.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if not _is_unhandled():
         yield
         return
     callback = SaveOnSigterm()
@@ -88,3 +108,8 @@ def saving_on_sigterm(trainer: Any) -> Iterator[None]:
         os.kill(
             os.getpid(), signal.SIGTERM
         )  # it came when the last step was done: nothing is lost by ending now
+
+
+def _is_unhandled() -> bool:
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_lora.atomic import write_text
 from hf_lora.baselines import Baselines
 from hf_lora.checkpoint import TENSORS, adapter_info
 from hf_lora.data import ClassificationData
+from hf_lora.data.labels import SINGLE
 from hf_lora.inject import injection, lora_disabled, trainable_parameter_count
 from hf_lora.judgement import calibration_of
 from hf_lora.metric_classes import BASELINES, CLASS_F1
@@ -28,7 +30,23 @@ from hf_lora.temperature import MIN_EXAMPLES, decision_outputs, fitted, uncalibr
 from hf_lora.trainer import LoRATrainer
 
 # What `metrics.json` keeps of the metrics of training: its loss, and where the seconds went.
-_FROM_TRAINING = ("train_loss", "train_runtime", "warm_start_runtime", "evaluation_runtime")
+_RUNTIMES = ("train_runtime", "warm_start_runtime", "evaluation_runtime", "refit_runtime")
+_FROM_TRAINING = ("train_loss", *_RUNTIMES, "refit_examples")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one split says of the model at one moment, and the adapter's info with what was fitted on it."""
+
+    metrics: dict[str, Any]
+    class_errors: dict[str, dict[str, int]]
+    info: AdapterInfo
+
+
+def validated(trainer: LoRATrainer, data: ClassificationData, baselines: Baselines) -> Measured:
+    """Results on the validation split; temperature and thresholds are fitted on it."""
+    info = uncalibrated(adapter_info(trainer.accelerator.unwrap_model(trainer.model)))
+    return _results(trainer, data, baselines, info, "validation", "eval")
 
 
 def finish(
@@ -36,29 +54,20 @@ def finish(
     data: ClassificationData,
     train_metrics: dict[str, float],
     baselines: Baselines,
+    validation: Measured,
 ) -> dict[str, Any]:
-    """Evaluate with the adapter and with it disabled, save the adapter, write and show `metrics.json`.
+    """Evaluate on the test split, save the adapter, write and show `metrics.json`.
 
-    Temperature and thresholds are fitted on the validation split before, and saved with the adapter.
+    validation: of `validated`, with the calibration that is saved with the adapter.
     """
     args = trainer.args
     output = Path(args.output_dir)
-    metrics: dict[str, Any] = {}
-    errors: dict[str, dict[str, int]] = {}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # Every process has all predictions, and fits the same.
-    info = uncalibrated(adapter_info(model))
-    for split, prefix in (("validation", "eval"), ("test", "test")):
-        if split in data.splits:
-            result, disabled = predicted(trainer, data, split, prefix)
-            if split == "validation":
-                info = fitted(info, result.predictions, result.label_ids)
-            metrics |= measured(trainer, info, result, disabled, prefix)
-            metrics |= measured_baselines(trainer, baselines.get(split, {}), result.label_ids, prefix)
-            if data.problem_type == "single_label_classification":
-                errors = class_errors_beside(
-                    result.predictions, disabled.predictions, result.label_ids, data.labels
-                )
+    info, errors, metrics = validation.info, validation.class_errors, dict(validation.metrics)
+    if "test" in data.splits:
+        test = _results(trainer, data, baselines, info, "test", "test")
+        metrics |= test.metrics
+        errors = test.class_errors
     injection(model).info = info
     if info.temperature is not None:
         metrics["temperature"] = info.temperature
@@ -72,7 +81,8 @@ def finish(
         "peak_memory_mb": peak_memory_mb(),
     }
     trainer.facts.metrics, trainer.facts.class_errors = metrics, errors
-    trainer.facts.seconds, trainer.facts.device = train_metrics["train_runtime"], device_name(args.device)
+    spent = train_metrics["train_runtime"] + train_metrics.get("refit_runtime", 0.0)
+    trainer.facts.seconds, trainer.facts.device = spent, device_name(args.device)
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
         metrics["adapter_bytes"] = (output / TENSORS).stat().st_size
@@ -83,6 +93,27 @@ def finish(
         # Last, so that a push that fails takes nothing along.
         trainer.push_to_hub()
     return metrics
+
+
+def _results(
+    trainer: LoRATrainer,
+    data: ClassificationData,
+    baselines: Baselines,
+    info: AdapterInfo,
+    split: str,
+    prefix: str,
+) -> Measured:
+    """Results on a split with the adapter and with it disabled; on the validation split `info` is fitted first."""
+    result, disabled = predicted(trainer, data, split, prefix)
+    if split == "validation":
+        # Every process has all predictions, and fits the same.
+        info = fitted(info, result.predictions, result.label_ids)
+    metrics = measured(trainer, info, result, disabled, prefix)
+    metrics |= measured_baselines(trainer, baselines.get(split, {}), result.label_ids, prefix)
+    errors: dict[str, dict[str, int]] = {}
+    if data.problem_type == SINGLE:
+        errors = class_errors_beside(result.predictions, disabled.predictions, result.label_ids, data.labels)
+    return Measured(metrics, errors, info)
 
 
 def predicted(
@@ -180,6 +211,9 @@ def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str,
         ("peak memory", f"{metrics['peak_memory_mb']:.0f} MB"),
         ("adapter", f"{output} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"),
     ]
+    if "refit_examples" in metrics:
+        again = f"on all {metrics['refit_examples']:,} examples, {metrics['refit_runtime']:.1f} s"
+        facts.insert(3, ("refit", f"{again}; the results under eval are of the training before"))
     calibration = calibration_fact(metrics)
     if calibration is not None:
         facts.insert(0, ("calibration", calibration))

@@ -8,10 +8,11 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments
+from hf_lora.arguments import REFITS, DataArguments, LoRAArguments, ModelArguments
 from hf_lora.config import LoRAConfig
 from hf_lora.data import DataConfig
 from hf_lora.data.labels import SINGLE
+from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.gradient_start import AUTO, INIT
 from hf_lora.training_arguments import LoRATrainingArguments
 
@@ -91,6 +92,29 @@ def choose_smoothing(args: LoRATrainingArguments, problem_type: str) -> str | No
         return None
     args.label_smoothing_factor = 0.0
     return f"label smoothing: off ({problem_type.replace('_', ' ')})"
+
+
+def choose_refit(
+    refit: str, args: LoRATrainingArguments, *, held_out: bool, examples: int, stopping: bool = False
+) -> bool:
+    """Whether a run trains again on all examples in the end; README, "Quality", says how that was measured.
+
+    held_out: whether the validation split was taken from the training data. examples: of both. stopping: whether
+    training ends where the validation split says so. Raises ValueError for an unknown word, and where it cannot be.
+    """
+    if refit not in REFITS:
+        raise ValueError(f"unknown refit; got {refit!r}; expected one of {', '.join(REFITS)}")
+    problems = {
+        "early stopping or load_best_model_at_end, for which something has to be held out": stopping
+        or args.load_best_model_at_end,
+        "FSDP or DeepSpeed, whose weights are sharded": is_sharded(args),
+    }
+    problem = next((name for name, present in problems.items() if present), None)
+    if refit == "always" and problem is not None:
+        raise ValueError(f"refit=always cannot be done; got {problem}; use refit=never")
+    return refit == "always" or (
+        refit == "auto" and problem is None and held_out and examples <= FEW_EXAMPLES
+    )
 
 
 def data_config(arguments: DataArguments, model: ModelArguments, args: LoRATrainingArguments) -> DataConfig:

@@ -31,11 +31,13 @@ from hf_lora.parsing import parse_training
 from hf_lora.pooling_choice import AUTO, choose_pooling
 from hf_lora.precision import choose_precision
 from hf_lora.processes import on_first
-from hf_lora.results import finish
+from hf_lora.refit import refit, refit_probe
+from hf_lora.results import finish, validated
 from hf_lora.run_directory import prepare_output, reserved
 from hf_lora.run_settings import (
     choose_epochs,
     choose_rate,
+    choose_refit,
     choose_smoothing,
     data_config,
     hub_options,
@@ -139,6 +141,14 @@ def _run(
         if args.world_size > 1:
             print(f"processes: {args.world_size} ({args.parallel_mode.value})", flush=True)
     trainer = make_trainer(model, tokenizer, data, args, run_args)
+    refits = choose_refit(
+        run_args.refit,
+        args,
+        held_out=data.held_out,
+        examples=examples + len(data.splits["validation"]),
+        stopping=run_args.early_stopping_patience is not None,
+    )
+    fresh = Snapshot.of(model)
     trainer.facts = CardFacts(
         model_name=Path(args.output_dir).name,
         dataset_name=data_args.dataset_name,
@@ -153,12 +163,13 @@ def _run(
         "probe" if stops else lora_args.head_init,
         penalty=1.0 if stops else lora_args.head_penalty,
         choose_layers=lora_args.pooling == AUTO,
+        on_all=refits,
     )
     if args.process_index == 0:
         print(start, flush=True)
     seconds = start.seconds
     if lora_args.lora_rank > 0:
-        lora_start = choose_start(trainer, lora_args.lora_init, start.kind, resuming=resume is not None)
+        lora_start = choose_start(trainer, lora_args.lora_init, start.kind)
         seconds += lora_start.seconds
         if args.process_index == 0:
             print(lora_start, flush=True)
@@ -169,17 +180,30 @@ def _run(
     # And once more: training draws the same with any start.
     set_seed(args.seed)
     train_metrics = {"warm_start_runtime": seconds, "train_runtime": 0.0}
-    if lora_args.lora_rank > 0:
-        train_metrics |= train_timed(trainer, data, start, resume)
-    return finish(trainer, data, train_metrics, baselines)
+    is_probe = lora_args.lora_rank == 0
+    if not is_probe:
+        metrics, is_probe = train_timed(trainer, data, start, resume)
+        train_metrics |= metrics
+    validation = validated(trainer, data, baselines)
+    if refits:
+        again = (
+            refit_probe(trainer, data, start)
+            if is_probe
+            else refit(trainer, data, start, fresh, lora_args.lora_init)
+        )
+        train_metrics |= {"refit_examples": again.examples, "refit_runtime": again.seconds}
+        if args.process_index == 0:
+            print(again, flush=True)
+    return finish(trainer, data, train_metrics, baselines, validation)
 
 
 def train_timed(
     trainer: LoRATrainer, data: ClassificationData, start: HeadStart, resume: str | None
-) -> dict[str, float]:
-    """Train, and keep the probe that it started from if that is better; returns the metrics of training.
+) -> tuple[dict[str, float], bool]:
+    """Train, and keep the probe that it started from if that is better.
 
-    The seconds of evaluations are taken from those of training.
+    Returns the metrics of training and whether the probe was kept. The seconds of evaluations are taken from those
+    of training.
     """
     before = Snapshot.of(trainer.model) if start.kind == "probe" and start.warm else None
     clock = EvaluationClock()
@@ -188,13 +212,14 @@ def train_timed(
     trainer.remove_callback(clock)
     metrics["evaluation_runtime"] = clock.seconds
     metrics["train_runtime"] = max(0.0, metrics["train_runtime"] - clock.seconds)
+    kept = None
     if before is not None and start.warm is not None:
         began = time.perf_counter()
         kept = keep_the_better(trainer, data, before, start.warm)
         metrics["evaluation_runtime"] += time.perf_counter() - began
         if kept is not None and trainer.is_world_process_zero():
             logger.warning(kept)
-    return metrics
+    return metrics, kept is not None
 
 
 class EvaluationClock(TrainerCallback):

@@ -47,13 +47,20 @@ class WarmStart:
 
     start: the same probe under a stronger penalty. It is less sure of itself, so that the gradients of LoRA
     come from all examples and not only from those that the probe has wrong. last_layer: whether the head read several
-    layers, and reads the last one alone now.
+    layers, and reads the last one alone now. on_all: where it was asked for, probe and start with the same penalties,
+    fitted on training and evaluation set together.
     """
 
     probe: Probe
     validation: np.ndarray | None
     start: Probe
     last_layer: bool = False
+    on_all: tuple[Probe, Probe] | None = None
+
+    @property
+    def best(self) -> Probe:
+        """The probe for examples of neither set: that of all examples, where there is one."""
+        return self.probe if self.on_all is None else self.on_all[0]
 
 
 def output_layer(model: Any) -> nn.Linear:
@@ -108,13 +115,18 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
 
 
 def fit_warm_start(
-    trainer: LoRATrainer, penalty: float = HEAD_PENALTY, *, choose_layers: bool = False
+    trainer: LoRATrainer,
+    penalty: float = HEAD_PENALTY,
+    *,
+    choose_layers: bool = False,
+    on_all: bool = False,
 ) -> WarmStart:
     """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set.
 
     penalty: by how much that of the start is stronger. choose_layers: the evaluation set says, too, whether a head that
     reads several layers had better read the last one alone, and the head is changed so: topics are told best by
     what a sentence encoder was trained to give, the tone of a text by what is below. Else the model stays as it is.
+    on_all: fit both once more, on the evaluation set too, for a model that is trained on it in the end.
     Every process has to call it; the first one fits. Raises ValueError where the logits are not a linear function
     of what the last layer of the head gets.
     """
@@ -139,23 +151,30 @@ def fit_warm_start(
     if choose_layers and validation is not None and len(validation):
         parts += _last_of_several(trainer.model)
 
-    def fitted() -> tuple[Probe, Probe, int]:
+    def fitted() -> tuple[Probe, Probe, int, tuple[Probe, Probe] | None]:
         held = None if validation is None else (validation, np.asarray(held_out["labels"]))
         probes = [fit(features[:, part], labels, held and (held[0][:, part], held[1])) for part in parts]
         chosen = min(range(len(parts)), key=lambda number: probes[number].loss or 0.0)
-        probe = probes[chosen]
-        if penalty == 1.0:
-            return probe, probe, chosen
-        start = fit(features[:, parts[chosen]], labels, None, strength=probe.strength / penalty)
-        return probe, start, chosen
+        probe, part = probes[chosen], parts[chosen]
 
-    probe, start, chosen = on_first(fitted)
+        def start_of(given: np.ndarray, targets: np.ndarray, same: Probe) -> Probe:
+            """The start that goes with a probe of these examples."""
+            return same if penalty == 1.0 else fit(given, targets, None, strength=probe.strength / penalty)
+
+        start = start_of(features[:, part], labels, probe)
+        if held is None or not on_all:
+            return probe, start, chosen, None
+        everything = np.concatenate([features, held[0]])[:, part], np.concatenate([labels, held[1]])
+        best = fit(*everything, None, strength=probe.strength)
+        return probe, start, chosen, (best, start_of(*everything, best))
+
+    probe, start, chosen, together = on_first(fitted)
     if chosen:
         trainer.model.read_last_layer()
         state = injection(trainer.model)
         state.info = state.info and replace(state.info, pooling=pooling_of(trainer.model))
     logits = None if validation is None else probe.logits(validation[:, parts[chosen]])
-    return WarmStart(probe, logits, start, last_layer=bool(chosen))
+    return WarmStart(probe, logits, start, last_layer=bool(chosen), on_all=together)
 
 
 def _last_of_several(model: Any) -> list[slice]:
@@ -191,13 +210,14 @@ def start_head(
     *,
     penalty: float = HEAD_PENALTY,
     choose_layers: bool = False,
+    on_all: bool = False,
 ) -> HeadStart:
     """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
 
     head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
     the model allows none. penalty: the head is fitted with so many times the penalty of the probe; 1: it is
-    the probe. choose_layers: as for `fit_warm_start`. Raises ValueError for another name, a penalty that is not above
-    0, and where a probe was asked for that cannot be had.
+    the probe. choose_layers, on_all: as for `fit_warm_start`. Raises ValueError for another name, a penalty that is
+    not above 0, and where a probe was asked for that cannot be had.
     """
     if head_init not in HEAD_INITS:
         raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
@@ -214,7 +234,7 @@ def start_head(
             )
         # A head that does not start from the regression needs the probe alone, to be compared with.
         unused = head_init == "random" or keeps_own
-        warm = fit_warm_start(trainer, 1.0 if unused else penalty, choose_layers=choose_layers)
+        warm = fit_warm_start(trainer, 1.0 if unused else penalty, choose_layers=choose_layers, on_all=on_all)
     except ValueError as error:
         if head_init == "probe":
             raise

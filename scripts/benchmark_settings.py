@@ -64,6 +64,8 @@ SETTINGS: dict[str, str] = {
     "linear probe, last layer": "--lora_rank 0 --pooling mean",
     "native head": "--pooling native",
     "native random head": "--pooling native --head_init random",
+    "no refit": "--refit never",
+    "refit": "--refit always",
     "early stopping": "--early_stopping_patience 1",
     "6 epochs, early stopping": "--num_train_epochs 6 --early_stopping_patience 1",
     "balanced": "--class_weights balanced",

@@ -33,7 +33,7 @@ def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> R
         if run.returncode:
             raise RuntimeError(f"hf-lora train failed on {data_set.name}: {run.stderr.splitlines()[-1:]}")
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-    parts = ("warm_start_runtime", "train_runtime", "evaluation_runtime")
+    parts = ("warm_start_runtime", "train_runtime", "evaluation_runtime", "refit_runtime")
     return {
         "accuracy": metrics["test_accuracy"],
         "loss": metrics["test_loss"],

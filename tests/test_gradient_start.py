@@ -243,16 +243,6 @@ def test_automatic_is_the_gradient_but_with_a_random_head(tmp_path: Path) -> Non
     assert str(choose_start(trainer, "pissa", "probe")) == "LoRA: pissa (as asked for)"
 
 
-def test_a_resumed_run_leaves_the_factors_to_its_checkpoint(tmp_path: Path) -> None:
-    trainer, _ = trainer_of("bert", tmp_path, LoRAConfig(rank=2, init="gradient"))
-    drawn = [layer.lora_A.detach().clone() for layer in lora_layers(trainer.model).values()]
-    start = choose_start(trainer, "auto", "probe", resuming=True)
-    assert str(start) == "LoRA: gradient (of the checkpoint)"
-    for layer, before in zip(lora_layers(trainer.model).values(), drawn, strict=True):
-        assert torch.equal(layer.lora_A, before)
-    assert choose_start(trainer, "auto", "random", resuming=True).init == "kaiming"
-
-
 def _merge(trainer: LoRATrainer) -> None:
     randomize(trainer.model)
     for layer in lora_layers(trainer.model).values():

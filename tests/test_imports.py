@@ -56,6 +56,7 @@ LEVELS = (
     ("trainer",),
     ("warm_start", "lr_range"),
     ("safeguard", "baselines"),
+    ("refit",),
     ("parsing", "run_settings", "run_directory", "results"),
     ("inference",),
     ("labelled",),

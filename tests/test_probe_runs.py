@@ -135,7 +135,11 @@ def test_a_head_on_three_layers_has_none_to_read_where_they_are_cached(
         train(tiny_bert_dir, tmp_path / "run", files, *flags)
 
 
-def test_a_run_from_a_probe_goes_on_to_the_same_adapter(tiny_bert_dir: Path, files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("taken_back", [False, True], ids=["kept", "taken back"])
+def test_a_run_from_a_probe_goes_on_to_the_same_adapter(
+    taken_back: bool, tiny_bert_dir: Path, files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_lora.safeguard.clearly_better", lambda before, after: taken_back)
     flags = [
         "--pooling",
         "mean",

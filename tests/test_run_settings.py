@@ -8,6 +8,7 @@ from hf_lora.run_settings import (
     PROBE_CONFIG,
     choose_epochs,
     choose_rate,
+    choose_refit,
     choose_smoothing,
     last_layer_only,
     lora_config,
@@ -71,6 +72,43 @@ def test_only_single_labels_are_smoothed() -> None:
     assert choose_smoothing(args, "regression") == "label smoothing: off (regression)"
     assert args.label_smoothing_factor == 0.0
     assert choose_smoothing(args, "regression") is None
+
+
+@pytest.mark.parametrize(
+    ("refit", "held_out", "examples", "expected"),
+    [
+        ("auto", True, 1_000, True),
+        ("auto", True, 1_001, False),
+        ("auto", False, 10, False),  # a validation file is not trained on unasked
+        ("always", False, 10, True),
+        ("always", True, 50_000, True),
+        ("never", True, 10, False),
+    ],
+)
+def test_a_few_examples_are_all_trained_on_in_the_end(
+    refit: str, held_out: bool, examples: int, expected: bool
+) -> None:
+    assert choose_refit(refit, arguments(), held_out=held_out, examples=examples) is expected
+
+
+@pytest.mark.parametrize("problem", ["early stopping", "best model", "sharded"])
+def test_what_needs_a_held_out_part_or_whole_weights_is_not_refitted(
+    problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments("--load_best_model_at_end", problem == "best model")
+    if problem == "sharded":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    given = {"held_out": True, "examples": 10, "stopping": problem == "early stopping"}
+    assert not choose_refit("auto", args, **given)
+    assert not choose_refit("never", args, **given)
+    words = "FSDP" if problem == "sharded" else "early stopping"
+    with pytest.raises(ValueError, match=f"^refit=always cannot be done; got {words}.*; use refit=never$"):
+        choose_refit("always", args, **given)
+
+
+def test_an_unknown_refit_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown refit; got 'yes'; expected one of auto, always, never"):
+        choose_refit("yes", arguments(), held_out=True, examples=10)
 
 
 @pytest.mark.parametrize("flags", [("--num_train_epochs", 7), ("--max_steps", 5)])

@@ -30,7 +30,8 @@ class ClassificationData:
 
     `splits` has the tokenizer's outputs and "labels": int64, a list of `len(labels)` float32 for multi-label,
     or float32 for a regression. `texts` has the text and label columns of the same rows in the same order.
-    `labels` are names in id order; a regression has one, the name of its label column.
+    `labels` are names in id order; a regression has one, the name of its label column. `held_out`: whether the
+    validation split was taken from the training data, which had none of its own.
     """
 
     splits: datasets.DatasetDict
@@ -40,6 +41,7 @@ class ClassificationData:
     text_columns: tuple[str, ...]
     max_length: int
     report: DataReport
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,17 @@ def prepare_data(
         train, test, _ = hold_out(splits["train"], scheme, replace(config, seed=test_seed))
         splits = {"train": train, "test": test}
         warnings += (f"test: there is no such split; {len(test):,} examples of train are held out as one",)
+    held_out = "validation" not in splits
     more: tuple[str, ...] = ()
     if config.few_shot is not None:
         splits, more = few_shot(splits, scheme, config)
-    elif "validation" not in splits:
+    elif held_out:
         train, validation, more = hold_out(splits["train"], scheme, config)
         splits = {**splits, "train": train, "validation": validation}
     warnings += more
     ordered = {split: splits[split] for split in SPLIT_NAMES if split in splits}
-    return _finish(ordered, columns, scheme, config, tokenizer, warnings)
+    data = _finish(ordered, columns, scheme, config, tokenizer, warnings)
+    return replace(data, held_out=held_out)
 
 
 def prepare_test(

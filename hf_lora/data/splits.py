@@ -15,6 +15,8 @@ ENCODED = "__labels__"  # the column of encoded labels, while the raw label colu
 
 # How much is held out where nobody says how much.
 ENOUGH_HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 200, 0.1, 0.2
+# Up to so many examples, train and validation, a fifth is held out.
+FEW_EXAMPLES = round(ENOUGH_HELD_OUT / MOST_HELD_OUT)
 
 # What the splits of Hub datasets are called, best name first (MNLI has two validation splits).
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,81 @@
+"""Training once more on all examples: the held-out part has said how good a run is, and is not wasted after that.
+
+Of a few examples a fifth is much. What was measured and calibrated on the held-out part is of the first training.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import concatenate_datasets
+from transformers import set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_lora.data import ClassificationData
+from hf_lora.gradient_start import choose_start
+from hf_lora.preemption import ending_on_sigterm
+from hf_lora.safeguard import Snapshot
+from hf_lora.trainer import LoRATrainer
+from hf_lora.warm_start import HeadStart, install
+
+# What a training does beside changing the model: nothing of it a second time.
+_QUIET: dict[str, Any] = {
+    "eval_strategy": IntervalStrategy.NO,
+    "save_strategy": SaveStrategy.NO,
+    "logging_strategy": IntervalStrategy.NO,
+    "report_to": [],
+    "push_to_hub": False,
+}
+
+
+@dataclass(frozen=True)
+class Refit:
+    """On how many examples the adapter was trained in the end, in so many seconds."""
+
+    examples: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"refit: on all {self.examples:,} examples, {self.seconds:.1f} s; "
+            "what the validation split says is of the training before"
+        )
+
+
+def refit_probe(trainer: LoRATrainer, data: ClassificationData, start: HeadStart) -> Refit:
+    """Let the adapter's head be the probe of all examples. `start`: of `start_head(..., on_all=True)`."""
+    assert start.warm is not None
+    install(trainer.accelerator.unwrap_model(trainer.model), start.warm.best)
+    return Refit(sum(len(data.splits[split]) for split in ("train", "validation")), 0.0)
+
+
+def refit(
+    trainer: LoRATrainer, data: ClassificationData, start: HeadStart, fresh: Snapshot, lora_init: str
+) -> Refit:
+    """Train the model of a trainer that has trained again, from the start, on its evaluation set too.
+
+    start: of `start_head(..., on_all=True)`. fresh: the trained parameters before any start. lora_init: as for
+    `choose_start`. Seed, epochs and rates are those of before; `trainer` keeps its history and its callbacks.
+    Every process has to call it.
+    """
+    began = time.perf_counter()
+    args = copy.copy(trainer.args)
+    for name, value in _QUIET.items():
+        setattr(args, name, value)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    fresh.restore(model)
+    if start.kind == "probe" and start.warm is not None:
+        assert start.warm.on_all is not None
+        install(model, start.warm.on_all[1])
+    examples = concatenate_datasets([data.splits["train"], data.splits["validation"]])
+    again = LoRATrainer(
+        model=model, args=args, train_dataset=examples, processing_class=trainer.processing_class
+    )
+    choose_start(again, lora_init, start.kind)
+    set_seed(args.seed)
+    with ending_on_sigterm(trainer.state.global_step):
+        again.train()
+    return Refit(len(examples), time.perf_counter() - began)
