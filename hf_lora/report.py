@@ -160,7 +160,8 @@ def _facts(
     layers = sorted({update.layer for update in updates if update.layer is not None})
     roles = ", ".join(dict.fromkeys(update.role_name for update in updates))
     revision = info.base_model.revision if info else files.peft_config.get("revision")
-    seconds, steps, epochs = (recorded.get(name) for name in ("train_runtime", "global_step", "epochs"))
+    names = ("train_runtime", "global_step", "epochs", "refit_examples")
+    seconds, steps, epochs, refitted = map(recorded.get, names)
     rows = [
         ("base model", f"{files.base_name or 'not named'}{f' at {revision}' if revision else ''}"),
         ("task", info.problem_type.replace("_", " ") if info else "not recorded"),
@@ -178,6 +179,7 @@ def _facts(
             f"{seconds:,.0f} s, {steps:,} steps" if _is_number(seconds) and _is_number(steps) else "",
         ),
         ("epochs", f"{epochs:g}" if _is_number(epochs) else ""),
+        ("refit", f"once more, on all {refitted:,} examples" if _is_number(refitted) else ""),
         ("written by", f"hf_lora {info.hf_lora_version}" if info and info.hf_lora_version else ""),
     ]
     return [(name, value) for name, value in rows if value]

@@ -43,8 +43,8 @@ _WITHOUT_EFFECT = (
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "run_name", "logging_dir"),
     *("token", "hub_token", "cache_dir", "disable_tqdm", "log_level", "log_level_replica", "report_to"),
 )
-# With a rank of 0 nothing is trained after the head's start.
-_SECONDS = ("warm_start_runtime", "train_runtime")
+# With a rank of 0 nothing is trained after the head's start, and a refit is of a few examples.
+_SECONDS = ("warm_start_runtime", "train_runtime", "refit_runtime")
 S = TypeVar("S")
 
 

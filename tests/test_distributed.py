@@ -63,7 +63,7 @@ def test_two_processes_are_one(name, tmp_path):
 
 def test_two_processes_start_along_the_gradient_of_one(folder, tmp_path):
     # So small a rate leaves A where it started.
-    still = ("--learning_rate", "1e-12")
+    still = ("--learning_rate", "1e-12", "--refit", "never")
     for name, config in (("one", None), ("two", "cpu_2")):
         ended = run(command(folder, tmp_path / name, *still, config=config, steps=1))
         assert ended.returncode == 0, ended.stderr
@@ -80,6 +80,8 @@ def test_a_run_of_two_processes_resumes_bit_for_bit(config, folder, tmp_path):
     first = run(command(folder, tmp_path / "a", config=config))
     assert first.returncode == 0, first.stderr[-2000:]
     assert "processes: 2" in first.stdout
+    # Sharded weights are not started anew, and so not trained once more.
+    assert first.stdout.count("refit: on all ") == (config == "cpu_2")
     assert sorted(path.name for path in (tmp_path / "a" / "checkpoint-6").glob("rng*")) == [
         "rng_state_0.pth",
         "rng_state_1.pth",

@@ -378,6 +378,15 @@ def test_files_beside_the_adapter_may_be_anything(adapter_dir: Path, tmp_path: P
         pages.render(made, ".html")
 
 
+def test_an_adapter_that_was_trained_once_more_says_so(adapter_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter_dir, tmp_path / "run")
+    recorded = {"train_runtime": 3.0, "global_step": 1_200, "epochs": 2.0}
+    for refit, expected in (({}, None), ({"refit_examples": 1_000}, "once more, on all 1,000 examples")):
+        (tmp_path / "run" / "metrics.json").write_text(json.dumps(recorded | refit))
+        facts = dict(collect(read_adapter(tmp_path / "run")).facts)
+        assert (facts["training"], facts.get("refit")) == ("3 s, 1,200 steps", expected)
+
+
 def test_other_problem_types_have_a_page(adapter_dir: Path):
     truth = np.random.default_rng(3).integers(0, 2, (20, 3)).astype(np.float32)
     made = judge(MULTI_INFO, ["t"] * 20, truth, outputs(4, 20), outputs(5, 20))
