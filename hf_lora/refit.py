@@ -10,14 +10,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import concatenate_datasets
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_lora.data import ClassificationData
 from hf_lora.gradient_start import choose_start
+from hf_lora.metrics import first_output
 from hf_lora.preemption import ending_on_sigterm
-from hf_lora.safeguard import Snapshot
+from hf_lora.safeguard import Snapshot, class_weights_of, clearly_better, quality
 from hf_lora.trainer import LoRATrainer
 from hf_lora.warm_start import HeadStart, install
 
@@ -33,16 +35,24 @@ _QUIET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Refit:
-    """On how many examples the adapter was trained in the end, in so many seconds."""
+    """On how many examples the adapter was trained in the end, in so many seconds, or that it was not kept."""
 
     examples: int
     seconds: float
+    kept: bool = True
+
+    def metrics(self) -> dict[str, float]:
+        """What `metrics.json` says of it."""
+        examples = {"refit_examples": self.examples} if self.kept else {}
+        return {**examples, "refit_runtime": self.seconds}
 
     def __str__(self) -> str:
-        return (
-            f"refit: on all {self.examples:,} examples, {self.seconds:.1f} s; "
+        outcome = (
             "what the validation split says is of the training before"
+            if self.kept
+            else "not kept, since it does worse on the validation split, though it was trained on it"
         )
+        return f"refit: on all {self.examples:,} examples, {self.seconds:.1f} s; {outcome}"
 
 
 def refit_probe(trainer: LoRATrainer, data: ClassificationData, start: HeadStart) -> Refit:
@@ -59,13 +69,15 @@ def refit(
 
     start: of `start_head(..., on_all=True)`. fresh: the trained parameters before any start. lora_init: as for
     `choose_start`. Seed, epochs and rates are those of before; `trainer` keeps its history and its callbacks.
-    Every process has to call it.
+    Where that did clearly worse on the evaluation set, though it has seen it, training has failed, and what was there
+    before is kept. Every process has to call it.
     """
     began = time.perf_counter()
     args = copy.copy(trainer.args)
     for name, value in _QUIET.items():
         setattr(args, name, value)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    before, judged = Snapshot.of(model), _judged(trainer, data)
     fresh.restore(model)
     if start.kind == "probe" and start.warm is not None:
         assert start.warm.on_all is not None
@@ -78,4 +90,14 @@ def refit(
     set_seed(args.seed)
     with ending_on_sigterm(trainer.state.global_step):
         again.train()
-    return Refit(len(examples), time.perf_counter() - began)
+    kept = not clearly_better(judged, _judged(trainer, data))
+    if not kept:
+        before.restore(model)
+    return Refit(len(examples), time.perf_counter() - began, kept)
+
+
+def _judged(trainer: LoRATrainer, data: ClassificationData) -> np.ndarray:
+    """How good the predictions on the validation split are now, example by example."""
+    split = data.splits["validation"]
+    logits = first_output(trainer.predict(split).predictions)
+    return quality(logits, np.asarray(split["labels"]), data.problem_type, class_weights_of(trainer))

@@ -211,9 +211,11 @@ def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str,
         ("peak memory", f"{metrics['peak_memory_mb']:.0f} MB"),
         ("adapter", f"{output} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"),
     ]
-    if "refit_examples" in metrics:
-        again = f"on all {metrics['refit_examples']:,} examples, {metrics['refit_runtime']:.1f} s"
-        facts.insert(3, ("refit", f"{again}; the results under eval are of the training before"))
+    if "refit_runtime" in metrics:
+        kept = metrics.get("refit_examples")
+        outcome = "not kept" if kept is None else f"on all {kept:,} examples"
+        note = "the results under eval are of the training before"
+        facts.insert(3, ("refit", f"{metrics['refit_runtime']:.1f} s, {outcome}; {note}"))
     calibration = calibration_fact(metrics)
     if calibration is not None:
         facts.insert(0, ("calibration", calibration))

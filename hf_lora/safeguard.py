@@ -50,9 +50,8 @@ def keep_the_better(
     split = data.splits["validation"]
     assert warm.validation is not None  # a run of the command line has a validation split
     references = np.asarray(split["labels"])
-    weights = None if trainer.class_weights is None else trainer.class_weights.cpu().numpy()
     after, before = (
-        quality(logits, references, data.problem_type, weights)
+        quality(logits, references, data.problem_type, class_weights_of(trainer))
         for logits in (first_output(trainer.predict(split).predictions), warm.validation)
     )
     if not clearly_better(before, after):
@@ -64,6 +63,11 @@ def keep_the_better(
         f"LoRA did worse than the linear probe on the {len(after)} validation examples "
         f"({after.mean():.4g} against {before.mean():.4g}); the adapter is the probe; try a lower --learning_rate"
     )
+
+
+def class_weights_of(trainer: LoRATrainer) -> np.ndarray | None:
+    """The weights of the labels in a trainer's loss, `(labels,)`, as `quality` takes them."""
+    return None if trainer.class_weights is None else trainer.class_weights.cpu().numpy()
 
 
 def quality(

@@ -99,6 +99,13 @@ def _run(
     if args.process_index == 0:
         print(data.report, flush=True)
     examples = len(data.splits["train"])
+    refits = choose_refit(
+        run_args.refit,
+        args,
+        held_out=data.held_out,
+        examples=examples + len(data.splits["validation"]),
+        stopping=run_args.early_stopping_patience is not None,
+    )
     chosen = (
         choose_rate(args, examples),
         choose_epochs(args, examples),
@@ -141,13 +148,6 @@ def _run(
         if args.world_size > 1:
             print(f"processes: {args.world_size} ({args.parallel_mode.value})", flush=True)
     trainer = make_trainer(model, tokenizer, data, args, run_args)
-    refits = choose_refit(
-        run_args.refit,
-        args,
-        held_out=data.held_out,
-        examples=examples + len(data.splits["validation"]),
-        stopping=run_args.early_stopping_patience is not None,
-    )
     fresh = Snapshot.of(model)
     trainer.facts = CardFacts(
         model_name=Path(args.output_dir).name,
@@ -191,7 +191,7 @@ def _run(
             if is_probe
             else refit(trainer, data, start, fresh, lora_args.lora_init)
         )
-        train_metrics |= {"refit_examples": again.examples, "refit_runtime": again.seconds}
+        train_metrics |= again.metrics()
         if args.process_index == 0:
             print(again, flush=True)
     return finish(trainer, data, train_metrics, baselines, validation)

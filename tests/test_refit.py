@@ -214,6 +214,37 @@ def test_the_handler_of_a_program_stays(tmp_path: Path, tiny_bert_dir: Path) -> 
     assert received == [signal.SIGTERM]
 
 
+def test_a_training_that_failed_is_not_kept(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    # At so small a rate the first training is as good as its probe.
+    flags = (*ENOUGH, "--head_init", "probe", "--head_penalty", 1, "--learning_rate", 1e-12)
+    expected = train(tmp_path / "single", *flags, "--refit", "never")
+    assert expected["eval_accuracy"] > 0.7
+    own = LoRATrainer.train
+    trained: list[LoRATrainer] = []
+
+    def second_is_lost(self: LoRATrainer, *args: Any, **kwargs: Any) -> Any:
+        done = own(self, *args, **kwargs)
+        trained.append(self)
+        if len(trained) == 2:
+            layer = output_layer(self.model)
+            with torch.no_grad():
+                layer.weight.neg_()
+                layer.bias.neg_()
+        return done
+
+    monkeypatch.setattr(LoRATrainer, "train", second_is_lost)
+    metrics = train(tmp_path / "run", *flags)
+    assert len(trained) == 2
+    assert_same(tensors(tmp_path / "run"), tensors(tmp_path / "single"))
+    assert metrics["test_accuracy"] == expected["test_accuracy"]
+    assert metrics["refit_runtime"] > 0 and "refit_examples" not in metrics
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not kept, since it does worse on the validation split" in printed and "s, not kept;" in printed
+    assert "once more" not in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("why", ["rank 0", "safeguard"])
 def test_where_the_probe_is_kept_it_is_that_of_all_examples(
     why: str, train: Train, tmp_path: Path, tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_lora.arguments import LoRAArguments
+from hf_lora.arguments import LoRAArguments, help_text
+from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.parsing import parse_training
 from hf_lora.run_settings import (
     PROBE_CONFIG,
@@ -104,6 +105,10 @@ def test_what_needs_a_held_out_part_or_whole_weights_is_not_refitted(
     words = "FSDP" if problem == "sharded" else "early stopping"
     with pytest.raises(ValueError, match=f"^refit=always cannot be done; got {words}.*; use refit=never$"):
         choose_refit("always", args, **given)
+
+
+def test_help_says_how_few_are_few() -> None:
+    assert f"held out of up to {FEW_EXAMPLES:,} examples" in help_text()
 
 
 def test_an_unknown_refit_names_the_known_ones() -> None:
