@@ -59,16 +59,18 @@ class SaveOnSigterm(TrainerCallback):
 
 @contextmanager
 def ending_on_sigterm(step: int) -> Iterator[None]:
-    """Inside, SIGTERM raises Preempted at once: what is under way is not saved, but done again on resuming from `step`.
+    """Inside, SIGTERM raises Preempted at once: what is under way is not saved, but done again on resuming.
 
-    As with `saving_on_sigterm` another handler stays.
+    step: of the training before. As with `saving_on_sigterm` another handler stays.
     """
     if not _is_unhandled():
         yield
         return
 
     def end(number: int, frame: Any) -> None:
-        logger.warning("SIGTERM: ended; go on from checkpoint-%d with --resume_from_checkpoint", step)
+        logger.warning(
+            "SIGTERM: ended; --resume_from_checkpoint goes on from the last checkpoint that was saved"
+        )
         raise Preempted(step)
 
     signal.signal(signal.SIGTERM, end)
