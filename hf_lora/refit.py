@@ -10,16 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from datasets import concatenate_datasets
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_lora.data import ClassificationData
 from hf_lora.gradient_start import choose_start
-from hf_lora.metrics import first_output
 from hf_lora.preemption import ending_on_sigterm
-from hf_lora.safeguard import Snapshot, class_weights_of, clearly_better, quality
+from hf_lora.safeguard import Snapshot, clearly_better, validation_quality
 from hf_lora.trainer import LoRATrainer
 from hf_lora.warm_start import HeadStart, install
 
@@ -77,7 +75,7 @@ def refit(
     for name, value in _QUIET.items():
         setattr(args, name, value)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    before, judged = Snapshot.of(model), _judged(trainer, data)
+    before, judged = Snapshot.of(model), validation_quality(trainer, data)
     fresh.restore(model)
     if start.kind == "probe" and start.warm is not None:
         assert start.warm.on_all is not None
@@ -90,14 +88,7 @@ def refit(
     set_seed(args.seed)
     with ending_on_sigterm(trainer.state.global_step):
         again.train()
-    kept = not clearly_better(judged, _judged(trainer, data))
+    kept = not clearly_better(judged, validation_quality(trainer, data))
     if not kept:
         before.restore(model)
     return Refit(len(examples), time.perf_counter() - began, kept)
-
-
-def _judged(trainer: LoRATrainer, data: ClassificationData) -> np.ndarray:
-    """How good the predictions on the validation split are now, example by example."""
-    split = data.splits["validation"]
-    logits = first_output(trainer.predict(split).predictions)
-    return quality(logits, np.asarray(split["labels"]), data.problem_type, class_weights_of(trainer))

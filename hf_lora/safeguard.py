@@ -47,13 +47,8 @@ def keep_the_better(
 
     Clearly: by more than `SURE` standard errors of the difference, example by example. Every process has to call it.
     """
-    split = data.splits["validation"]
     assert warm.validation is not None  # a run of the command line has a validation split
-    references = np.asarray(split["labels"])
-    after, before = (
-        quality(logits, references, data.problem_type, class_weights_of(trainer))
-        for logits in (first_output(trainer.predict(split).predictions), warm.validation)
-    )
+    after, before = validation_quality(trainer, data), validation_quality(trainer, data, warm.validation)
     if not clearly_better(before, after):
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -65,9 +60,18 @@ def keep_the_better(
     )
 
 
-def class_weights_of(trainer: LoRATrainer) -> np.ndarray | None:
-    """The weights of the labels in a trainer's loss, `(labels,)`, as `quality` takes them."""
-    return None if trainer.class_weights is None else trainer.class_weights.cpu().numpy()
+def validation_quality(
+    trainer: LoRATrainer, data: ClassificationData, logits: np.ndarray | None = None
+) -> np.ndarray:
+    """How good each prediction for the validation split is, as `quality` says; logits: None: of the model as it is now.
+
+    Every process has to call it.
+    """
+    split = data.splits["validation"]
+    if logits is None:
+        logits = first_output(trainer.predict(split).predictions)
+    weights = None if trainer.class_weights is None else trainer.class_weights.cpu().numpy()
+    return quality(logits, np.asarray(split["labels"]), data.problem_type, weights)
 
 
 def quality(
