@@ -24,6 +24,7 @@ from hf_lora.warm_start import HeadStart, install
 # What a training does beside changing the model: nothing of it a second time.
 _QUIET: dict[str, Any] = {
     "eval_strategy": IntervalStrategy.NO,
+    "eval_on_start": False,
     "save_strategy": SaveStrategy.NO,
     "logging_strategy": IntervalStrategy.NO,
     "report_to": [],

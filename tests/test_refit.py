@@ -274,6 +274,10 @@ def test_where_the_probe_is_kept_it_is_that_of_all_examples(
     assert trainer.evaluate(everything)["eval_loss"] == pytest.approx(expected, rel=2e-3)
 
 
+def test_an_evaluation_at_the_start_is_of_the_first_training(train: Train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--eval_on_start", True)["refit_examples"] == 60
+
+
 def test_a_validation_file_is_trained_on_if_asked(train: Train, tmp_path: Path) -> None:
     write_texts(tmp_path / "validation.csv", 24)
     flags = ("--validation_file", tmp_path / "validation.csv")
