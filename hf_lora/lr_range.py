@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from hf_lora.atomic import replacing
 from hf_lora.inject import injection
 from hf_lora.lr_range_plot import range_picture
 from hf_lora.lr_rule import LearningRateRange, Suggestion, diverged, schedule, smooth, suggest
-from hf_lora.preemption import EXIT_CODE
+from hf_lora.preemption import EXIT_CODE, handling_sigterm
 from hf_lora.processes import process_count
 from hf_lora.restoring import restored
 from hf_lora.tables import print_table
@@ -86,7 +83,8 @@ def find_learning_rate(
         if present(trainer):
             raise ValueError(f"the learning-rate range test does not work with {what}; {instead}")
     sweep = _Sweep(rates.tolist(), own_optimizer=trainer.optimizer is None)
-    with restored(trainer), _ended_by_sigterm():
+    # There is no training yet of which a checkpoint could be saved.
+    with restored(trainer), handling_sigterm(lambda *_: sys.exit(EXIT_CODE)):
         trainer.args = _arguments(trainer.args, steps)
         trainer.lr_scheduler = None
         trainer.control = TrainerControl()
@@ -258,17 +256,3 @@ def _arguments(args: TrainingArguments, steps: int) -> TrainingArguments:
         kind = type(getattr(args, name))
         setattr(args, name, kind(value) if issubclass(kind, str) else value)
     return args
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the program by itself: there is no training yet of which a checkpoint could be saved."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

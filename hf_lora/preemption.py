@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,9 +63,6 @@ def ending_on_sigterm(step: int) -> Iterator[None]:
 
     step: of the training before. As with `saving_on_sigterm` another handler stays.
     """
-    if not _is_unhandled():
-        yield
-        return
 
     def end(number: int, frame: Any) -> None:
         logger.warning(
@@ -73,7 +70,17 @@ def ending_on_sigterm(step: int) -> Iterator[None]:
         )
         raise Preempted(step)
 
-    signal.signal(signal.SIGTERM, end)
+    with handling_sigterm(end):
+        yield
+
+
+@contextmanager
+def handling_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, SIGTERM calls `handler`; another handler stays, and outside the main thread nothing is changed."""
+    if not _is_unhandled():
+        yield
+        return
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
