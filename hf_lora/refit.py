@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import concatenate_datasets
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -17,7 +18,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_lora.data import ClassificationData
 from hf_lora.gradient_start import choose_start
 from hf_lora.preemption import ending_on_sigterm
-from hf_lora.safeguard import Snapshot, clearly_better, validation_quality
+from hf_lora.safeguard import clearly_better, validation_quality
+from hf_lora.snapshot import Snapshot
 from hf_lora.trainer import LoRATrainer
 from hf_lora.warm_start import HeadStart, install
 
@@ -62,12 +64,18 @@ def refit_probe(trainer: LoRATrainer, data: ClassificationData, start: HeadStart
 
 
 def refit(
-    trainer: LoRATrainer, data: ClassificationData, start: HeadStart, fresh: Snapshot, lora_init: str
+    trainer: LoRATrainer,
+    data: ClassificationData,
+    start: HeadStart,
+    fresh: Snapshot,
+    lora_init: str,
+    outputs: np.ndarray | None = None,
 ) -> Refit:
     """Train the model of a trainer that has trained again, from the start, on its evaluation set too.
 
     start: of `start_head(..., on_all=True)`. fresh: the trained parameters before any start. lora_init: as for
-    `choose_start`. Seed, epochs and rates are those of before; `trainer` keeps its history and its callbacks.
+    `choose_start`. outputs: the model's as it is, `(examples, labels)`, for the evaluation set, where they are known.
+    Seed, epochs and rates are those of before; `trainer` keeps its history and its callbacks.
     Where that did clearly worse on the evaluation set, though it has seen it, training has failed, and what was there
     before is kept. Every process has to call it.
     """
@@ -76,7 +84,7 @@ def refit(
     for name, value in _QUIET.items():
         setattr(args, name, value)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    before, judged = Snapshot.of(model), validation_quality(trainer, data)
+    before, judged = Snapshot.of(model), validation_quality(trainer, data, outputs)
     fresh.restore(model)
     if start.kind == "probe" and start.warm is not None:
         assert start.warm.on_all is not None

@@ -36,11 +36,15 @@ _FROM_TRAINING = ("train_loss", *_RUNTIMES, "refit_examples")
 
 @dataclass(frozen=True)
 class Measured:
-    """What one split says of the model at one moment, and the adapter's info with what was fitted on it."""
+    """What one split says of the model at one moment, and the adapter's info with what was fitted on it.
+
+    outputs: `(examples, labels)`, in the split's order.
+    """
 
     metrics: dict[str, Any]
     class_errors: dict[str, dict[str, int]]
     info: AdapterInfo
+    outputs: np.ndarray
 
 
 def validated(trainer: LoRATrainer, data: ClassificationData, baselines: Baselines) -> Measured:
@@ -113,7 +117,7 @@ def _results(
     errors: dict[str, dict[str, int]] = {}
     if data.problem_type == SINGLE:
         errors = class_errors_beside(result.predictions, disabled.predictions, result.label_ids, data.labels)
-    return Measured(metrics, errors, info)
+    return Measured(metrics, errors, info, np.asarray(result.predictions))
 
 
 def predicted(

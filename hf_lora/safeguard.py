@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from hf_lora.data import ClassificationData
 from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.losses import example_losses
 from hf_lora.metrics import first_output
+from hf_lora.snapshot import Snapshot
 from hf_lora.trainer import LoRATrainer
 from hf_lora.warm_start import WarmStart, install
 
@@ -20,35 +18,20 @@ from hf_lora.warm_start import WarmStart, install
 SURE = 2.0
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The trained parameters of a model at one moment, on the CPU."""
-
-    values: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Snapshot:
-        """The parameters as they are now."""
-        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        return cls({name: p.detach().to("cpu", copy=True) for name, p in trained})
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        """Give the model these parameters again."""
-        parameters = dict(model.named_parameters())
-        for name, value in self.values.items():
-            parameters[name].copy_(value)
-
-
 def keep_the_better(
-    trainer: LoRATrainer, data: ClassificationData, start: Snapshot, warm: WarmStart
+    trainer: LoRATrainer,
+    data: ClassificationData,
+    start: Snapshot,
+    warm: WarmStart,
+    outputs: np.ndarray | None = None,
 ) -> str | None:
     """Go back to the probe if training made the validation split clearly worse; returns what was done, in one line.
 
+    outputs: `(examples, labels)` of the model for that split, where they are known; None: it is predicted.
     Clearly: by more than `SURE` standard errors of the difference, example by example. Every process has to call it.
     """
     assert warm.validation is not None  # a run of the command line has a validation split
-    after, before = validation_quality(trainer, data), validation_quality(trainer, data, warm.validation)
+    after, before = (validation_quality(trainer, data, given) for given in (outputs, warm.validation))
     if not clearly_better(before, after):
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -21,6 +21,7 @@ from hf_lora.arguments import FROM_DATA, DataArguments, LoRAArguments, ModelArgu
 from hf_lora.baselines import baseline_logits
 from hf_lora.config import LoRAConfig
 from hf_lora.data import ClassificationData, prepare_data
+from hf_lora.evaluations import watched
 from hf_lora.gradient_start import choose_start
 from hf_lora.inject import inject_lora, trainable_parameter_count
 from hf_lora.lr_range import run_find_lr
@@ -45,8 +46,9 @@ from hf_lora.run_settings import (
     last_layer_only,
     lora_config,
 )
-from hf_lora.safeguard import Snapshot, keep_the_better
+from hf_lora.safeguard import keep_the_better
 from hf_lora.sharding import whole_weights
+from hf_lora.snapshot import Snapshot
 from hf_lora.trainer import LoRATrainer
 from hf_lora.training_arguments import LoRATrainingArguments
 from hf_lora.verify import probe_batch, verify_injection
@@ -189,7 +191,7 @@ def _run(
         again = (
             refit_probe(trainer, data, start)
             if is_probe
-            else refit(trainer, data, start, fresh, lora_args.lora_init)
+            else refit(trainer, data, start, fresh, lora_args.lora_init, validation.outputs)
         )
         train_metrics |= again.metrics()
         if args.process_index == 0:
@@ -206,31 +208,18 @@ def train_timed(
     of training.
     """
     before = Snapshot.of(trainer.model) if start.kind == "probe" and start.warm else None
-    clock = EvaluationClock()
-    trainer.add_callback(clock)
-    metrics = trainer.train(resume_from_checkpoint=resume).metrics
-    trainer.remove_callback(clock)
-    metrics["evaluation_runtime"] = clock.seconds
-    metrics["train_runtime"] = max(0.0, metrics["train_runtime"] - clock.seconds)
+    with watched(trainer) as evaluations:
+        metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    metrics["evaluation_runtime"] = evaluations.seconds
+    metrics["train_runtime"] = max(0.0, metrics["train_runtime"] - evaluations.seconds)
     kept = None
     if before is not None and start.warm is not None:
         began = time.perf_counter()
-        kept = keep_the_better(trainer, data, before, start.warm)
+        kept = keep_the_better(trainer, data, before, start.warm, evaluations.outputs())
         metrics["evaluation_runtime"] += time.perf_counter() - began
         if kept is not None and trainer.is_world_process_zero():
             logger.warning(kept)
     return metrics, kept is not None
-
-
-class EvaluationClock(TrainerCallback):
-    """Adds up the seconds that evaluations take during training."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
-        """Called by the Trainer after each evaluation."""
-        self.seconds += metrics.get("eval_runtime", 0.0)
 
 
 def make_trainer(

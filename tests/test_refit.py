@@ -27,7 +27,7 @@ from hf_lora import LoRATrainer, TextClassifier
 from hf_lora.gradient_start import choose_start, start_lora
 from hf_lora.preemption import EXIT_CODE, Preempted
 from hf_lora.refit import refit
-from hf_lora.safeguard import Snapshot
+from hf_lora.snapshot import Snapshot
 from hf_lora.tensors import adapter_tensors
 from hf_lora.training import run_training
 from hf_lora.warm_start import frozen_features, install, output_layer, start_head
