@@ -7,7 +7,6 @@ changes is put back by `restoring`.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from hf_lora.processes import process_count
 from hf_lora.restoring import restored
 from hf_lora.tables import print_table
 from hf_lora.trainer import LoRATrainer
+from hf_lora.training_arguments import silent
 from hf_lora.version import __version__
 
 RESULT, PICTURE = "lr_range.json", "lr_range.png"
@@ -235,24 +235,14 @@ class _Sweep(TrainerCallback):
 
 
 def _arguments(args: TrainingArguments, steps: int) -> TrainingArguments:
-    """The arguments with a constant rate and every loss logged as it is; nothing saved, evaluated or sent."""
-    args = copy.copy(args)
-    changes = {
-        "max_steps": steps,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "eval_on_start": False,
-        "load_best_model_at_end": False,
-        "push_to_hub": False,
-        "lr_scheduler_type": "constant",
-        "lr_scheduler_kwargs": {},
-        "warmup_steps": 0,
-    }
-    for name, value in changes.items():
-        # Strategies are enums in the arguments, compared with strings by value.
-        kind = type(getattr(args, name))
-        setattr(args, name, kind(value) if issubclass(kind, str) else value)
-    return args
+    """The arguments with a constant rate and every loss logged as it is, and nothing else done."""
+    return silent(
+        args,
+        max_steps=steps,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        lr_scheduler_type="constant",
+        lr_scheduler_kwargs={},
+        warmup_steps=0,
+    )

@@ -5,7 +5,6 @@ Of a few examples a fifth is much. What was measured and calibrated on the held-
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from datasets import concatenate_datasets
 from transformers import set_seed
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_lora.data import ClassificationData
 from hf_lora.gradient_start import choose_start
@@ -21,17 +19,8 @@ from hf_lora.preemption import ending_on_sigterm
 from hf_lora.safeguard import clearly_better, validation_quality
 from hf_lora.snapshot import Snapshot
 from hf_lora.trainer import LoRATrainer
+from hf_lora.training_arguments import silent
 from hf_lora.warm_start import HeadStart, install
-
-# What a training does beside changing the model: nothing of it a second time.
-_QUIET: dict[str, Any] = {
-    "eval_strategy": IntervalStrategy.NO,
-    "eval_on_start": False,
-    "save_strategy": SaveStrategy.NO,
-    "logging_strategy": IntervalStrategy.NO,
-    "report_to": [],
-    "push_to_hub": False,
-}
 
 
 @dataclass(frozen=True)
@@ -80,9 +69,7 @@ def refit(
     before is kept. Every process has to call it.
     """
     began = time.perf_counter()
-    args = copy.copy(trainer.args)
-    for name, value in _QUIET.items():
-        setattr(args, name, value)
+    args = silent(trainer.args)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     before, judged = Snapshot.of(model), validation_quality(trainer, data, outputs)
     fresh.restore(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,16 @@ from hf_lora.prefix_store import CACHE_MODES
 
 # The sampling strategies that a budget of tokens can replace.
 _WITH_BUDGET = ("random", "group_by_length")
+# What a training does beside changing the model.
+_QUIET: dict[str, Any] = {
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "logging_strategy": "no",
+    "report_to": [],
+    "push_to_hub": False,
+}
 
 
 @dataclass
@@ -89,3 +100,13 @@ class LoRATrainingArguments(TrainingArguments):
             raise ValueError(
                 "max_tokens_per_batch leaves auto_find_batch_size nothing to try; got both; expected one of the two"
             )
+
+
+def silent(args: TrainingArguments, **changes: Any) -> TrainingArguments:
+    """The arguments of a training that changes the model and does nothing else; `changes` are made after that."""
+    args = copy.copy(args)
+    for name, value in (_QUIET | changes).items():
+        # Strategies are enums in the arguments, compared with strings by value.
+        kind = type(getattr(args, name))
+        setattr(args, name, kind(value) if issubclass(kind, str) else value)
+    return args
