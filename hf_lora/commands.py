@@ -62,7 +62,7 @@ def evaluate(options: argparse.Namespace) -> int:
     rows = [(name, value, report["metrics_disabled"].get(name)) for name, value in report["metrics"].items()]
     print_table(f"{len(texts)} examples", ("metric", "with adapter", "adapter disabled"), rows)
     if "classes" in report:
-        print_class_errors(report["classes"])
+        print_class_errors(report["classes"], "in the output of --json")
     return 0
 
 

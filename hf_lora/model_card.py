@@ -19,6 +19,7 @@ from hf_lora.inject import ParameterCount
 from hf_lora.metric_classes import BASELINES, CLASS_F1, class_f1
 from hf_lora.pooling import NATIVE, POOLINGS
 from hf_lora.sidecar import AdapterInfo
+from hf_lora.tables import MANY_LABELS
 
 TEMPLATE = "model_card.md.jinja"
 CURVE = "training_curve.png"
@@ -113,6 +114,7 @@ def render_card(
         curve=curve,
         place=facts.place or "<this repository or directory>",
         classes=_classes(facts.class_errors),
+        many=MANY_LABELS,
         worse=[
             label
             for label, row in facts.class_errors.items()

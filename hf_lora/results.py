@@ -207,7 +207,7 @@ def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str,
     rows = [(name, *(metrics.get(f"{name}{suffix}") for suffix in columns.values())) for name in names]
     print_table("results", ("metric", *columns), rows)
     if errors:
-        print_class_errors(errors)
+        print_class_errors(errors, "in metrics.json")
     facts = [
         ("parameters", count),
         ("start", f"{metrics['warm_start_runtime']:.1f} s"),

@@ -11,6 +11,8 @@ from rich.table import Table
 
 # Control and format characters, lone surrogates, line and paragraph separators.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Of more labels than these nobody reads a row for each between two other things.
+MANY_LABELS = 20
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -31,10 +33,21 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     console.print(table)
 
 
-def print_class_errors(errors: Mapping[str, Mapping[str, int]]) -> None:
-    """Print errors by class, with the adapter and with it disabled, as `class_errors_beside` counts them."""
-    rows = [(label, row["support"], row["wrong"], row["wrong_disabled"]) for label, row in errors.items()]
+def print_class_errors(errors: Mapping[str, Mapping[str, int]], whole: str) -> None:
+    """Print errors by class, with the adapter and with it disabled, as `class_errors_beside` counts them.
+
+    Of more than `MANY_LABELS` labels so many, those with the most errors; `whole` says where all of them are.
+    """
+    shown = list(errors)
+    if len(errors) > MANY_LABELS:
+        shown = sorted(errors, key=lambda label: -errors[label]["wrong"])[:MANY_LABELS]
+    rows = [
+        (label, row["support"], row["wrong"], row["wrong_disabled"])
+        for label, row in ((label, errors[label]) for label in shown)
+    ]
     print_table("errors by class", ("label", "examples", "wrong", "wrong, disabled"), rows)
+    if len(shown) < len(errors):
+        print(f"the {len(shown)} of {len(errors):,} labels with the most errors; all of them are {whole}")
 
 
 def _cell(value: Any) -> str:

@@ -268,6 +268,24 @@ def test_label_with_a_pipe_does_not_break_the_tables() -> None:
         assert {len(row) for row in table} == {len(table[0])}, table
 
 
+@pytest.mark.parametrize("count", [20, 21])
+def test_the_rows_of_many_labels_are_folded(count: int) -> None:
+    names = tuple(f"label {number}" for number in range(count))
+    facts = CardFacts(
+        label_counts={"train": dict.fromkeys(names, 3)},
+        class_errors={name: {"support": 9, "wrong": 8, "false_positives": 1} for name in names},
+    )
+    text = render(AdapterInfo(labels=names), facts)
+    folded = [part.split("</details>")[0] for part in text.split("<details>")[1:]]
+    long = [table for table in tables(text) if table[0][0] == "label"]
+    assert [len(table) for table in long] == [count + 2, count + 2]
+    assert len(folded) == text.count("</details>") == (2 if count > 20 else 0)
+    for part, table in zip(folded, long, strict=False):
+        # Markdown inside is rendered only between empty lines.
+        assert part.startswith("<summary>All 21 labels</summary>\n\n| label |") and part.endswith("|\n\n")
+        assert tables(part) == [table]
+
+
 def test_calibration_is_one_line_and_no_rows() -> None:
     measured = {
         "eval_accuracy": 0.9,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_lora.tables import print_table
+from hf_lora.tables import print_class_errors, print_table
 
 
 def printed(
@@ -48,3 +48,28 @@ def test_long_cells_stay_on_one_line_outside_a_terminal(
 ) -> None:
     lines = printed(capsys, "t", ["path", "n"], [["x" * length, 1]])
     assert cells(lines[4]) == ["x" * length, "1"]
+
+
+def errors_of(wrong: list[int]) -> dict[str, dict[str, int]]:
+    return {
+        f"label {number}": {"support": 9, "wrong": count, "wrong_disabled": 9}
+        for number, count in enumerate(wrong)
+    }
+
+
+def test_errors_of_few_labels_are_all_printed_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    print_class_errors(errors_of([1, 3] * 10), "elsewhere")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "errors by class"
+    expected = [[f"label {number}", "9", str([1, 3][number % 2]), "9"] for number in range(20)]
+    assert [cells(line) for line in lines[4:-1]] == expected
+
+
+def test_of_many_labels_those_with_the_most_errors_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = [0, 1, 5, 2, *[1] * 20]
+    print_class_errors(errors_of(wrong), "in metrics.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "errors by class"
+    shown = [cells(line)[0] for line in lines[4:-2]]
+    assert shown == ["label 2", "label 3", "label 1", *(f"label {number}" for number in range(4, 21))]
+    assert lines[-1] == "the 20 of 24 labels with the most errors; all of them are in metrics.json"
