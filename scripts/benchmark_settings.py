@@ -4,7 +4,8 @@ The test files are not looked at, so that `benchmark_quality.py` can measure on 
 is one part of four as the test and the others as the training file; all settings get the same folds and seeds,
 and are compared fold by fold. Every setting is compared with the same runs of the defaults: one that was lucky makes
 all of them look bad, so that small differences need `--repeats`, of the defaults above all. `--few_shot` asks the
-same of a few examples. The results file is written after every run, and the same command goes on.
+same of a few examples, `--model` of another encoder. The results file is written after every run, and the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=1, help="runs on each fold, with other seeds (default: 1)"
     )
+    parser.add_argument("--model", help="another encoder than MiniLM: a directory or a Hub id")
     parser.add_argument("--few_shot", type=int, help="only this many training examples of each label")
     parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, metavar="SETTING", help="default: all; see below"
@@ -118,7 +120,10 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     folds = {
         (name, number): fold(sets[name], number, work) for name in names for number in range(options.folds)
     }
-    few = () if options.few_shot is None else ("--few_shot", str(options.few_shot))
+    given = {"few_shot": options.few_shot, "model_name_or_path": options.model}
+    common = [
+        part for flag, value in given.items() if value is not None for part in (f"--{flag}", str(value))
+    ]
     # Run 5 is the second one on fold 1.
     numbers = [
         repeat * FOLDS + number for repeat in range(options.repeats) for number in range(options.folds)
@@ -126,7 +131,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     orders = ((name, setting, number) for setting in settings for number in numbers for name in names)
 
     def run(name: str, setting: str, number: int) -> Run:
-        return hf_lora_run(folds[name, number % FOLDS], number + 1, [*SETTINGS[setting].split(), *few])
+        return hf_lora_run(folds[name, number % FOLDS], number + 1, [*SETTINGS[setting].split(), *common])
 
     return fill(options, orders, run)
 

@@ -20,11 +20,11 @@ from quality_data import QualitySet
 
 Run = dict[str, float]
 # What all runs of a results file have in common.
-CONDITIONS = ("threads", "jobs", "few_shot")
+CONDITIONS = ("threads", "jobs", "few_shot", "model")
 
 
 def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> Run:
-    """`hf-lora train` with its defaults but for `flags`: otherwise seed and files are all it is told."""
+    """`hf-lora train` on MiniLM with its defaults, but for `flags`: otherwise seed and files are all it is told."""
     files = [part for name, path in data_set.files().items() for part in (f"--{name}", path)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "hf_lora.cli", "train", "--model_name_or_path", BASE, *files, *flags]
@@ -92,7 +92,8 @@ def fill(
 
     `run` is called from `--jobs` threads. A run that fails ends it, after the runs that are under way; all that
     are done are kept. Raises SystemExit for a file of runs with another number of threads or jobs, whose seconds
-    are not comparable, or of examples; and where runs are missing in a file of another machine or other versions.
+    are not comparable, of examples or another encoder; and where runs are missing in a file of another machine or
+    other versions.
     """
     result: dict[str, Any] = {
         "machine": machine(),

@@ -113,6 +113,17 @@ def test_few_examples_are_a_file_of_their_own(
         benchmark(monkeypatch, *flags, 32)
 
 
+def test_another_encoder_is_a_file_of_its_own(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--folds", 1, "--settings", "rank 2", "--json", tmp_path / "other.json")
+    benchmark(monkeypatch, *flags, "--model", "somebody/encoder")
+    model = ("--model_name_or_path", "somebody/encoder")
+    assert [call[-1] for call in calls] == [model, ("--lora_rank", "2", *model)]
+    with pytest.raises(SystemExit, match="has runs with model=somebody/encoder; got None"):
+        benchmark(monkeypatch, *flags)
+
+
 def test_repeats_are_other_seeds_on_the_same_folds(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(monkeypatch, "--folds", 2, "--repeats", 2, "--settings", DEFAULTS)
     assert calls == [("fold0", 1, ()), ("fold1", 2, ()), ("fold0", 5, ()), ("fold1", 6, ())]
