@@ -64,6 +64,7 @@ SETTINGS: dict[str, str] = {
     "linear probe": "--lora_rank 0",
     "linear probe, last layer": "--lora_rank 0 --pooling mean",
     "native head": "--pooling native",
+    "native head, rate 1e-3": "--pooling native --learning_rate 1e-3",
     "native random head": "--pooling native --head_init random",
     "no refit": "--refit never",
     "refit": "--refit always",
