@@ -38,13 +38,10 @@ def print_class_errors(errors: Mapping[str, Mapping[str, int]], whole: str) -> N
 
     Of more than `MANY_LABELS` labels so many, those with the most errors; `whole` says where all of them are.
     """
-    shown = list(errors)
-    if len(errors) > MANY_LABELS:
-        shown = sorted(errors, key=lambda label: -errors[label]["wrong"])[:MANY_LABELS]
-    rows = [
-        (label, row["support"], row["wrong"], row["wrong_disabled"])
-        for label, row in ((label, errors[label]) for label in shown)
-    ]
+    shown = list(errors.items())
+    if len(shown) > MANY_LABELS:
+        shown = sorted(shown, key=lambda entry: -entry[1]["wrong"])[:MANY_LABELS]
+    rows = [(label, row["support"], row["wrong"], row["wrong_disabled"]) for label, row in shown]
     print_table("errors by class", ("label", "examples", "wrong", "wrong, disabled"), rows)
     if len(shown) < len(errors):
         print(f"the {len(shown)} of {len(errors):,} labels with the most errors; all of them are {whole}")
