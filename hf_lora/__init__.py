@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hf_lora.version import __version__
 
 if TYPE_CHECKING:
-    from hf_lora.checkpoint import load_adapter, save_adapter
-    from hf_lora.config import LoRAConfig
-    from hf_lora.gradient_start import start_lora
-    from hf_lora.hub import push_adapter
-    from hf_lora.inference import TextClassifier
-    from hf_lora.inject import (
+    from hf_lora.adapters.checkpoint import load_adapter, save_adapter
+    from hf_lora.adapters.hub import push_adapter
+    from hf_lora.lora.config import LoRAConfig
+    from hf_lora.lora.inject import (
         head_parameters,
         inject_lora,
         lora_disabled,
@@ -27,31 +25,33 @@ if TYPE_CHECKING:
         trainable_parameter_count,
         unmerge_lora,
     )
-    from hf_lora.modeling import load_classifier
-    from hf_lora.trainer import LoRATrainer
-    from hf_lora.training_arguments import LoRATrainingArguments
-    from hf_lora.warm_start import start_head
+    from hf_lora.models.modeling import load_classifier
+    from hf_lora.recipe.warm_start import start_head
+    from hf_lora.serving.inference import TextClassifier
+    from hf_lora.training.gradient_start import start_lora
+    from hf_lora.training.trainer import LoRATrainer
+    from hf_lora.training.training_arguments import LoRATrainingArguments
 
 _HOMES = {
-    "LoRAConfig": "config",
-    "inject_lora": "inject",
-    "merge_lora": "inject",
-    "unmerge_lora": "inject",
-    "remove_lora": "inject",
-    "lora_disabled": "inject",
-    "lora_layers": "inject",
-    "lora_parameters": "inject",
-    "head_parameters": "inject",
-    "trainable_parameter_count": "inject",
-    "save_adapter": "checkpoint",
-    "load_adapter": "checkpoint",
-    "push_adapter": "hub",
-    "load_classifier": "modeling",
-    "LoRATrainer": "trainer",
-    "LoRATrainingArguments": "training_arguments",
-    "TextClassifier": "inference",
-    "start_head": "warm_start",
-    "start_lora": "gradient_start",
+    "LoRAConfig": "lora.config",
+    "inject_lora": "lora.inject",
+    "merge_lora": "lora.inject",
+    "unmerge_lora": "lora.inject",
+    "remove_lora": "lora.inject",
+    "lora_disabled": "lora.inject",
+    "lora_layers": "lora.inject",
+    "lora_parameters": "lora.inject",
+    "head_parameters": "lora.inject",
+    "trainable_parameter_count": "lora.inject",
+    "save_adapter": "adapters.checkpoint",
+    "load_adapter": "adapters.checkpoint",
+    "push_adapter": "adapters.hub",
+    "load_classifier": "models.modeling",
+    "LoRATrainer": "training.trainer",
+    "LoRATrainingArguments": "training.training_arguments",
+    "TextClassifier": "serving.inference",
+    "start_head": "recipe.warm_start",
+    "start_lora": "training.gradient_start",
 }
 
 __all__ = [

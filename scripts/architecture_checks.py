@@ -31,11 +31,11 @@ from hf_lora import (
     save_adapter,
     trainable_parameter_count,
 )
-from hf_lora.architectures import ARCHITECTURES, ROLES
-from hf_lora.inject import injection
-from hf_lora.modeling import cast_frozen
-from hf_lora.targets import block_of, find_targets
-from hf_lora.verify import verify_injection
+from hf_lora.lora.architectures import ARCHITECTURES, ROLES
+from hf_lora.lora.inject import injection
+from hf_lora.lora.targets import block_of, find_targets
+from hf_lora.models.modeling import cast_frozen
+from hf_lora.models.verify import verify_injection
 
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 # bf16 rounds to 0.4 %, and a few layers of it add up.

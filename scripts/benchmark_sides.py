@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_lora import LoRAConfig, inject_lora
-from hf_lora.acceleration import fast_training
-from hf_lora.first_token import first_token_only
-from hf_lora.head import cast_inputs
-from hf_lora.metrics import first_output
-from hf_lora.modeling import load_base
+from hf_lora.lora.head import cast_inputs
+from hf_lora.models.acceleration import fast_training
+from hf_lora.models.first_token import first_token_only
+from hf_lora.models.modeling import load_base
+from hf_lora.tasks.metrics import first_output
 
 SHAPES = {
     "minilm": {

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hf_lora.tables import print_table
+from hf_lora.cli.tables import print_table
 
 Table = Callable[[str, Sequence[str], Iterable[Sequence[Any]]], None]
 

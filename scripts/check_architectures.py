@@ -12,9 +12,9 @@ import transformers
 from architecture_checks import run_checks
 from tqdm import tqdm
 
-from hf_lora.architectures import ARCHITECTURES
 from hf_lora.atomic import write_text
-from hf_lora.tables import print_table
+from hf_lora.cli.tables import print_table
+from hf_lora.lora.architectures import ARCHITECTURES
 
 
 def main() -> int:

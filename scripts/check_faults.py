@@ -26,7 +26,7 @@ from benchmarks import add_output_arguments, report, write_json
 from safetensors.torch import load_file
 from tiny_run import write_base, write_texts
 
-from hf_lora.checkpoints import CHECKSUMS, checkpoints, newest_complete, problem, step_of
+from hf_lora.training.checkpoints import CHECKSUMS, checkpoints, newest_complete, problem, step_of
 
 STEPS, SAVE_STEPS = 400, 2
 SAVING, DELETING = ".partial", ".deleted"
@@ -60,7 +60,7 @@ class Job:
         return [
             sys.executable,
             "-m",
-            "hf_lora.cli",
+            "hf_lora.cli.cli",
             "train",
             *flags,
             "--use_cpu",

@@ -28,10 +28,10 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging as transformers_logging
 
-from hf_lora.bundled import resolve_base
-from hf_lora.checkpoint import AdapterFiles, read_adapter
-from hf_lora.hub import adapter_contents, adapter_directory
-from hf_lora.inference import TextClassifier
+from hf_lora.adapters.checkpoint import AdapterFiles, read_adapter
+from hf_lora.adapters.hub import adapter_contents, adapter_directory
+from hf_lora.models.bundled import resolve_base
+from hf_lora.serving.inference import TextClassifier
 
 NAME = "me/checked"
 TOKEN = "hf_me"
@@ -88,10 +88,28 @@ def check(adapter: str, texts: Sequence[str]) -> dict[str, Any]:
             hub.publish(name, folder_files(base))
         home = Path(folder)
         pushed = command(
-            hub, home / "push", "-m", "hf_lora.cli", "push", "--adapter", adapter, "--repo_id", NAME, "--json"
+            hub,
+            home / "push",
+            "-m",
+            "hf_lora.cli.cli",
+            "push",
+            "--adapter",
+            adapter,
+            "--repo_id",
+            NAME,
+            "--json",
         )
         again = command(
-            hub, home / "push", "-m", "hf_lora.cli", "push", "--adapter", adapter, "--repo_id", NAME, "--json"
+            hub,
+            home / "push",
+            "-m",
+            "hf_lora.cli.cli",
+            "push",
+            "--adapter",
+            adapter,
+            "--repo_id",
+            NAME,
+            "--json",
         )
         if hub.repositories[NAME].files() != adapter_contents(Path(adapter)):
             raise ValueError("the repository does not hold the adapter's files, and nothing else")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_lora.bundled import hub_answers
+from hf_lora.models.bundled import hub_answers
 
 HUB_DATASET = "ylecun/mnist"
 SPLITS = {"train": "train", "test": "t10k"}

@@ -34,9 +34,9 @@ from hf_lora import (
     unmerge_lora,
 )
 from hf_lora.atomic import write_text
-from hf_lora.config import BIAS_MODES, FORMS
-from hf_lora.inject import base_parameters
-from hf_lora.tables import print_table
+from hf_lora.cli.tables import print_table
+from hf_lora.lora.config import BIAS_MODES, FORMS
+from hf_lora.lora.inject import base_parameters
 
 BATCH_SIZE = 10
 LEARNING_RATE = 1e-3

@@ -27,7 +27,16 @@ def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> R
     """`hf-lora train` on MiniLM with its defaults, but for `flags`: otherwise seed and files are all it is told."""
     files = [part for name, path in data_set.files().items() for part in (f"--{name}", path)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "hf_lora.cli", "train", "--model_name_or_path", BASE, *files, *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "hf_lora.cli.cli",
+            "train",
+            "--model_name_or_path",
+            BASE,
+            *files,
+            *flags,
+        ]
         command += ["--seed", str(seed), "--output_dir", folder, "--disable_tqdm", "true"]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:

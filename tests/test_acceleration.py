@@ -6,10 +6,11 @@ import torch
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
-from hf_lora import LoRAConfig, attention, inject_lora
-from hf_lora.acceleration import fast_training, set_threads
-from hf_lora.architectures import ARCHITECTURES
-from hf_lora.dropout import FastDropout
+from hf_lora import LoRAConfig, inject_lora
+from hf_lora.lora.architectures import ARCHITECTURES
+from hf_lora.lora.dropout import FastDropout
+from hf_lora.models import attention
+from hf_lora.models.acceleration import fast_training, set_threads
 
 TRAINED = [name for name, entry in ARCHITECTURES.items() if not entry.reason]
 

@@ -14,11 +14,12 @@ from test_inference import TEXTS, make_adapter, peft_logits, plain_logits
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
-from hf_lora import TextClassifier, adapter_commands
-from hf_lora.adapter_arguments import MODULE, add_adapter_commands
-from hf_lora.adapter_values import Adapter
-from hf_lora.arithmetic import combine, resize
-from hf_lora.checkpoint import TENSORS, read_adapter
+from hf_lora import TextClassifier
+from hf_lora.adapters.adapter_values import Adapter
+from hf_lora.adapters.arithmetic import combine, resize
+from hf_lora.adapters.checkpoint import TENSORS, read_adapter
+from hf_lora.cli import adapter_commands
+from hf_lora.cli.adapter_arguments import MODULE, add_adapter_commands
 
 Captured = pytest.CaptureFixture[str]
 
@@ -213,8 +214,6 @@ def test_mistakes_are_told_and_nothing_is_written(
 
 
 def test_the_arguments_import_nothing_heavy():
-    code = (
-        "import hf_lora.adapter_arguments, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import hf_lora.cli.adapter_arguments, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

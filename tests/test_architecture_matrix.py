@@ -3,7 +3,7 @@
 import pytest
 from architecture_checks import CHECKS, run_checks
 
-from hf_lora.architectures import ARCHITECTURES
+from hf_lora.lora.architectures import ARCHITECTURES
 
 
 def test_the_table_is_long_enough():

@@ -8,8 +8,16 @@ import torch
 from tiny_models import PAD, TEXT, VISION, WIDE, tiny_inputs, tiny_model
 from torch import nn
 
-from hf_lora.architectures import ARCHITECTURES, ROLE_NAMES, ROLES, Architecture, Projection, fused, separate
-from hf_lora.fused import ROW_LAYOUTS
+from hf_lora.lora.architectures import (
+    ARCHITECTURES,
+    ROLE_NAMES,
+    ROLES,
+    Architecture,
+    Projection,
+    fused,
+    separate,
+)
+from hf_lora.lora.fused import ROW_LAYOUTS
 
 WITH_ROLES = [model_type for model_type, entry in ARCHITECTURES.items() if entry.reason is None]
 # Fused layers are the subject of test_fused.py, and a bare parameter has no output to change.

@@ -5,9 +5,9 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from hf_lora.arguments import GROUPS, TRAINING_DEFAULTS, help_text
 from hf_lora.data import DataConfig
-from hf_lora.training_arguments import LoRATrainingArguments
+from hf_lora.recipe.arguments import GROUPS, TRAINING_DEFAULTS, help_text
+from hf_lora.training.training_arguments import LoRATrainingArguments
 
 ALL = [(group, entry) for group in GROUPS for entry in fields(group)]
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_lora import LoRAConfig, inject_lora, load_adapter, save_adapter
-from hf_lora.adapter_values import Adapter, Contents, Factors, contents, write_adapter
-from hf_lora.arithmetic import Truncation, check_combinable, combine, resize
-from hf_lora.checkpoint import CONFIG, read_adapter
-from hf_lora.inject import lora_layers
-from hf_lora.sidecar import BaseModel
+from hf_lora.adapters.adapter_values import Adapter, Contents, Factors, contents, write_adapter
+from hf_lora.adapters.arithmetic import Truncation, check_combinable, combine, resize
+from hf_lora.adapters.checkpoint import CONFIG, read_adapter
+from hf_lora.adapters.sidecar import BaseModel
+from hf_lora.lora.inject import lora_layers
 
 
 def delta(factors: Factors) -> Tensor:

@@ -5,9 +5,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_lora import attention as module
-from hf_lora.attention import NAME, attention
-from hf_lora.dropout import drop
+from hf_lora.lora.dropout import drop
+from hf_lora.models import attention as module
+from hf_lora.models.attention import NAME, attention
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 from scipy.special import expit, softmax
 from sklearn.dummy import DummyClassifier, DummyRegressor
 
-from hf_lora.baselines import constant_logits
-from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.recipe.baselines import constant_logits
+from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
 
 
 def test_the_majority_is_that_of_the_training_labels() -> None:

@@ -8,7 +8,15 @@ import pytest
 from accelerate.data_loader import DataLoaderShard, skip_first_batches
 from datasets import Dataset
 
-from hf_lora.batching import EpochBatches, GroupByLength, Plan, Step, TokenBudget, token_lengths, with_batches
+from hf_lora.training.batching import (
+    EpochBatches,
+    GroupByLength,
+    Plan,
+    Step,
+    TokenBudget,
+    token_lengths,
+    with_batches,
+)
 
 WORLDS = [1, 2, 3]
 

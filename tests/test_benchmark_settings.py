@@ -10,7 +10,7 @@ from statistics import stdev
 
 import pytest
 
-from hf_lora.parsing import parse_training
+from hf_lora.cli.parsing import parse_training
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 

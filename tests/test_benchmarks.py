@@ -27,7 +27,7 @@ from benchmarks import (
 from conftest import tiny_classifier
 
 from hf_lora import LoRAConfig, TextClassifier, inject_lora, lora_disabled
-from hf_lora.inject import is_injected
+from hf_lora.lora.inject import is_injected
 
 SCRIPTS = Path(benchmarks.__file__).parent
 Captured = pytest.CaptureFixture[str]

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import constants
 from test_hub import answering_hub
 
-from hf_lora import bundled
-from hf_lora.bundled import BUNDLED, BundledModel, bundled_folder, resolve_base
+from hf_lora.models import bundled
+from hf_lora.models.bundled import BUNDLED, BundledModel, bundled_folder, resolve_base
 
 NAME = "org/fake-encoder"
 PACKAGE = "fake_encoder_package"

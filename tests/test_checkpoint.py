@@ -8,9 +8,9 @@ import torch
 from conftest import MODEL_TYPES, randomize, tiny_batch, tiny_classifier
 
 from hf_lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
-from hf_lora.checkpoint import read_adapter
-from hf_lora.inject import is_injected
-from hf_lora.tensors import adapter_tensors
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.lora.inject import is_injected
 
 
 @pytest.fixture

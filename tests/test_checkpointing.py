@@ -7,8 +7,8 @@ import torch
 from test_trainer import arguments, assert_same_tensors, dataset, injected, trainer
 
 from hf_lora import LoRATrainer
-from hf_lora.checkpoints import checkpoints, problem
-from hf_lora.tensors import adapter_tensors
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.training.checkpoints import checkpoints, problem
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lora.checkpoints import (
+from hf_lora.training.checkpoints import (
     CHECKSUMS,
     checkpoints,
     clear_leftovers,

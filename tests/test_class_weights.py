@@ -2,7 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_lora.class_weights import balanced_weights
+from hf_lora.training.class_weights import balanced_weights
 
 
 def test_balanced_weights_are_inverse_frequencies():

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_lora import cli
-from hf_lora.arguments import GROUPS
-from hf_lora.inference import CPU_TOKENS, TOKENS
-from hf_lora.precision import PRECISIONS
+from hf_lora.cli import cli
+from hf_lora.models.precision import PRECISIONS
+from hf_lora.recipe.arguments import GROUPS
+from hf_lora.serving.inference import CPU_TOKENS, TOKENS
 from hf_lora.version import __version__
 
 COMMANDS = (
@@ -81,7 +81,7 @@ def test_help_imports_nothing_heavy() -> None:
     # The same interpreter prints every help, so that one process shows it for all of them.
     code = f"""
 import sys
-from hf_lora.cli import main
+from hf_lora.cli.cli import main
 for argv in {HELP!r}:
     try:
         assert main(argv) == 0, argv
@@ -114,7 +114,7 @@ def test_the_flags_of_speed_are_those_of_the_library(
 def test_help_starts_in_half_a_second(argv: list[str]) -> None:
     def seconds() -> float:
         start = time.perf_counter()
-        command = [sys.executable, "-m", "hf_lora.cli", *argv]
+        command = [sys.executable, "-m", "hf_lora.cli.cli", *argv]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
@@ -252,7 +252,7 @@ def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_bug_is_not_taken_for_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_lora import commands
+    from hf_lora.cli import commands
 
     def broken(options: object) -> int:
         raise KeyError("bug")
@@ -263,7 +263,7 @@ def test_bug_is_not_taken_for_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from hf_lora import commands
+    from hf_lora.cli import commands
 
     def interrupted(options: object) -> int:
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_lora.collation import QuickPadding, quick_collator
+from hf_lora.training.collation import QuickPadding, quick_collator
 
 LABELS = {
     "single_label": {"labels": [2, 0, 1]},

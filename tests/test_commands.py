@@ -16,9 +16,10 @@ from conftest import LABELS, tiny_tokenizer
 from test_inference import PAIRS, TEXTS, make_adapter, peft_logits, plain_logits
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lora import TextClassifier, cli
-from hf_lora.inference import changed_labels
-from hf_lora.sidecar import AdapterInfo
+from hf_lora import TextClassifier
+from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.cli import cli
+from hf_lora.serving.inference import changed_labels
 
 Captured = pytest.CaptureFixture[str]
 # What the commands are compared with computes in fp32, whatever this machine is good at.

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from hf_lora import LoRAConfig
-from hf_lora.config import pattern_matches
+from hf_lora.lora.config import pattern_matches
 
 
 def test_order_and_repetition_of_projections_do_not_matter():

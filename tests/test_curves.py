@@ -5,7 +5,7 @@ import io
 import matplotlib.image
 import pytest
 
-from hf_lora.curves import training_curve
+from hf_lora.insight.curves import training_curve
 
 LOG = [
     {"loss": 1.5, "step": 10},

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import write_base, write_texts
 from torch.testing import assert_close
 
-from hf_lora.checkpoints import checkpoints, problem
+from hf_lora.training.checkpoints import checkpoints, problem
 
 CONFIGS = Path(__file__).parent.parent / "scripts" / "accelerate"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -44,7 +44,7 @@ def command(folder, output, *extra, config="cpu_2", steps=6):
     }
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     launch = ["--accelerate_config", config] if config else []
-    return [sys.executable, "-m", "hf_lora.cli", "train", *flags, "--use_cpu", *launch, *extra]
+    return [sys.executable, "-m", "hf_lora.cli.cli", "train", *flags, "--use_cpu", *launch, *extra]
 
 
 def run(words):
@@ -113,7 +113,7 @@ def test_an_error_of_one_ends_all_with_its_message(folder, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys\n"
-        "from hf_lora.cli import main\n"
+        "from hf_lora.cli.cli import main\n"
         "if os.environ['RANK'] == '1':\n"
         f"    sys.argv[sys.argv.index({str(folder / 'train.csv')!r})] = {str(folder / 'other.csv')!r}\n"
         "sys.exit(main(['train', *sys.argv[1:]]))\n"

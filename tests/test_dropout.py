@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_lora import dropout as module
-from hf_lora.dropout import FastDropout, drop, drop_again, dropout, random_bits
+from hf_lora.lora import dropout as module
+from hf_lora.lora.dropout import FastDropout, drop, drop_again, dropout, random_bits
 
 MANY = 1 << 22
 

@@ -4,7 +4,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 
-from hf_lora.evaluation_order import LongestFirst, metrics_in_order, order_of, restored
+from hf_lora.training.evaluation_order import LongestFirst, metrics_in_order, order_of, restored
 
 LENGTHS = np.array([2, 9, 4, 9, 1])
 # By falling length, equal ones as they come: examples 1, 3, 2, 0, 4.

@@ -13,8 +13,8 @@ from test_refit import ENOUGH, Train, files, train  # noqa: F401  (fixtures)
 from test_warm_start import prepared
 
 from hf_lora import LoRATrainer
-from hf_lora.evaluations import watched
-from hf_lora.metrics import compute_metrics
+from hf_lora.recipe.evaluations import watched
+from hf_lora.tasks.metrics import compute_metrics
 
 
 def evaluated(folder: Path, base: Path, **settings: Any) -> LoRATrainer:

@@ -17,12 +17,14 @@ from conftest import LABELS, randomize, tiny_classifier, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lora import LoRAConfig, TextClassifier, export, export_commands, inject_lora, merge_lora
-from hf_lora.export import PROBES, TOLERANCE, Export, export_onnx
-from hf_lora.export_arguments import MODULE, add_export_commands
-from hf_lora.inject import lora_layers
-from hf_lora.onnx_classifier import MODEL, MODEL_INT8, load_onnx, onnx_package
-from hf_lora.sidecar import FILE, AdapterInfo
+from hf_lora import LoRAConfig, TextClassifier, inject_lora, merge_lora
+from hf_lora.adapters.sidecar import FILE, AdapterInfo
+from hf_lora.cli import export_commands
+from hf_lora.cli.export_arguments import MODULE, add_export_commands
+from hf_lora.lora.inject import lora_layers
+from hf_lora.serving import export
+from hf_lora.serving.export import PROBES, TOLERANCE, Export, export_onnx
+from hf_lora.serving.onnx_classifier import MODEL, MODEL_INT8, load_onnx, onnx_package
 
 REASON = "the packages of hf-lora[export] are not installed"
 onnx = pytest.importorskip("onnx", reason=REASON)
@@ -287,7 +289,7 @@ def test_a_graph_that_gives_nan_is_refused(
         def forward(self, **inputs: torch.Tensor) -> argparse.Namespace:
             return argparse.Namespace(logits=torch.full((len(inputs["input_ids"]), 3), torch.nan))
 
-    monkeypatch.setattr("hf_lora.onnx_classifier.OnnxModel", Nan)
+    monkeypatch.setattr("hf_lora.serving.onnx_classifier.OnnxModel", Nan)
     assert_refused(quick, tmp_path / "out", "disagree; got logits that differ by inf")
 
 
@@ -303,7 +305,7 @@ def test_a_graph_that_only_fails_at_length_one_is_refused(
             output.logits = output.logits + 1
         return output
 
-    monkeypatch.setattr("hf_lora.onnx_classifier.OnnxModel.forward", broken)
+    monkeypatch.setattr("hf_lora.serving.onnx_classifier.OnnxModel.forward", broken)
     assert_refused(quick, tmp_path / "out", "disagree; got logits that differ by 1;")
 
 

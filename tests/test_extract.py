@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_lora import load_adapter, save_adapter
-from hf_lora.extract import Change, extract_adapter, inject_extraction, linear_modules
-from hf_lora.inject import lora_layers
+from hf_lora.adapters.extract import Change, extract_adapter, inject_extraction, linear_modules
+from hf_lora.lora.inject import lora_layers
 
 HEAD = ("classifier",)
 NORM = "bert.encoder.layer.0.output.LayerNorm"

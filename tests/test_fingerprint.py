@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lora.fingerprint import fingerprint
+from hf_lora.models.fingerprint import fingerprint
 
 SHAPES = {"embed.weight": (300, 32), "layer.weight": (64, 64), "layer.bias": (64,), "other.weight": (64, 64)}
 

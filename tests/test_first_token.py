@@ -6,7 +6,7 @@ from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
 from hf_lora import LoRAConfig, inject_lora
-from hf_lora.first_token import first_token_only
+from hf_lora.models.first_token import first_token_only
 
 READ_FIRST = (
     "bert",

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_lora import functional
-from hf_lora.dropout import dropout
+from hf_lora.lora import functional
+from hf_lora.lora.dropout import dropout
 
 
 @pytest.fixture

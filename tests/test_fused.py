@@ -7,8 +7,8 @@ import torch
 from tiny_models import tiny_inputs, tiny_model
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.architectures import ARCHITECTURES
-from hf_lora.fused import ROW_LAYOUTS
+from hf_lora.lora.architectures import ARCHITECTURES
+from hf_lora.lora.fused import ROW_LAYOUTS
 
 # Other forms of a model type, as changes of its tiny configuration.
 FORMS = {

@@ -16,9 +16,15 @@ from torch.testing import assert_close
 from transformers import default_data_collator
 
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora, start_lora
-from hf_lora.gradient_start import ROW_NORM, awaits_start, choose_start, leading_rows, weight_gradients
-from hf_lora.inject import injection, lora_layers
-from hf_lora.lr_range import find_learning_rate
+from hf_lora.lora.inject import injection, lora_layers
+from hf_lora.recipe.lr_range import find_learning_rate
+from hf_lora.training.gradient_start import (
+    ROW_NORM,
+    awaits_start,
+    choose_start,
+    leading_rows,
+    weight_gradients,
+)
 
 # Linear, tied blocks, Conv1D, fused in three ways, a bypassed weight, grouped convolutions, bare parameters.
 KINDS = ["bert", "albert", "gpt2", "gpt_neox", "bloom", "falcon", "deberta", "squeezebert", "xlnet"]
@@ -177,7 +183,7 @@ def test_a_weight_without_a_gradient_keeps_its_random_rows(
         gradients[unread].zero_()
         return gradients
 
-    monkeypatch.setattr("hf_lora.gradient_start.weight_gradients", without)
+    monkeypatch.setattr("hf_lora.training.gradient_start.weight_gradients", without)
     assert f"without one: 1 of {len(layers)} weights" in str(start_lora(trainer))
     unchanged = [name for name, layer in layers.items() if torch.equal(layer.lora_A, drawn[name])]
     assert unchanged == [unread]

@@ -3,8 +3,8 @@ from conftest import tiny_batch, tiny_classifier
 from torch import nn
 
 from hf_lora import LoRAConfig, inject_lora, lora_layers
-from hf_lora.architectures import ARCHITECTURES, separate
-from hf_lora.guess import guess
+from hf_lora.lora.architectures import ARCHITECTURES, separate
+from hf_lora.lora.guess import guess
 
 OFFERED = ["self.query", "self.key", "self.value", "attention.output.dense"]
 

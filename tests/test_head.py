@@ -4,7 +4,7 @@ from conftest import tiny_classifier
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
-from hf_lora.head import base_prefix, belongs_to, cast_inputs, find_head, fresh_modules
+from hf_lora.lora.head import base_prefix, belongs_to, cast_inputs, find_head, fresh_modules
 
 HEADS = {
     "bert": {"classifier"},

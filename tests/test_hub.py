@@ -12,7 +12,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 
 from hf_lora import TextClassifier
-from hf_lora.hub import adapter_directory
+from hf_lora.adapters.hub import adapter_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -17,18 +17,18 @@ from hf_lora import (
     LoRAConfig,
     TextClassifier,
     head_parameters,
-    inference,
     load_classifier,
     lora_disabled,
     lora_layers,
     lora_parameters,
     save_adapter,
 )
-from hf_lora.fingerprint import fingerprint
-from hf_lora.inference import CPU_TOKENS, WINDOW, _rounded
-from hf_lora.inject import base_parameters
-from hf_lora.precision import Precision
-from hf_lora.sidecar import AdapterInfo
+from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.lora.inject import base_parameters
+from hf_lora.models.fingerprint import fingerprint
+from hf_lora.models.precision import Precision
+from hf_lora.serving import inference
+from hf_lora.serving.inference import CPU_TOKENS, WINDOW, _rounded
 
 LONG = "the film was good and the meal was awful but we had fun " * 5
 TEXTS = [

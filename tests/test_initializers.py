@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 
-from hf_lora.initializers import INITIALIZERS
+from hf_lora.lora.initializers import INITIALIZERS
 
 FEATURES, RANK, SCALING = (300, 400), 16, 0.5
 

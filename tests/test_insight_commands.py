@@ -21,11 +21,12 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from test_inference import make_adapter, peft_logits
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from hf_lora import LoRAConfig, insight_commands, load_classifier, save_adapter
-from hf_lora.checkpoint import read_adapter
-from hf_lora.insight_arguments import MODULE, add_insight_commands
-from hf_lora.inspection import role_of, updates_of
-from hf_lora.overview import compare, grid_of
+from hf_lora import LoRAConfig, load_classifier, save_adapter
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.cli import insight_commands
+from hf_lora.cli.insight_arguments import MODULE, add_insight_commands
+from hf_lora.insight.inspection import role_of, updates_of
+from hf_lora.insight.overview import compare, grid_of
 
 Captured = pytest.CaptureFixture[str]
 PREFIX = "base_model.model."
@@ -365,8 +366,6 @@ def test_report_measures_what_peft_measures(
 
 
 def test_the_arguments_import_nothing_heavy():
-    code = (
-        "import hf_lora.insight_arguments, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import hf_lora.cli.insight_arguments, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

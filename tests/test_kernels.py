@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_lora import kernels
-from hf_lora.dropout import drop
-from hf_lora.kernels import lora_linear
+from hf_lora.lora import kernels
+from hf_lora.lora.dropout import drop
+from hf_lora.lora.kernels import lora_linear
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 # Tokens for which the update is added to the outputs, and to the weight.

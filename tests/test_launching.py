@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_lora.cli import main
-from hf_lora.launching import Launch, names, relaunched, take_launch_options
+from hf_lora.cli.cli import main
+from hf_lora.cli.launching import Launch, names, relaunched, take_launch_options
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 NAMES = ["cpu_2", "cpu_2_fsdp2", "fsdp2", "multi_gpu", "multi_node", "single_gpu", "zero2", "zero3"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lora.initializers import INITIALIZERS
-from hf_lora.layers import LAYER_TYPES, LoRALinear
-from hf_lora.update import VARIANTS, LoRALayer, UpdateSpec
+from hf_lora.lora.initializers import INITIALIZERS
+from hf_lora.lora.layers import LAYER_TYPES, LoRALinear
+from hf_lora.lora.update import VARIANTS, LoRALayer, UpdateSpec
 
 
 def adapted(base: nn.Linear, **overrides) -> LoRALinear:

@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from conftest import write_texts
 
-from hf_lora import cli, series_progress
-from hf_lora.learning_curve import Curve, CurveRuns, Point, Scores, Size, parse_shots
-from hf_lora.learning_curve_plot import plot_curve
-from hf_lora.training import run_training
+from hf_lora.cli import cli
+from hf_lora.recipe import series_progress
+from hf_lora.recipe.learning_curve import Curve, CurveRuns, Point, Scores, Size, parse_shots
+from hf_lora.recipe.learning_curve_plot import plot_curve
+from hf_lora.recipe.training import run_training
 
 RUNS = ["shots-4/seed-7", "shots-4/seed-8", "shots-10/seed-7", "shots-10/seed-8"]
 GRID = ["--shots", "10,4", "--seeds", "2"]
@@ -124,13 +125,13 @@ def test_what_is_done_is_used_and_what_is_not_is_trained(
         trained.append(argv)
         return run_training(argv, **options)
 
-    monkeypatch.setattr("hf_lora.run_series.run_training", training)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", training)
     capsys.readouterr()
     assert cli.main(argv) == 0
     captured = capsys.readouterr()
     assert len(trained) == 1 and same(output / RUNS[2], drawn / RUNS[2])
     assert "3 of 4 runs are done already" in captured.err
-    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
     assert cli.main(argv) == 0
     again, before = json.loads(capsys.readouterr().out), json.loads((drawn / "curve.json").read_text())
     assert again == json.loads(captured.out) == json.loads((output / "curve.json").read_text())
@@ -153,7 +154,7 @@ def test_other_data_under_the_same_name_are_refused(
 def test_baselines_are_lines_where_they_are_measured(
     train_argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hf_lora.run_series.run_training", pretended)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", pretended)
     picture = tmp_path / "pictures" / "curve.svg"
     argv = ["curve", *train_argv, "--shots", "all,4", "--seeds", "2", "--output_dir", str(tmp_path / "c")]
     assert cli.main([*argv, "--plot", str(picture)]) == 0
@@ -190,7 +191,7 @@ def test_baselines_are_lines_where_they_are_measured(
 def test_a_validation_file_is_none_of_the_examples(
     train_argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hf_lora.run_series.run_training", pretended)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", pretended)
     argv = [*train_argv, "--validation_file", train_argv[5], "--output_dir", str(tmp_path / "c")]
     assert cli.main(["curve", *argv, "--shots", "4", "--seeds", "1"]) == 0
     assert "held out" not in capsys.readouterr().out
@@ -242,7 +243,7 @@ def test_without_matplotlib_there_is_a_table_and_a_line(
     output = Path(shutil.copytree(drawn, tmp_path / "curve"))
     for name in ("curve.png", "curve.json"):
         (output / name).unlink()
-    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
     monkeypatch.setattr(series_progress.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["curve", *train_argv, *GRID, "--output_dir", str(output)]) == 0
     captured = capsys.readouterr()

@@ -18,11 +18,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, head_parameters, inject_lora
-from hf_lora import lr_range as module
-from hf_lora.inject import injection
-from hf_lora.lr_range import find_learning_rate, run_find_lr
-from hf_lora.lr_range_plot import range_picture
-from hf_lora.lr_rule import LearningRateRange, diverged, line_slopes, schedule, smooth, suggest
+from hf_lora.lora.inject import injection
+from hf_lora.recipe import lr_range as module
+from hf_lora.recipe.lr_range import find_learning_rate, run_find_lr
+from hf_lora.recipe.lr_range_plot import range_picture
+from hf_lora.recipe.lr_rule import LearningRateRange, diverged, line_slopes, schedule, smooth, suggest
 
 
 def dataset(size=24):

@@ -18,8 +18,8 @@ import scipy.stats
 import sklearn.metrics
 from transformers import EvalPrediction
 
-from hf_lora.data.labels import PROBLEM_TYPES
-from hf_lora.metrics import (
+from hf_lora.tasks.labels import PROBLEM_TYPES
+from hf_lora.tasks.metrics import (
     EVALUATIONS,
     F1,
     METRICS,
@@ -165,7 +165,7 @@ def test_metric_is_reusable_after_an_undefined_result() -> None:
 def test_fresh_process_without_network_leaves_no_metric_files(tmp_path: Path) -> None:
     code = (
         "import socket; socket.socket.connect = None\n"
-        "from hf_lora.metrics import METRICS, Accuracy\n"
+        "from hf_lora.tasks.metrics import METRICS, Accuracy\n"
         "names = [name for name, make in METRICS.items() if make()]\n"
         "print(Accuracy().compute(predictions=[0, 1], references=[0, 0]))"
     )
@@ -252,7 +252,7 @@ def test_first_of_several_outputs_is_the_logits() -> None:
 def test_undefined_metric_is_left_out_and_explained_once(caplog: pytest.LogCaptureFixture) -> None:
     measure = compute_metrics("single_label_classification", list("abc"))
     prediction = EvalPrediction(np.eye(3)[:2], np.array([0, 1]))
-    with caplog.at_level(logging.WARNING, logger="hf_lora.metrics"):
+    with caplog.at_level(logging.WARNING, logger="hf_lora.tasks.metrics"):
         assert "roc_auc" not in measure(prediction)
         assert "roc_auc" not in measure(prediction)
     messages = [record.getMessage() for record in caplog.records]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lora.config import LoRAConfig
-from hf_lora.inject import ParameterCount
-from hf_lora.model_card import CURVE, CardFacts, render_card
-from hf_lora.sidecar import AdapterInfo, BaseModel
+from hf_lora.adapters.model_card import CURVE, CardFacts, render_card
+from hf_lora.adapters.sidecar import AdapterInfo, BaseModel
+from hf_lora.lora.config import LoRAConfig
+from hf_lora.lora.inject import ParameterCount
 
 INFO = AdapterInfo(
     labels=("sport", "trade", "weather"),

@@ -8,8 +8,8 @@ from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_lora import LoRAConfig, head_parameters, inject_lora, load_classifier, lora_parameters, save_adapter
-from hf_lora.inject import injection
-from hf_lora.modeling import cast_frozen, load_trained, meta_classifier
+from hf_lora.lora.inject import injection
+from hf_lora.models.modeling import cast_frozen, load_trained, meta_classifier
 
 
 @pytest.fixture

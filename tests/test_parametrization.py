@@ -18,11 +18,11 @@ from hf_lora import (
     trainable_parameter_count,
     unmerge_lora,
 )
-from hf_lora.initializers import INITIALIZERS
-from hf_lora.inject import base_parameters
-from hf_lora.parametrization import LoRAParametrization
-from hf_lora.tensors import adapter_tensors
-from hf_lora.update import VARIANTS, UpdateSpec
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.lora.initializers import INITIALIZERS
+from hf_lora.lora.inject import base_parameters
+from hf_lora.lora.parametrization import LoRAParametrization
+from hf_lora.lora.update import VARIANTS, UpdateSpec
 
 MODEL_TYPES = ["bert", "roberta", "distilbert", "albert", "deberta-v2"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_lora.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
-from hf_lora.parsing import Parsed, make_parser, option_names, parse_training
-from hf_lora.training_arguments import LoRATrainingArguments
+from hf_lora.cli.parsing import Parsed, make_parser, option_names, parse_training
+from hf_lora.recipe.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
+from hf_lora.training.training_arguments import LoRATrainingArguments
 
 FLAGS = ["--model_name_or_path", "org/base", "--output_dir", "out", "--use_cpu", "True"]
 YAML = "model_name_or_path: org/base\noutput_dir: out\nuse_cpu: true\n"

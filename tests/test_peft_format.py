@@ -5,8 +5,8 @@ import pytest
 from conftest import tiny_classifier
 
 from hf_lora import LoRAConfig, inject_lora
-from hf_lora.inject import injection
-from hf_lora.peft_format import bias_key, from_peft, shortest_suffixes, to_peft, without_duplicates
+from hf_lora.adapters.peft_format import bias_key, from_peft, shortest_suffixes, to_peft, without_duplicates
+from hf_lora.lora.inject import injection
 
 KEYS = ["base_model.model.a.query.lora_A.weight"]
 

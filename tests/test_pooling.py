@@ -18,12 +18,19 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_lora import LoRAConfig, TextClassifier, inject_lora, load_adapter, load_classifier, save_adapter
-from hf_lora.bundled import resolve_base
-from hf_lora.head import find_head
-from hf_lora.inject import injection, trainable_parameter_count
-from hf_lora.model_card import CardFacts, render_card
-from hf_lora.modeling import load_base, load_trained
-from hf_lora.pooling import HEAD, PooledClassifier, first_token, layers_read, mean_of_tokens, pooling_of
+from hf_lora.adapters.model_card import CardFacts, render_card
+from hf_lora.lora.head import find_head
+from hf_lora.lora.inject import injection, trainable_parameter_count
+from hf_lora.models.bundled import resolve_base
+from hf_lora.models.modeling import load_base, load_trained
+from hf_lora.models.pooling import (
+    HEAD,
+    PooledClassifier,
+    first_token,
+    layers_read,
+    mean_of_tokens,
+    pooling_of,
+)
 
 POOLINGS = ["mean", "cls", "mean_layers"]
 ENCODERS = ["bert", "roberta", "distilbert", "electra", "mpnet", "albert", "deberta-v2"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_classifier
 
-from hf_lora.pooling_choice import choose_pooling, declared_pooling
+from hf_lora.models.pooling_choice import choose_pooling, declared_pooling
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_lora.precision import Precision, choose_precision
+from hf_lora.models.precision import Precision, choose_precision
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import expit, softmax
 
-from hf_lora.predictions import decided, interpreted, probabilities
-from hf_lora.sidecar import AdapterInfo
+from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.tasks.predictions import decided, interpreted, probabilities
 
 MULTI = "multi_label_classification"
 LABELS = ("a", "b", "c")

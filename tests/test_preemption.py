@@ -7,9 +7,9 @@ import pytest
 from test_trainer import assert_same_tensors, trainer
 from transformers import TrainerCallback
 
-from hf_lora.checkpoints import checkpoints
-from hf_lora.preemption import EXIT_CODE, Preempted
-from hf_lora.tensors import adapter_tensors
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.training.checkpoints import checkpoints
+from hf_lora.training.preemption import EXIT_CODE, Preempted
 
 
 class Terminate(TrainerCallback):

@@ -10,9 +10,9 @@ from datasets import Dataset
 from tiny_models import LENGTH, PAD, ROWS, TEXT, tiny_inputs, tiny_model
 
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora
-from hf_lora.architectures import ARCHITECTURES, ROLES
-from hf_lora.prefix_cache import PaddedBatch, PrefixCache, prefix_cache
-from hf_lora.tensors import adapter_tensors
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.lora.architectures import ARCHITECTURES, ROLES
+from hf_lora.training.prefix_cache import PaddedBatch, PrefixCache, prefix_cache
 
 TWO_STACKS = r"one list of blocks .* got 2 .*encoder\..*decoder\."
 NOT_CALLED = "blocks that run once each; got 0 calls"

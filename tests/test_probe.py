@@ -8,8 +8,8 @@ from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 
-from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
-from hf_lora.probe import STRENGTHS, fit_probe, mean_loss
+from hf_lora.recipe.probe import STRENGTHS, fit_probe, mean_loss
+from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
 
 
 def features(rows: int, width: int = 6, seed: int = 0) -> np.ndarray:

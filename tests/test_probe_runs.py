@@ -17,9 +17,10 @@ from sklearn.dummy import DummyClassifier
 from test_commands import read_texts
 from transformers import AutoModelForSequenceClassification
 
-from hf_lora import TextClassifier, cli
-from hf_lora.checkpoint import read_adapter
-from hf_lora.training import run_training
+from hf_lora import TextClassifier
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.cli import cli
+from hf_lora.recipe.training import run_training
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_pooled_head_is_not_merged_but_exported(
     pytest.importorskip("onnxruntime")
     export = ["export", "--adapter", str(tmp_path / "run"), "--output_dir", str(tmp_path / "onnx")]
     assert cli.main([*export, "--format", "onnx", "--json"]) == 0
-    from hf_lora.onnx_classifier import load_onnx
+    from hf_lora.serving.onnx_classifier import load_onnx
 
     texts = ["the film was good", "a dull and rude book"]
     ours = TextClassifier.from_pretrained(tmp_path / "run", precision="fp32")
@@ -139,7 +140,7 @@ def test_a_head_on_three_layers_has_none_to_read_where_they_are_cached(
 def test_a_run_from_a_probe_goes_on_to_the_same_adapter(
     taken_back: bool, tiny_bert_dir: Path, files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_lora.safeguard.clearly_better", lambda before, after: taken_back)
+    monkeypatch.setattr("hf_lora.recipe.safeguard.clearly_better", lambda before, after: taken_back)
     flags = [
         "--pooling",
         "mean",

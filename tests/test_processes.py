@@ -6,7 +6,7 @@ from conftest import tiny_classifier
 from torch import nn
 
 from hf_lora import LoRAConfig, inject_lora
-from hf_lora.processes import (
+from hf_lora.training.processes import (
     any_process,
     check_equal,
     first_to_fail,

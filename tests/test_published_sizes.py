@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import BertConfig, GPT2Config, RobertaConfig
 
-from hf_lora.cli import main
+from hf_lora.cli.cli import main
 
 GPT3 = {"n_layer": 96, "n_embd": 12_288, "n_head": 96, "n_positions": 2048}
 GPT2_LARGE = {"n_layer": 36, "n_embd": 1280, "n_head": 20}

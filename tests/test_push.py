@@ -27,13 +27,14 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 from transformers.utils.hub import PushInProgress
 
-from hf_lora import LoRATrainer, TextClassifier, hub_commands
-from hf_lora.adapter_arguments import add_adapter_commands
-from hf_lora.checkpoint import read_adapter
-from hf_lora.checkpoints import checkpoints, problem
-from hf_lora.hub import adapter_contents, push_adapter
-from hf_lora.sidecar import FILE
-from hf_lora.tensors import adapter_tensors
+from hf_lora import LoRATrainer, TextClassifier
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.adapters.hub import adapter_contents, push_adapter
+from hf_lora.adapters.sidecar import FILE
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.cli import hub_commands
+from hf_lora.cli.adapter_arguments import add_adapter_commands
+from hf_lora.training.checkpoints import checkpoints, problem
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -329,7 +330,7 @@ def test_a_base_model_that_others_cannot_have_is_told(
     large_hub: HubServer, adapter: Path, tiny_bert_dir: Path, caplog: pytest.LogCaptureFixture
 ):
     push_adapter(adapter, "me/x")
-    assert [record.getMessage() for record in caplog.records if record.name == "hf_lora.hub"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_lora.adapters.hub"] == [
         f"the base model is a directory of this machine, {tiny_bert_dir}; elsewhere it has to be given"
     ]
 
@@ -539,7 +540,9 @@ def test_a_push_that_fails_loses_nothing_of_the_run(
         "checkpoint-6",
     ]
     assert large_hub.repositories["me/run"].history() == [STEPS[0], "initial commit"]
-    told = [record.getMessage() for record in caplog.records if record.name == "hf_lora.checkpointing"]
+    told = [
+        record.getMessage() for record in caplog.records if record.name == "hf_lora.training.checkpointing"
+    ]
     assert [message.partition(":")[0] for message in told] == [
         f"not pushed ({at})" for at in (STEPS[2], STEPS[1])
     ]
@@ -562,7 +565,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from hf_lora import TextClassifier
-from hf_lora.hub import adapter_directory
+from hf_lora.adapters.hub import adapter_directory
 
 texts = json.loads(sys.argv[1])
 classifier = TextClassifier.from_pretrained("me/tiny", precision="fp32", merge=False)
@@ -610,7 +613,7 @@ def test_trained_pushed_and_loaded_by_name_elsewhere(tiny_bert_dir: Path, tiny_c
             ),
             *("--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "me/tiny"),
         ]
-        result = elsewhere(hub, tmp_path / "one", "-m", "hf_lora.cli", "train", *train)
+        result = elsewhere(hub, tmp_path / "one", "-m", "hf_lora.cli.cli", "train", *train)
         assert result.returncode == 0, result.stderr
         repository = hub.repositories["me/tiny"]
         local = adapter_contents(tmp_path / "run")

@@ -19,10 +19,10 @@ from hf_lora import (
     remove_lora,
     unmerge_lora,
 )
-from hf_lora.fingerprint import fingerprint
-from hf_lora.inject import base_parameters
-from hf_lora.quantized import QuantizedLoRA, dequantized, is_quantized, layer_type_of, prepare_quantized
-from hf_lora.verify import probe_batch, verify_injection
+from hf_lora.lora.inject import base_parameters
+from hf_lora.lora.quantized import QuantizedLoRA, dequantized, is_quantized, layer_type_of, prepare_quantized
+from hf_lora.models.fingerprint import fingerprint
+from hf_lora.models.verify import probe_batch, verify_injection
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -73,9 +73,9 @@ def test_merging_into_a_half_precision_base_rounds_once(dtype, form):
 
 def test_the_package_imports_neither_library():
     code = (
-        "import hf_lora.quantized, hf_lora.inject, sys; from torch import nn; "
-        "before = set(sys.modules); hf_lora.quantized.layer_type_of(nn.Linear(2, 2)); "
-        "hf_lora.quantized.prepare_quantized(nn.Linear(2, 2)); print(sorted(set(sys.modules) - before))"
+        "import hf_lora.lora.quantized, hf_lora.lora.inject, sys; from torch import nn; "
+        "before = set(sys.modules); hf_lora.lora.quantized.layer_type_of(nn.Linear(2, 2)); "
+        "hf_lora.lora.quantized.prepare_quantized(nn.Linear(2, 2)); print(sorted(set(sys.modules) - before))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -274,7 +274,7 @@ def test_initializations_see_the_dequantized_weight(kind):
             seen.append(matrix)
             return torch.zeros(rank, 32), torch.zeros(16, rank)
 
-    from hf_lora.update import VARIANTS, UpdateSpec
+    from hf_lora.lora.update import VARIANTS, UpdateSpec
 
     spec = UpdateSpec(2, 1.0, 0.0, Initialization(), VARIANTS.get("lora"))
     twin = copy.deepcopy(layer)

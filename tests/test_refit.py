@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import set_seed
 
 from hf_lora import LoRATrainer, TextClassifier
-from hf_lora.gradient_start import choose_start, start_lora
-from hf_lora.preemption import EXIT_CODE, Preempted
-from hf_lora.refit import refit
-from hf_lora.snapshot import Snapshot
-from hf_lora.tensors import adapter_tensors
-from hf_lora.training import run_training
-from hf_lora.warm_start import frozen_features, install, output_layer, start_head
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.recipe.refit import refit
+from hf_lora.recipe.snapshot import Snapshot
+from hf_lora.recipe.training import run_training
+from hf_lora.recipe.warm_start import frozen_features, install, output_layer, start_head
+from hf_lora.training.gradient_start import choose_start, start_lora
+from hf_lora.training.preemption import EXIT_CODE, Preempted
 
 Train = Callable[..., dict[str, Any]]
 # To fit a temperature on: 24 of 60 texts.
@@ -250,7 +250,7 @@ def test_where_the_probe_is_kept_it_is_that_of_all_examples(
     why: str, train: Train, tmp_path: Path, tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if why == "safeguard":
-        monkeypatch.setattr("hf_lora.safeguard.clearly_better", lambda before, after: True)
+        monkeypatch.setattr("hf_lora.recipe.safeguard.clearly_better", lambda before, after: True)
     flags = ("--lora_rank", 0) if why == "rank 0" else ()
     metrics = train(tmp_path / "run", "--head_init", "probe", *flags)
     assert metrics["refit_examples"] == 60

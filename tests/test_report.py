@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from hf_lora import charts, judgement, pages, report
-from hf_lora.checkpoint import read_adapter
-from hf_lora.judgement import calibration, calibration_of, judge, measurer
-from hf_lora.report import Measured, collect
-from hf_lora.sidecar import AdapterInfo
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.insight import charts, judgement, pages, report
+from hf_lora.insight.judgement import calibration, calibration_of, judge, measurer
+from hf_lora.insight.report import Measured, collect
 
 LABELS = ("arts & <b>crafts</b>", "sports", "tech|x")
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"

@@ -12,12 +12,12 @@ from scipy.special import expit, softmax
 from test_training import command
 
 from hf_lora import TextClassifier
-from hf_lora.checkpoint import read_adapter
-from hf_lora.judgement import measurer
-from hf_lora.results import calibration_fact
-from hf_lora.sidecar import AdapterInfo
-from hf_lora.temperature import fit_temperature, fit_thresholds, uncalibrated
-from hf_lora.training import run_training
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.insight.judgement import measurer
+from hf_lora.recipe.results import calibration_fact
+from hf_lora.recipe.training import run_training
+from hf_lora.tasks.temperature import fit_temperature, fit_thresholds, uncalibrated
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from hf_lora.arguments import LoRAArguments, help_text
+from hf_lora.cli.parsing import parse_training
 from hf_lora.data.splits import FEW_EXAMPLES
-from hf_lora.parsing import parse_training
-from hf_lora.run_settings import (
+from hf_lora.recipe.arguments import LoRAArguments, help_text
+from hf_lora.recipe.run_settings import (
     PROBE_CONFIG,
     choose_epochs,
     choose_rate,

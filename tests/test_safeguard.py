@@ -10,10 +10,10 @@ import torch
 from scipy.stats import ttest_rel
 from test_warm_start import prepared
 
-from hf_lora.data.labels import MULTI, REGRESSION, SINGLE
-from hf_lora.safeguard import clearly_better, keep_the_better, quality
-from hf_lora.snapshot import Snapshot
-from hf_lora.warm_start import install, output_layer, start_head
+from hf_lora.recipe.safeguard import clearly_better, keep_the_better, quality
+from hf_lora.recipe.snapshot import Snapshot
+from hf_lora.recipe.warm_start import install, output_layer, start_head
+from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
 
 
 def test_quality_by_hand() -> None:

@@ -11,7 +11,7 @@ from transformers import trainer
 from transformers.integrations import deepspeed
 
 from hf_lora import LoRAConfig, inject_lora, lora_parameters
-from hf_lora.sharding import (
+from hf_lora.training.sharding import (
     check_fsdp,
     gathered,
     loading_without_frozen_weights,

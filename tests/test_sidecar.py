@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_lora.sidecar import FORMAT_VERSION, PROBLEM_TYPES, AdapterInfo, BaseModel
+from hf_lora.adapters.sidecar import FORMAT_VERSION, PROBLEM_TYPES, AdapterInfo, BaseModel
 
 FULL = AdapterInfo(
     labels=("böse", "gut", "neutral"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_lora.snapshot import Snapshot
+from hf_lora.recipe.snapshot import Snapshot
 
 
 def model() -> nn.Module:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from hf_lora import spectra
-from hf_lora.spectra import Spectrum
+from hf_lora.insight import spectra
+from hf_lora.insight.spectra import Spectrum
 
 
 def factors(seed: int, rank: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:

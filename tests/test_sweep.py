@@ -15,15 +15,17 @@ import safetensors.torch
 import torch
 from conftest import write_texts
 
-from hf_lora import LoRATrainer, cli, series_progress
-from hf_lora.arguments import DataArguments, ModelArguments
+from hf_lora import LoRATrainer
+from hf_lora.cli import cli
 from hf_lora.data import prepare_data
-from hf_lora.modeling import load_tokenizer
-from hf_lora.run_settings import data_config
-from hf_lora.sweep import Sweep, parse_projections, parse_ranks
-from hf_lora.sweep_results import Result, choose, table_rows
-from hf_lora.training import run_training
-from hf_lora.training_arguments import LoRATrainingArguments
+from hf_lora.models.modeling import load_tokenizer
+from hf_lora.recipe import series_progress
+from hf_lora.recipe.arguments import DataArguments, ModelArguments
+from hf_lora.recipe.run_settings import data_config
+from hf_lora.recipe.sweep import Sweep, parse_projections, parse_ranks
+from hf_lora.recipe.sweep_results import Result, choose, table_rows
+from hf_lora.recipe.training import run_training
+from hf_lora.training.training_arguments import LoRATrainingArguments
 
 GRID = ["--ranks", "2,1", "--projections", "qv", "--seeds", "2"]
 RUNS = ["rank-2-qv/seed-7", "rank-2-qv/seed-8", "rank-1-qv/seed-7", "rank-1-qv/seed-8"]
@@ -133,7 +135,7 @@ def test_seeds_share_a_split_by_split_seed(
 def test_what_is_done_is_used(
     swept: Path, train_argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
     before = (swept / "sweep.json").read_text()
     argv = ["sweep", *train_argv, *GRID, "--output_dir", str(swept), "--json"]
     assert cli.main([*argv, "--metric", "eval_loss"]) == 0
@@ -151,7 +153,7 @@ def test_what_is_done_is_used(
 def test_arguments_without_effect_do_not_make_another_run(
     swept: Path, train_argv: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
     argv = [*train_argv, "--disable_tqdm", "True", "--learning_rate", "0.020"]
     assert cli.main(["sweep", *argv, *GRID, "--output_dir", str(swept)]) == 0
 
@@ -267,7 +269,7 @@ def test_without_matplotlib_there_is_a_table_and_a_line(
 ) -> None:
     output = copied(swept, tmp_path / "sweep")
     (output / "sweep.png").unlink()
-    monkeypatch.setattr("hf_lora.run_series.run_training", no_training)
+    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
     monkeypatch.setattr(series_progress.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["sweep", *train_argv, *GRID, "--output_dir", str(output)]) == 0
     captured = capsys.readouterr()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_lora.tables import print_class_errors, print_table
+from hf_lora.cli.tables import print_class_errors, print_table
 
 
 def printed(

@@ -3,8 +3,8 @@ from conftest import tiny_classifier
 from torch import nn
 
 from hf_lora import LoRAConfig
-from hf_lora.head import find_head
-from hf_lora.targets import find_targets
+from hf_lora.lora.head import find_head
+from hf_lora.lora.targets import find_targets
 
 
 @pytest.fixture(scope="module")

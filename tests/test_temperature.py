@@ -11,9 +11,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, softmax
 from sklearn.metrics import f1_score, log_loss, precision_recall_curve
 
-from hf_lora import temperature as module
-from hf_lora.sidecar import AdapterInfo
-from hf_lora.temperature import (
+from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.tasks import temperature as module
+from hf_lora.tasks.temperature import (
     HIGHEST,
     LOWEST,
     PRIOR,

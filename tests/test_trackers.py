@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import LABELS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_lora.training import run_training
+from hf_lora.recipe.training import run_training
 
 
 def test_tensorboard_has_lora_settings_and_metrics_by_class(

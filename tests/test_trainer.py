@@ -19,9 +19,9 @@ from hf_lora import (
     inject_lora,
     lora_parameters,
 )
-from hf_lora.checkpoint import read_adapter
-from hf_lora.collation import QuickPadding
-from hf_lora.tensors import adapter_tensors
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.adapters.tensors import adapter_tensors
+from hf_lora.training.collation import QuickPadding
 
 
 def dataset(size=24, num_labels=3, labels=None):

@@ -24,9 +24,10 @@ from test_inference import peft_logits, plain_logits
 from torch import Tensor
 from transformers import AutoModel
 
-from hf_lora import LoRAConfig, TextClassifier, cli
-from hf_lora.arguments import LoRAArguments
-from hf_lora.training import lora_config, run_training
+from hf_lora import LoRAConfig, TextClassifier
+from hf_lora.cli import cli
+from hf_lora.recipe.arguments import LoRAArguments
+from hf_lora.recipe.training import lora_config, run_training
 
 Train = Callable[..., dict[str, Any]]
 
@@ -257,7 +258,7 @@ def test_dry_run_prints_and_writes_nothing(
 def test_dry_run_passes_on_trust_in_remote_code(
     train: Train, tiny_bert_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_lora import training
+    from hf_lora.recipe import training
 
     passed: dict[str, Any] = {}
     original = training.meta_classifier
@@ -441,7 +442,7 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one(
     output = tmp_path / "run"
     argv = command(tiny_bert_dir, output, "--train_file", texts, *LONG_RUN)
     process = subprocess.Popen(
-        [sys.executable, "-m", "hf_lora.cli", "train", *argv],
+        [sys.executable, "-m", "hf_lora.cli.cli", "train", *argv],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
-from hf_lora.training_arguments import LoRATrainingArguments, silent
+from hf_lora.training.training_arguments import LoRATrainingArguments, silent
 
 
 def test_silent_arguments_train_the_same_and_do_nothing_else(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hf_lora import (
     save_adapter,
     trainable_parameter_count,
 )
-from hf_lora.tensors import adapter_tensors
+from hf_lora.adapters.tensors import adapter_tensors
 
 
 def test_target_names_of_another_architecture_are_not_silently_skipped():

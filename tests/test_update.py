@@ -19,9 +19,9 @@ from hf_lora import (
     save_adapter,
     unmerge_lora,
 )
-from hf_lora.checkpoint import read_adapter
-from hf_lora.initializers import INITIALIZERS
-from hf_lora.update import VARIANTS
+from hf_lora.adapters.checkpoint import read_adapter
+from hf_lora.lora.initializers import INITIALIZERS
+from hf_lora.lora.update import VARIANTS
 
 CORRECTED = [name for name, entry in INITIALIZERS.items() if entry.corrected]
 FORMS = ["module", "parametrization"]

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_lora import LoRAConfig, inject_lora, lora_disabled, lora_layers, lora_parameters, merge_lora
-from hf_lora.architectures import ARCHITECTURES
-from hf_lora.verify import VerificationReport, probe_batch, verify_injection
+from hf_lora.lora.architectures import ARCHITECTURES
+from hf_lora.models.verify import VerificationReport, probe_batch, verify_injection
 
 FORMS = ["module", "parametrization"]
 # Their last block computes more than the head reads.

@@ -23,14 +23,13 @@ from hf_lora import (
     load_classifier,
     save_adapter,
 )
-from hf_lora.checkpoint import read_adapter
+from hf_lora.adapters.checkpoint import read_adapter
 from hf_lora.data import DataConfig, prepare_data
-from hf_lora.data.labels import SINGLE
-from hf_lora.inject import injection
-from hf_lora.modeling import load_base
-from hf_lora.pooling import PooledClassifier
-from hf_lora.probe import fit_probe
-from hf_lora.warm_start import (
+from hf_lora.lora.inject import injection
+from hf_lora.models.modeling import load_base
+from hf_lora.models.pooling import PooledClassifier
+from hf_lora.recipe.probe import fit_probe
+from hf_lora.recipe.warm_start import (
     features_as_logits,
     fit_warm_start,
     frozen_features,
@@ -38,6 +37,7 @@ from hf_lora.warm_start import (
     output_layer,
     start_head,
 )
+from hf_lora.tasks.labels import SINGLE
 
 _SPECIAL_SIZES = {
     "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1},
@@ -186,7 +186,7 @@ def test_the_validation_set_says_which_layers_the_probe_reads(
 
     known: dict[int, np.ndarray] = {}
     monkeypatch.setattr(
-        "hf_lora.warm_start.frozen_features",
+        "hf_lora.recipe.warm_start.frozen_features",
         lambda trainer, dataset, **given: known.setdefault(len(dataset), made(trainer, dataset, **given)),
     )
     start = start_head(trainer, "probe", choose_layers=True)

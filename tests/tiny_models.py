@@ -1,4 +1,4 @@
-"""Tiny random classifiers of every model type of `hf_lora.architectures`, and inputs that fit them.
+"""Tiny random classifiers of every model type of `hf_lora.lora.architectures`, and inputs that fit them.
 
 Two blocks of width 32 with 4 heads, 2 of them for keys and values where they are grouped. The feed-forward
 layers are at least `WIDE` wide and nothing in attention is, so that tests tell them apart without names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from dataclasses import dataclass, field
 
-from hf_lora.data.labels import PROBLEM_TYPES
+from hf_lora.tasks.labels import PROBLEM_TYPES
 
 
 @dataclass(frozen=True)

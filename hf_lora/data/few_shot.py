@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 
 from hf_lora.data.config import DataConfig
-from hf_lora.data.labels import MULTI, REGRESSION, LabelScheme
 from hf_lora.data.splits import ENCODED, MOST_HELD_OUT
+from hf_lora.tasks.labels import MULTI, REGRESSION, LabelScheme
 
 _LISTED = 5
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_lora.data.config import DataConfig
 from hf_lora.data.files import read_path
-from hf_lora.data.labels import SINGLE, LabelScheme, are_hidden
+from hf_lora.tasks.labels import SINGLE, LabelScheme, are_hidden
 
 ENCODED = "__labels__"  # the column of encoded labels, while the raw label column is still there
 

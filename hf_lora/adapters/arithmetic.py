@@ -1,0 +1,207 @@
+"""Arithmetic on adapters: lower the rank, add, average. Pure functions; no base model is needed.
+
+The updates are only ever handled as factors: ΔW = scaling * B A is `(out, in)`, its factors are thin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from hf_lora.adapters.adapter_values import Adapter, Factors
+from hf_lora.adapters.checkpoint import AdapterFiles
+
+# What the rounding of a few operations in double precision can do to a share or to a cancelled sum.
+_ROUNDING = 8 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What lowering the rank of one update did.
+
+    kept_energy: the share of the squared singular values of ΔW that is kept.
+    relative_error: the Frobenius norm of what is lost over that of ΔW, the root of 1 - kept_energy.
+    """
+
+    old_rank: int
+    new_rank: int
+    kept_energy: float
+    relative_error: float
+
+
+def resize(
+    adapter: Adapter, rank: int | None = None, energy: float | None = None
+) -> tuple[Adapter, dict[str, Truncation]]:
+    """The best approximation of every update at a lower rank, and what it cost, by module.
+
+    By Eckart and Young (1936) the leading singular triplets of ΔW are the best in the Frobenius norm. They
+    come from an SVD of `(rank, rank)` between the QR factors of B and A'. The new factors are balanced,
+    B = U sqrt(S) and A = sqrt(S) V', and their scaling is 1, so alpha is the rank.
+
+    rank: the new rank of every module; one whose rank is lower keeps its own.
+    energy: in place of `rank`, the share in (0, 1] of the squared singular values to keep: each module gets
+        the smallest rank that keeps at least that. An update of zero gets rank 1.
+    Raises ValueError unless exactly one of the two is given and usable.
+    """
+    check_budget(rank, energy)
+    factors, report = {}, {}
+    for module, old in adapter.factors.items():
+        A, B, report[module] = _truncated(old, rank, energy)
+        factors[module] = old.with_matrices(A, B, scaling=1.0)
+    return Adapter(factors, adapter.whole), report
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, average: bool = False) -> Adapter:
+    """The weighted sum of the updates, exactly: factors side by side, so that ranks add up; scaling 1.
+
+    average: divide the weights by their sum first.
+    A module that an adapter does not have counts as an update of zero. Whole tensors (the head, biases) are
+    no updates of anything: they are averaged, with the weights divided by their sum in either case.
+    Raises ValueError if shapes or whole tensors do not fit, or if weights that sum to 0 are to be divided.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"expected one weight for each adapter; got {len(weights)} for {len(adapters)}")
+    if not all(isfinite(weight) for weight in weights):
+        raise ValueError(f"weights are not usable; got {list(weights)}; expected finite numbers")
+    _check_whole(adapters, [f"adapter {number}" for number in range(1, 1 + len(adapters))])
+    has_whole = any(adapter.whole for adapter in adapters)
+    shares = head_shares(weights) if average or has_whole else ()
+    updates = shares if average else weights
+    modules = dict.fromkeys(module for adapter in adapters for module in adapter.factors)
+    return Adapter(
+        {module: _concatenated(module, adapters, updates) for module in modules},
+        {name: _mean([adapter.whole[name] for adapter in adapters], shares) for name in adapters[0].whole},
+    )
+
+
+def head_shares(weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum. Raises ValueError if that is 0."""
+    total = sum(weights)
+    if abs(total) <= 1e-9 * sum(abs(weight) for weight in weights):
+        raise ValueError(
+            f"weights that sum to 0 have no average, which the heads need; got {list(weights)}; "
+            "expected such as 1 0.5"
+        )
+    return [weight / total for weight in weights]
+
+
+def check_combinable(sources: Sequence[AdapterFiles]) -> None:
+    """Raises ValueError, naming both, if two adapters differ in labels, task, whole tensors or base model."""
+    names = [str(files.directory) for files in sources]
+    for files in sources[1:]:
+        _check_same_task(sources[0], files)
+    # Before the bases, since the digest of a base leaves out what the adapter brings whole.
+    _check_whole([Adapter.from_files(files) for files in sources], names)
+    for files in sources[1:]:
+        _check_same_base(sources[0], files)
+
+
+def check_budget(rank: int | None, energy: float | None) -> None:
+    """Raises ValueError unless exactly one of a rank of at least 1 and an energy in (0, 1] is given."""
+    if (rank is None) == (energy is None):
+        raise ValueError(f"expected either a rank or an energy; got rank={rank} and energy={energy}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is not usable; got {rank}; expected a whole number of at least 1, such as 8")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"energy is not a share; got {energy}; expected 0 < energy <= 1, such as 0.9")
+
+
+def balanced(
+    U: Tensor, S: Tensor, Vh: Tensor, *, total: float, rank: int | None, energy: float | None
+) -> tuple[Tensor, Tensor, Truncation]:
+    """A `(k, in)` and B `(out, k)` with B A the first k triplets of U `(out, n)`, S `(n,)`, Vh `(n, in)`.
+
+    total: the squared Frobenius norm of the whole matrix, of which S may be the leading part; 0 means that
+        the matrix is zero whatever S says.
+    """
+    if total == 0.0:
+        zeros = torch.zeros_like(Vh[:1]), torch.zeros_like(U[:, :1])
+        return *zeros, Truncation(len(S), 1, kept_energy=1.0, relative_error=0.0)
+    shares = S.double().square().cumsum(0) / total
+    # The shares rise, so those that are too small come first.
+    enough = 1 + int((shares < (energy or 0.0) - _ROUNDING).sum())
+    k = min(rank or enough, len(S))
+    root = S[:k].sqrt()
+    lost = max(0.0, 1.0 - shares[k - 1].item())
+    truncation = Truncation(len(S), k, kept_energy=1.0 - lost, relative_error=sqrt(lost))
+    return root[:, None] * Vh[:k], U[:, :k] * root, truncation
+
+
+def _truncated(old: Factors, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Truncation]:
+    A, B = old.matrices
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(old.scaling * R_B @ R_A.T)
+    # Updates that cancel leave rounding, which has singular values too.
+    size = abs(old.scaling) * A.norm() * B.norm()
+    total = 0.0 if S[0] <= _ROUNDING * size else S.square().cumsum(0)[-1].item()
+    A, B, truncation = balanced(Q_B @ U, S, Vh @ Q_A.T, total=total, rank=rank, energy=energy)
+    return A, B, replace(truncation, old_rank=old.rank)
+
+
+def _concatenated(module: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Factors:
+    """[w1 s1 B1, w2 s2 B2, ...] [A1; A2; ...], over the adapters that have the module."""
+    present = [
+        (adapter.factors[module], weight)
+        for adapter, weight in zip(adapters, weights, strict=True)
+        if module in adapter.factors
+    ]
+    first = present[0][0]
+    for other, _ in present[1:]:
+        if (other.A.shape[1:], other.B.shape[0]) != (first.A.shape[1:], first.B.shape[0]):
+            raise ValueError(
+                f"the updates of {module!r} have different sizes; got A and B of {tuple(other.A.shape)} and "
+                f"{tuple(other.B.shape)}; expected {tuple(first.A.shape)} and {tuple(first.B.shape)} but for the rank"
+            )
+    A = torch.cat([entry.matrices[0] for entry, _ in present])
+    B = torch.cat([weight * entry.scaling * entry.matrices[1] for entry, weight in present], dim=1)
+    return first.with_matrices(A, B, scaling=1.0)
+
+
+def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    terms = [share * tensor.double() for share, tensor in zip(shares, tensors, strict=True)]
+    return torch.stack(terms).sum(0).to(tensors[0].dtype)
+
+
+def _check_whole(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
+    first = _shapes(adapters[0].whole)
+    for adapter, name in zip(adapters[1:], names[1:], strict=True):
+        shapes = _shapes(adapter.whole)
+        for tensor in sorted({*first, *shapes}):
+            if first.get(tensor) != shapes.get(tensor):
+                raise ValueError(
+                    f"adapters cannot be combined unless they bring the same whole tensors; {tensor!r} has shape "
+                    f"{shapes.get(tensor, 'none')} in {name!r} and {first.get(tensor, 'none')} in {names[0]!r}"
+                )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_same_task(first: AdapterFiles, other: AdapterFiles) -> None:
+    if first.info is None or other.info is None:
+        return
+    for what in ("labels", "problem_type", "pooling"):
+        wanted, got = getattr(first.info, what), getattr(other.info, what)
+        if wanted != got:
+            raise ValueError(
+                f"adapters with different {what.replace('_', ' ')} cannot be combined; got {got} in "
+                f"{str(other.directory)!r} and {wanted} in {str(first.directory)!r}"
+            )
+
+
+def _check_same_base(first: AdapterFiles, other: AdapterFiles) -> None:
+    digests = [files.info.base_model.fingerprint if files.info else None for files in (first, other)]
+    names = [files.base_name for files in (first, other)]
+    # The same weights may have several names, so names count only where a digest is missing.
+    pair = names if None in digests else digests
+    if None not in pair and pair[0] != pair[1]:
+        raise ValueError(
+            f"adapters of different base models cannot be combined; got {names[1]!r} ({digests[1]}) in "
+            f"{str(other.directory)!r} and {names[0]!r} ({digests[0]}) in {str(first.directory)!r}"
+        )

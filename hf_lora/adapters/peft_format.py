@@ -1,0 +1,199 @@
+"""The PEFT side of an adapter directory: `adapter_config.json` and the names of the tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_lora.lora.config import LoRAConfig
+from hf_lora.lora.head import belongs_to
+from hf_lora.lora.inject import Injection, lora_layers
+from hf_lora.lora.targets import has_suffix
+from hf_lora.lora.update import VARIANTS
+from hf_lora.models.pooling import HEAD as POOLED_HEAD
+from hf_lora.untrusted import check_types, shortened
+
+PREFIX = "base_model.model."
+# The format below was read and written by this release of peft; it goes into the file for its readers.
+PEFT_VERSION = "0.21.2"
+
+# Keys of a PEFT configuration that mean an adapter we cannot represent, and the values that mean "unused".
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (None, False),
+    "lora_bias": (None, False),
+}
+# Initializations that leave the base weights as they are; the others rewrite them on load.
+_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# What the keys that are read may hold besides null.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "target_modules": (list, str),
+    "modules_to_save": (list,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "bias": (str,),
+    "use_dora": (bool,),
+    "use_rslora": (bool,),
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+}
+_FACTOR_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+
+
+def to_peft(
+    model: nn.Module, state: Injection, *, base_name: str | None, revision: str | None
+) -> dict[str, Any]:
+    """The contents of `adapter_config.json` for an injected model."""
+    config = state.config
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None,
+        "peft_version": PEFT_VERSION,
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "inference_mode": True,
+        **_ranks_and_alphas(model, config),
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(shortest_suffixes(model, state)),
+        # peft looks each of these up in the base model, which has no pooled head.
+        "modules_to_save": sorted(name for name in state.head if name != POOLED_HEAD) or None,
+        "bias": config.bias,
+        "init_lora_weights": True,
+        "use_rslora": config.scaling == "rslora",
+        "use_dora": VARIANTS.get(config.variant).magnitude,
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
+
+
+def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
+    """The LoRAConfig of somebody's `adapter_config.json`; which modules are adapted is read off the tensors' keys.
+
+    Raises ValueError, naming the key, for anything that PEFT knows and we do not, and for tensors of modules
+    that the configuration does not name.
+    """
+    if values.get("peft_type") != "LORA":
+        raise ValueError(
+            f"not a LoRA adapter; got peft_type={shortened(values.get('peft_type'))}; expected 'LORA'"
+        )
+    check_types(values, _KINDS, "the adapter's PEFT configuration")
+    for key, unused in _UNSUPPORTED.items():
+        if values.get(key) not in unused:
+            raise ValueError(
+                f"the adapter uses {key}, which hf_lora does not support; got {shortened(values[key])}"
+            )
+    init = values.get("init_lora_weights", True)
+    if init not in _HARMLESS_INITS:
+        raise ValueError(
+            f"the adapter's init_lora_weights={shortened(init)} rewrites the base weights on load, which is refused; "
+            "convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    return LoRAConfig(
+        rank=_given(values, "r", 8),
+        alpha=_given(values, "lora_alpha", 8),
+        dropout=_given(values, "lora_dropout", 0.0),
+        target_modules=_adapted_modules(keys, values.get("target_modules")),
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern=values.get("alpha_pattern") or {},
+        bias=_given(values, "bias", "none"),
+        variant="dora" if values.get("use_dora") else "lora",
+        scaling="rslora" if values.get("use_rslora") else "standard",
+    )
+
+
+def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = values.get(key)
+    return default if value is None else value
+
+
+def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
+    """The modules that have factors in a file, checked against a list of suffixes if the configuration has one."""
+    found = (
+        key.removeprefix(PREFIX).removesuffix(end)
+        for key in keys
+        for end in _FACTOR_ENDS
+        if key.endswith(end)
+    )
+    names = tuple(sorted(set(found)))
+    if not names:
+        raise ValueError("the adapter has no LoRA tensors; expected keys that end in .lora_A.weight")
+    if isinstance(declared, list):
+        stray = [name for name in names if not any(has_suffix(name, str(suffix)) for suffix in declared)]
+        if stray:
+            raise ValueError(
+                f"the adapter's tensors and its target_modules disagree; got {shortened(stray[0])}; "
+                f"expected one of {shortened(declared)}"
+            )
+    return names
+
+
+def _ranks_and_alphas(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
+    """r, lora_alpha and their patterns, such that PEFT computes every module's rank and scaling.
+
+    As they were given, unless parts or a subtracted start make ranks larger in PEFT than they are here.
+    """
+    layers = lora_layers(model)
+    if all(layer.peft_rank == config.rank_of(name) for name, layer in layers.items()):
+        patterns = {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
+        return {"r": config.rank, "lora_alpha": _plain(config.alpha), **patterns}
+    root = 0.5 if config.scaling == "rslora" else 1.0
+    ranks = {name: layer.peft_rank for name, layer in layers.items()}
+    alphas = {name: _plain(layer.scaling * layer.peft_rank**root) for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+    }
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+def shortest_suffixes(model: nn.Module, state: Injection) -> list[str]:
+    """The shortest dotted endings that select exactly the adapted modules among those outside the head."""
+    names = [target.name for target in state.targets]
+    modules = [name for name, _ in model.named_modules() if ".parametrizations" not in f".{name}"]
+    everything = {*names, *(name for name in modules if name and not belongs_to(name, state.head))}
+    for length in range(1, 1 + max(name.count(".") + 1 for name in names)):
+        suffixes = list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names))
+        if {name for name in everything if any(has_suffix(name, s) for s in suffixes)} == set(names):
+            return suffixes
+    return names
+
+
+def bias_key(name: str, targets: Iterable[str]) -> str:
+    """The file's key of a trained bias: those of adapted modules are inside PEFT's wrapper."""
+    module = name.removesuffix(".bias")
+    return f"{PREFIX}{module}.base_layer.bias" if module in targets else f"{PREFIX}{name}"
+
+
+def without_duplicates(keys: Iterable[str]) -> list[str]:
+    """The keys of a file without the second copies of head tensors that peft writes with bias="all"."""
+    keys = list(keys)
+    return [key for key in keys if ".original_module." not in key and not _is_copy(key, keys)]
+
+
+def _is_copy(key: str, keys: list[str]) -> bool:
+    plain = key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+    return plain != key and plain in keys

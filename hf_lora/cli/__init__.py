@@ -1,0 +1,1 @@
+"""The command `hf-lora`: parse, call, print. Nothing else imports it."""

@@ -1,0 +1,1 @@
+"""What an adapter learned and where it errs: spectra, reports, pictures."""

@@ -1,0 +1,182 @@
+"""LoRAConfig: what to adapt and how. Validated once, here; every field has an effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from hf_lora.lora.architectures import ROLES
+from hf_lora.lora.initializers import INITIALIZERS
+from hf_lora.lora.update import VARIANTS
+from hf_lora.registry import Registry
+from hf_lora.untrusted import check_pattern, full_match, is_number, shortened
+
+# The factor of B A for a rank and alpha (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
+SCALINGS: Registry[str, Callable[[int, float], float]] = Registry("scaling")
+SCALINGS.register("standard", lambda rank, alpha: alpha / rank)
+SCALINGS.register("rslora", lambda rank, alpha: alpha / math.sqrt(rank))
+
+BIAS_MODES = ("none", "lora_only", "all")
+FORMS = ("module", "parametrization")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What to adapt and how (Hu et al. 2021, arXiv:2106.09685).
+
+    rank: r, the inner dimension of B A; at least 1.
+    alpha: the update is scaled by alpha / rank.
+    dropout: probability in [0, 1) with which inputs of A are zeroed in training.
+    projections: the roles to adapt, any subset of "qkvo" in any order.
+    target_modules: explicit modules in place of `projections`: a list of dotted names or whole dotted
+        suffixes, a regular expression that the whole name must match, or "all-linear".
+    layers: the transformer blocks to adapt, counted from 0, or from the end when negative; None: all.
+    rank_pattern, alpha_pattern: exceptions by module, `{pattern: value}`; a pattern is a regular expression
+        for the end of the dotted name (as in PEFT), the first that matches wins.
+    bias: which biases are trained: "none", "lora_only" (those of adapted layers), "all".
+    train_head: whether the classification head is trained. It is saved with the adapter either way.
+    init: how A and B start, a name of `hf_lora.lora.initializers.INITIALIZERS`; "gradient" is "kaiming" until
+        `start_lora`, or else `LoRATrainer.train`, has seen the training data.
+    variant: "lora"; "dora" (the norms of the weight's rows are learned too); "lora_fa" (A stays as it was drawn).
+    scaling: "standard" (alpha / rank) or "rslora" (alpha / sqrt(rank)).
+    form: "module" (the layer gets a forward with the update in it: fast) or "parametrization" (the weight is
+        replaced by W + scaling * B A through `torch.nn.utils.parametrize`). What has no forward of ours, such as
+        a convolution or a bare parameter, takes the second form either way.
+
+    Raises ValueError for any value outside these.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    projections: str = "qkvo"
+    target_modules: tuple[str, ...] | str | None = None
+    layers: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    train_head: bool = True
+    init: str = "kaiming"
+    variant: str = "lora"
+    scaling: str = "standard"
+    form: str = "module"
+
+    def __post_init__(self) -> None:
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(
+                f"dropout is not a probability; got {shortened(self.dropout)}; expected 0 <= dropout < 1"
+            )
+        object.__setattr__(self, "projections", _checked_projections(self.projections))
+        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        for what, patterns, check in (
+            ("rank_pattern", self.rank_pattern, _check_rank),
+            ("alpha_pattern", self.alpha_pattern, _check_alpha),
+        ):
+            if not isinstance(patterns, Mapping):
+                raise ValueError(
+                    f"{what} is no mapping; got {shortened(patterns)}; expected {{pattern: number}}"
+                )
+            for pattern, value in patterns.items():
+                check_pattern(what, pattern)
+                check(f"{what}[{shortened(pattern)}]", value)
+        if self.bias not in BIAS_MODES:
+            raise ValueError(
+                f"unknown bias mode; got {shortened(self.bias)}; expected one of {', '.join(BIAS_MODES)}"
+            )
+        if self.form not in FORMS:
+            raise ValueError(f"unknown form; got {shortened(self.form)}; expected one of {', '.join(FORMS)}")
+        INITIALIZERS.get(self.init)
+        VARIANTS.get(self.variant)
+        SCALINGS.get(self.scaling)
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the module called `name`."""
+        return int(_first_match(self.rank_pattern, name, self.rank))
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha for the module called `name`."""
+        return float(_first_match(self.alpha_pattern, name, self.alpha))
+
+    def scaling_of(self, name: str) -> float:
+        """What multiplies B A of the module called `name`: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        return SCALINGS.get(self.scaling)(self.rank_of(name), self.alpha_of(name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `LoRAConfig.from_dict` is the inverse."""
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
+        """The config that `to_dict` wrote. Raises ValueError for an unknown key."""
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown LoRAConfig keys; got {shortened(unknown)}; expected some of {sorted(known)}"
+            )
+        return cls(**values)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a PEFT pattern key applies to a module: the pattern must match the end of its dotted name."""
+    return full_match(rf"(.*\.)?({pattern})", name)
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
+
+
+def _check_rank(what: str, rank: object) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(
+            f"{what} is not a rank; got {shortened(rank)}; expected a whole number of at least 1, such as 8"
+        )
+
+
+def _check_alpha(what: str, alpha: object) -> None:
+    if not is_number(alpha) or alpha <= 0:  # type: ignore[operator]
+        raise ValueError(
+            f"{what} is not usable; got {shortened(alpha)}; expected a number above 0, such as 16"
+        )
+
+
+def _checked_projections(projections: str) -> str:
+    letters = "".join(projections) if isinstance(projections, list | tuple | set) else projections
+    if not isinstance(letters, str) or not letters or set(letters) - set(ROLES):
+        raise ValueError(
+            f"projections are not roles; got {shortened(projections)}; expected letters of {ROLES!r}, such as 'qv'; "
+            "for modules by name use target_modules"
+        )
+    return "".join(role for role in ROLES if role in letters)
+
+
+def _checked_targets(targets: Sequence[str] | str | None) -> tuple[str, ...] | str | None:
+    if targets is None:
+        return None
+    if isinstance(targets, str):
+        check_pattern("target_modules", targets)
+        return targets
+    names = tuple(targets) if isinstance(targets, Sequence | set | frozenset) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f"target_modules is not usable; got {shortened(targets)}; expected names such as ['query', 'value'], "
+            "a regular expression, or 'all-linear'"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def _checked_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    numbers = (layers,) if isinstance(layers, int) else tuple(layers) if isinstance(layers, Sequence) else ()
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise ValueError(
+            f"layers are not block numbers; got {shortened(layers)}; expected such as [0, 1] or [-2, -1]"
+        )
+    return tuple(dict.fromkeys(numbers))

@@ -1,0 +1,206 @@
+"""From a model and a config to the weights to adapt. Decides about all of them, changes none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lora.lora.architectures import ARCHITECTURES, ROLE_NAMES, Architecture, Projection
+from hf_lora.lora.config import LoRAConfig
+from hf_lora.lora.fused import ROW_LAYOUTS
+from hf_lora.lora.guess import guess
+from hf_lora.lora.head import base_prefix, belongs_to
+from hf_lora.lora.layers import LAYER_TYPES
+from hf_lora.lora.layouts import layout_of
+from hf_lora.lora.parametrization import is_adaptable
+from hf_lora.lora.quantized import layer_type_of
+from hf_lora.untrusted import full_match
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to adapt: the module it is in, what the module calls it, and its roles where they are known.
+
+    parts: for a fused weight the output rows of each role in `role`, each adapted by itself.
+    input_first: a bare parameter's first dimension is its input.
+    bypassed: the module's forward is never called; only its weight can be adapted.
+    """
+
+    module: str
+    tensor: str = "weight"
+    role: str | None = None
+    parts: tuple[tuple[int, ...], ...] | None = None
+    input_first: bool = False
+    bypassed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The dotted name users see: the module's, or for a bare parameter its own."""
+        return self.module if self.tensor == "weight" else f"{self.module}.{self.tensor}".lstrip(".")
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The table entry of a transformers model.
+
+    Raises ValueError where there is none, with a guess from names and shapes and the ways to use it.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise ValueError(
+            f"projections='qkvo' needs a transformers model; got {type(model).__name__} without "
+            "config.model_type; name the modules with target_modules instead"
+        )
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"the projections of model type {model_type!r} are not known; {guess(model)}")
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture.reason is not None:
+        raise ValueError(
+            f"{model_type} cannot be adapted by role: it {architecture.reason}; use target_modules"
+        )
+    return architecture
+
+
+def find_targets(model: nn.Module, config: LoRAConfig, head: Iterable[str] = ()) -> list[Target]:
+    """The weights that `config` selects, in the model's order.
+
+    head: dotted names that are never targets.
+    Raises ValueError if a requested role, name, pattern or block selects nothing, or selects something that
+    cannot be adapted; the message lists candidates.
+    """
+    head = tuple(head)
+    modules = dict(model.named_modules())
+    names = [name for name in modules if name and not belongs_to(name, head)]
+    if config.target_modules is None:
+        targets = _by_role(model, modules, names, config.projections)
+    else:
+        bare = _bare_parameters(model, head)
+        found = _by_name(model, names, bare, config.target_modules)
+        targets = [bare.get(name, Target(name)) for name in found]
+    targets = _in_layers(targets, config.layers)
+    for target in targets:
+        _check_type(target, modules[target.module])
+    return targets
+
+
+def block_of(name: str) -> int | None:
+    """The number of the transformer block that a dotted name lies in: its first number, if it has one."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def has_suffix(name: str, suffix: str) -> bool:
+    """Whether `suffix` is the whole of a dotted name or a whole dotted end of it."""
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def has_module_form(module: nn.Module, tensor: str = "weight") -> bool:
+    """Whether a weight can be adapted by a forward of ours; otherwise its weight itself is parametrized."""
+    return tensor == "weight" and layer_type_of(module) is not None
+
+
+def _by_role(
+    model: nn.Module, modules: Mapping[str, nn.Module], names: list[str], projections: str
+) -> list[Target]:
+    architecture = architecture_of(model)
+    prefix = base_prefix(model)
+    inside = [name for name in names if not prefix or name.startswith(f"{prefix}.")]
+    if architecture.skip:
+        inside = [name for name in inside if not set(architecture.skip) & set(name.split("."))]
+    places: dict[tuple[str, str], tuple[str, Projection]] = {}
+    for role in projections:
+        found = [
+            (name, place)
+            for name in inside
+            for place in architecture.projections(role)
+            if has_suffix(name, place.suffix) and hasattr(modules[name], place.tensor)
+        ]
+        if not found:
+            wanted = " or ".join(place.suffix for place in architecture.projections(role)) or "no such suffix"
+            raise ValueError(
+                f"the {ROLE_NAMES[role]} projection matches nothing; got {type(model).__name__} with no module "
+                f"ending in {wanted}; candidates: {_candidates(model, names)}"
+            )
+        for name, place in found:
+            roles, _ = places.get((name, place.tensor), ("", place))
+            places[name, place.tensor] = (roles + role, place)
+    order = {name: index for index, name in enumerate(names)}
+    targets = [_target(model, *key, *value) for key, value in places.items()]
+    return sorted(targets, key=lambda target: order[target.module])
+
+
+def _target(model: nn.Module, module: str, tensor: str, roles: str, place: Projection) -> Target:
+    parts = None
+    if place.rows is not None:
+        owner = model.get_submodule(module)
+        out_features, _ = layout_of(owner).features(getattr(owner, tensor).shape)
+        rows = ROW_LAYOUTS.get(place.rows)(model.config, out_features)
+        parts = tuple(tuple(row for block in rows[role] for row in block) for role in roles)
+    return Target(module, tensor, roles, parts, place.input_first, place.bypassed)
+
+
+def _bare_parameters(model: nn.Module, head: tuple[str, ...]) -> dict[str, Target]:
+    """Parameters that are no module's `weight` or `bias`, by dotted name."""
+    split = (name.rpartition(".") for name, _ in model.named_parameters())
+    targets = (Target(module, tensor) for module, _, tensor in split if tensor not in ("weight", "bias"))
+    return {target.name: target for target in targets if not belongs_to(target.name, head)}
+
+
+def _by_name(
+    model: nn.Module, names: list[str], bare: Iterable[str], wanted: tuple[str, ...] | str
+) -> list[str]:
+    if wanted == ALL_LINEAR:
+        return [name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
+    everything = [*names, *bare]
+    if isinstance(wanted, str):
+        found = [name for name in everything if full_match(wanted, name)]
+        if not found:
+            raise ValueError(
+                f"target_modules matches nothing; got the expression {wanted!r}, which must match a whole name; "
+                f"candidates: {_candidates(model, names)}"
+            )
+        return found
+    for suffix in wanted:
+        if not any(has_suffix(name, suffix) for name in everything):
+            raise ValueError(
+                f"target_modules names a module that {type(model).__name__} does not have; got {suffix!r}; "
+                f"candidates: {_candidates(model, names)}"
+            )
+    return [name for name in everything if any(has_suffix(name, suffix) for suffix in wanted)]
+
+
+def _in_layers(targets: list[Target], layers: tuple[int, ...] | None) -> list[Target]:
+    if layers is None:
+        return targets
+    blocks = {target.name: block_of(target.name) for target in targets}
+    count = 1 + max((block for block in blocks.values() if block is not None), default=-1)
+    outside = [layer for layer in layers if not -count <= layer < count]
+    if outside:
+        raise ValueError(
+            f"layers names blocks that are not there; got {outside}; expected {-count} to {count - 1}"
+            if count
+            else f"layers={list(layers)} cannot be used; the adapted modules lie in no numbered block"
+        )
+    wanted = {layer % count for layer in layers}
+    return [target for target in targets if blocks[target.name] in wanted]
+
+
+def _check_type(target: Target, module: nn.Module) -> None:
+    if not has_module_form(module, target.tensor) and not is_adaptable(getattr(module, target.tensor, None)):
+        known = ", ".join(layer_type.__name__ for layer_type in LAYER_TYPES)
+        raise ValueError(
+            f"cannot adapt {target.name!r}; got a {type(module).__name__}; expected one of {known}, or anything "
+            f"with a floating-point {target.tensor} of at least two dimensions"
+        )
+
+
+def _candidates(model: nn.Module, names: list[str], limit: int = 12) -> str:
+    """The distinct names of linear modules with block numbers starred, as a hint in errors."""
+    adaptable = (name for name in names if has_module_form(model.get_submodule(name)))
+    starred = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in adaptable))
+    shown = ", ".join(starred[:limit])
+    return shown + (f" and {len(starred) - limit} more" if len(starred) > limit else "") or "none"

@@ -1,0 +1,1 @@
+"""A pretrained model with the right head: loaded, checked, and run fast."""

@@ -1,0 +1,110 @@
+"""Spare the last block what the classifier does not read.
+
+BERT and its relatives classify by the state of the first token. In their last block attention needs the keys and
+values of every token, but what follows, the output projection and the feed-forward layers, is of use for
+the first token alone: leaving out the others changes neither logits nor gradients, and saves an eighth of
+the arithmetic of six blocks. Whether a model is of that kind is not looked up but tried.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lora.models.probing import evaluating, relative_difference
+
+_ROWS, _TOKENS = 3, 7
+
+
+@contextmanager
+def first_token_only(model: nn.Module) -> Iterator[str | None]:
+    """Inside, the last block computes its output for the first token alone, if the classifier reads no other.
+
+    Yields the dotted name of the module from which on the other tokens are left out: the one that joins attention
+    and residual in the last block. None where the model has no such module or its logits would be others;
+    nothing is changed then. The last hidden state is `(batch, 1, width)` inside.
+    """
+    name = _join_to_cut(model)
+    if name is None:
+        yield None
+        return
+    hook = model.get_submodule(name).register_forward_pre_hook(_first_token)
+    try:
+        yield name
+    finally:
+        hook.remove()
+
+
+def _join_to_cut(model: nn.Module) -> str | None:
+    """The first join of the last block, if the logits of a probe stay the same with other tokens left out."""
+    inputs = _probe(model)
+    if inputs is None:
+        return None
+    with torch.no_grad(), evaluating(model):
+        joins: list[str] = []
+        hooks = [
+            module.register_forward_pre_hook(partial(_note_join, joins, name))
+            for name, module in model.named_modules()
+        ]
+        try:
+            expected = _logits(model, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        block = re.match(r".*\.\d+(?=\.)", joins[-1]) if joins else None
+        name = next((join for join in joins if block and join.startswith(f"{block.group()}.")), None)
+        if expected is None or name is None:
+            return None
+        hook = model.get_submodule(name).register_forward_pre_hook(_first_token)
+        try:
+            got = _logits(model, inputs)
+        finally:
+            hook.remove()
+    if got is None or got.shape != expected.shape:
+        return None
+    # Products of other shapes round otherwise; another token read would change the first digits.
+    tolerance = torch.finfo(next(model.parameters()).dtype).eps ** (2 / 3)
+    return name if relative_difference(got, expected) <= tolerance else None
+
+
+def _probe(model: nn.Module) -> dict[str, Tensor] | None:
+    """Random tokens `(3, 7)` with padding in the last row; None for a model that takes no tokens."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    names = inspect.signature(model.forward).parameters
+    if not vocabulary or not {"input_ids", "attention_mask"} <= names.keys():
+        return None
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, _TOKENS // 2 :] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The logits; None if the model cannot run on this."""
+    try:
+        return model(**inputs)["logits"]
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
+        return None
+
+
+def _is_join(args: tuple[Any, ...]) -> bool:
+    states = [value for value in args if isinstance(value, Tensor) and value.dim() == 3]
+    return len(args) == len(states) == 2 and states[0].shape == states[1].shape
+
+
+def _note_join(joins: list[str], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if _is_join(args) and args[0].shape[:2] == (_ROWS, _TOKENS):
+        joins.append(name)
+
+
+def _first_token(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    return tuple(states[:, :1] for states in args) if _is_join(args) else None

@@ -1,0 +1,298 @@
+"""A probe after injection: does every adapted layer act on the model's output, and does it learn?
+
+A layer whose `forward` the model goes around makes LoRA a silent no-op: `nn.MultiheadAttention` reads
+`out_proj.weight` itself. Training then runs, the head learns, and the adapter stays at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from hf_lora.lora.inject import lora_layers
+from hf_lora.lora.update import LoRALayer
+from hf_lora.models.probing import evaluating
+
+LENGTH = 8
+_B_STD = 0.02
+# The second probe of a suspect looks for gradients that fp16 rounded to zero.
+_STRONGER = 4096.0
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What the probe measured; that there is a report at all means that every adapted layer acts."""
+
+    gradients: Mapping[str, float]
+    """The largest absolute gradient of B, by the name of the layer, for a random projection of the logits."""
+    forwards: int
+    unused: tuple[str, ...] = ()
+    """With `allow_unused`: the layers that the model itself does not use."""
+
+    def __str__(self) -> str:
+        total = len(self.gradients)
+        unused = f"; the model does not use {', '.join(self.unused)}" if self.unused else ""
+        return f"verified: {total - len(self.unused)} of {total} adapted layers act on the output{unused}"
+
+
+def verify_injection(
+    model: nn.Module, batch: Mapping[str, Any], *, allow_unused: bool = False
+) -> VerificationReport:
+    """Check on one small batch that every adapted layer moves the output and gets a gradient.
+
+    batch: what the model takes, such as `probe_batch(model)`: input_ids `(batch, length)` and labels.
+    allow_unused: report, and do not refuse, layers whose pretrained weight has no effect on the logits either,
+        as in the last block of Longformer, LUKE or LiLT. They cost memory and do no harm.
+    The model is afterwards as it was, bit for bit: weights, gradients, buffers, modes and random state.
+    Raises ValueError if an adapter has no effect, naming it and why; if the model has no LoRA, is merged or
+    disabled; if its output on the batch is not finite.
+    """
+    layers = lora_layers(model)
+    wrong = [name for name, layer in layers.items() if layer.merged or not layer.enabled]
+    if wrong:
+        raise ValueError(
+            f"cannot verify a merged or disabled adapter; got {len(wrong)} such layers, first {wrong[0]!r}; "
+            "call unmerge_lora first, or verify outside lora_disabled"
+        )
+    batch = _on_device(batch, next(iter(layers.values())).lora_B.device)
+    with _as_it_was(model, layers.values()):
+        return _probe(model, layers, batch, allow_unused)
+
+
+# Why one backward pass finds every dead layer. Let f be a random projection of the logits: it depends on a
+# B if and only if they do, but for projections of probability zero. f is analytic in all A and B together,
+# as matrix products, softmax, layer norms and GELU are. If it depends on one B at all, its gradient there
+# is zero on a set of measure zero only, which random A and B miss. If not (the layer is not called, or its
+# output is dropped, detached or multiplied by zero), the gradient is exactly zero or None. A is random too,
+# since it may be zero. ReLU is analytic in pieces only and fp16 flushes small numbers to zero, so a suspect
+# is probed again elsewhere with a larger projection. Comparing outputs with one B zeroed at a time costs a
+# forward a layer and errs where bf16 swallows a small change; all it finds besides are straight-through
+# estimators, which send gradients past their own value.
+def _probe(
+    model: nn.Module, layers: Mapping[str, LoRALayer], batch: Mapping[str, Any], allow_unused: bool
+) -> VerificationReport:
+    gradients, _, called = _gradients(model, layers, batch, (), seed=0)
+    acting = {name: _acting(layer, gradients[name]) for name, layer in layers.items()}
+    suspects = {name: layer for name, layer in layers.items() if not all(acting[name])}
+    weights: dict[str, Tensor] = {}
+    if suspects:
+        again, weights, more = _gradients(model, layers, batch, suspects, seed=1)
+        called |= more
+        for name, layer in suspects.items():
+            acting[name] = [a or b for a, b in zip(acting[name], _acting(layer, again[name]), strict=True)]
+    # Fused kernels (nn.TransformerEncoderLayer in evaluation) go around a forward only where no gradients
+    # are taken: such a layer would be trained and then ignored.
+    with torch.no_grad(), _recorded(layers) as called_without_gradients:
+        model(**batch)
+    problems: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        if not any(acting[name]):
+            weight = weights.get(name)
+            bypassed = id(layer) not in called if weight is None else bool(weight.any())
+            problems.setdefault("bypassed" if bypassed else "unused", []).append(name)
+        elif not all(acting[name]):
+            numbers = ", ".join(str(index + 1) for index, acts in enumerate(acting[name]) if not acts)
+            problems.setdefault("parts", []).append(f"{name} (part {numbers} of {len(acting[name])})")
+        elif id(layer) in called and id(layer) not in called_without_gradients:
+            problems.setdefault("evaluation", []).append(name)
+    unused = tuple(problems.pop("unused", ())) if allow_unused else ()
+    if len(unused) == len(layers):
+        problems["unused"] = list(unused)
+    if problems:
+        found = "; ".join(f"no effect at {', '.join(dead)}: {_REASONS[k]}" for k, dead in problems.items())
+        count = sum(map(len, problems.values()))
+        raise ValueError(f"the adapter has {found}; got {count} such layers of {len(layers)}, expected none")
+    largest = {name: float(gradient.abs().max()) for name, gradient in gradients.items()}
+    return VerificationReport(largest, 3 if suspects else 2, unused)
+
+
+_REASONS = {
+    "bypassed": "the model reads the weight of these layers and goes around their forward, as nn.MultiheadAttention "
+    "does with out_proj; try form='parametrization', or leave them out of target_modules",
+    "unused": "the model does not use these layers: nothing they compute reaches the logits, or without a gradient; "
+    "try other target_modules or layers",
+    "parts": "the model does not use these parts of the fused weights; leave their roles out of projections",
+    "evaluation": "these layers act in training only, since in evaluation a fused kernel goes around them; "
+    "try form='parametrization', or leave them out of target_modules",
+}
+
+
+def _gradients(
+    model: nn.Module,
+    layers: Mapping[str, LoRALayer],
+    batch: Mapping[str, Any],
+    suspects: Iterable[str],
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], set[int]]:
+    """For a random projection of the logits: the gradient of B by layer, and of the suspects' frozen weights.
+
+    And the ids of the layers whose forward was called. Quantized weights get no gradient and are left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers.values():
+        _randomize(layer.lora_A, 1 / math.sqrt(layer.lora_A[0].numel()), generator)
+        _randomize(layer.lora_B, _B_STD, generator)
+        layer.lora_B.requires_grad_(True)
+    weights = {name: layers[name].frozen_weight for name in suspects}
+    weights = {name: w.requires_grad_(True) for name, w in weights.items() if type(w) is nn.Parameter}
+    with torch.enable_grad(), _recorded(layers) as called:
+        logits = _logits(model(**batch))
+    if not logits.isfinite().all():
+        hint = "try another batch, or a base in bf16 or fp32"
+        raise ValueError(f"cannot verify the adapter; got {logits.dtype} logits that are not finite; {hint}")
+    wanted = [*(layer.lora_B for layer in layers.values()), *weights.values()]
+    gradients: Iterable[Tensor | None] = [None] * len(wanted)
+    if logits.requires_grad:
+        projection = torch.randn(logits.shape, generator=generator).to(logits) * (_STRONGER if seed else 1.0)
+        # autograd.grad, and not backward: it fills no .grad, of B or of the head.
+        gradients = torch.autograd.grad(logits, wanted, projection, allow_unused=True)
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True)]
+    of_weights = dict(zip(weights, found[len(layers) :], strict=True))
+    return dict(zip(layers, found, strict=False)), of_weights, called
+
+
+def _acting(layer: LoRALayer, gradient: Tensor) -> list[bool]:
+    """Whether the gradient of B `(rows, rank)` has any in the rows of each part of the layer."""
+    rows = [len(gradient)] if layer.parts is None else [len(part) for part in layer.parts]
+    return [bool(((part != 0) & part.isfinite()).any()) for part in gradient.split(rows)]
+
+
+@torch.no_grad()
+def _randomize(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
+    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits of a model's output; of an output without, its first floating-point tensor."""
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    parts = (
+        output.values() if isinstance(output, Mapping) else [output] if isinstance(output, Tensor) else output
+    )
+    found = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    if not found:
+        raise ValueError(
+            f"cannot verify the adapter; got {type(output).__name__}; expected an output with logits"
+        )
+    return found[0]
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, LoRALayer]) -> Iterator[set[int]]:
+    """Inside, collects the ids of the layers whose forward is called."""
+    wanted, called = {id(layer) for layer in layers.values()}, set[int]()
+
+    def record(module: nn.Module, *_: Any) -> None:
+        if id(module) in wanted:
+            called.add(id(module))
+
+    # A global hook: torch's fused kernels step aside for a module that has hooks of its own.
+    handle = register_module_forward_hook(record)
+    try:
+        yield called
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; after, everything the probe may touch is as before."""
+    modules = list(model.modules())
+    buffers = [
+        {
+            name: (buffer, None if buffer is None else buffer.clone())
+            for name, buffer in module._buffers.items()
+        }
+        for module in modules
+    ]
+    layers = list(layers)
+    values = [(p, p.detach().clone()) for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    touched = [*(p for p, _ in values), *(layer.frozen_weight for layer in layers)]
+    required_grad = [tensor.requires_grad for tensor in touched]
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=cuda), evaluating(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
+            for tensor, required in zip(touched, required_grad, strict=True):
+                tensor.requires_grad_(required)
+            for module, before in zip(modules, buffers, strict=True):
+                module._buffers.clear()
+                for name, (buffer, content) in before.items():
+                    module._buffers[name] = buffer
+                    if buffer is not None and content is not None and not torch.equal(buffer, content):
+                        buffer.copy_(content)
+
+
+def _on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def probe_batch(model: nn.Module, tokenizer: Any = None) -> dict[str, Tensor]:
+    """Two short sequences of different tokens, or two noisy images, with labels: for `verify_injection`.
+
+    Returns input_ids and attention_mask `(2, length)`, or pixel_values `(2, channels, height, width)`, and
+    labels as `config.problem_type` and `config.num_labels` have them, on the device of the model.
+    tokenizer: names the special tokens where the config does not. A sequence ends with the end (or
+        separator) token, where BART and T5 read their class.
+    Raises ValueError for models of neither text nor images.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = getattr(model, "main_input_name", None)
+    if config is None or kind not in ("input_ids", "pixel_values"):
+        raise ValueError(
+            f"cannot make a batch for a {type(model).__name__}; got the main input {kind!r}; expected input_ids or "
+            "pixel_values; pass a batch of your own to verify_injection"
+        )
+    device = next(model.parameters()).device
+    labels = _labels(getattr(config, "problem_type", None), config.num_labels)
+    inputs = _images(config) if kind == "pixel_values" else _tokens(config, tokenizer)
+    return _on_device({**inputs, "labels": labels}, device)
+
+
+def _tokens(config: Any, tokenizer: Any) -> dict[str, Tensor]:
+    named: dict[str, int] = {}
+    for name in ("pad", "unk", "mask", "bos", "cls", "sep", "eos", "decoder_start"):
+        values = (getattr(source, f"{name}_token_id", None) for source in (tokenizer, config))
+        value = next((value for value in values if value is not None), None)
+        if value is not None:
+            named[name] = int(value[0] if isinstance(value, list | tuple) else value)
+    special = {*named.values(), *getattr(tokenizer, "all_special_ids", ())}
+    # All tokens differ: among equal keys and values, attention does not depend on the queries.
+    usable = [index for index in range(config.get_text_config().vocab_size) if index not in special]
+    step = max(1, len(usable) // (2 * LENGTH))
+    ids = torch.tensor([usable[index * step % len(usable)] for index in range(2 * LENGTH)]).reshape(2, LENGTH)
+    first, last = named.get("cls", named.get("bos")), named.get("eos", named.get("sep"))
+    if first is not None and first != last:
+        ids[:, 0] = first
+    if last is not None:
+        ids[:, -1] = last
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _images(config: Any) -> dict[str, Tensor]:
+    size = config.image_size
+    shape = (
+        2,
+        getattr(config, "num_channels", 3),
+        *(size if isinstance(size, list | tuple) else (size, size)),
+    )
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+def _labels(problem_type: str | None, num_labels: int) -> Tensor:
+    if problem_type == "multi_label_classification":
+        return torch.eye(num_labels)[torch.arange(2) % num_labels]
+    if problem_type == "regression" or (problem_type is None and num_labels == 1):
+        return torch.linspace(0.0, 1.0, 2 * num_labels).reshape(2, num_labels).squeeze(-1)
+    return torch.arange(2) % num_labels

@@ -1,0 +1,1 @@
+"""What `hf-lora train` does, as Python: from data to a measured, saved classifier."""

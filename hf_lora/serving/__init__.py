@@ -1,0 +1,1 @@
+"""Answers: a classifier of texts from an adapter, and its exports."""

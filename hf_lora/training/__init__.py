@@ -1,0 +1,1 @@
+"""LoRATrainer: batches, optimizer, checkpoints, processes, the start along the gradient."""
