@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_lora.version import __version__
 
 if TYPE_CHECKING:
-    from hf_lora.adapters.checkpoint import load_adapter, save_adapter
+    from hf_lora.adapters.directory import load_adapter, save_adapter
     from hf_lora.adapters.hub import push_adapter
     from hf_lora.lora.config import LoRAConfig
     from hf_lora.lora.inject import (
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
         trainable_parameter_count,
         unmerge_lora,
     )
-    from hf_lora.models.modeling import load_classifier
-    from hf_lora.recipe.warm_start import start_head
-    from hf_lora.serving.inference import TextClassifier
-    from hf_lora.training.gradient_start import start_lora
+    from hf_lora.models.loading import load_classifier
+    from hf_lora.recipe.head_start import start_head
+    from hf_lora.serving.classifier import TextClassifier
+    from hf_lora.training.arguments import LoRATrainingArguments
+    from hf_lora.training.gradient_init import start_lora
     from hf_lora.training.trainer import LoRATrainer
-    from hf_lora.training.training_arguments import LoRATrainingArguments
 
 _HOMES = {
     "LoRAConfig": "lora.config",
@@ -43,15 +43,15 @@ _HOMES = {
     "lora_parameters": "lora.inject",
     "head_parameters": "lora.inject",
     "trainable_parameter_count": "lora.inject",
-    "save_adapter": "adapters.checkpoint",
-    "load_adapter": "adapters.checkpoint",
+    "save_adapter": "adapters.directory",
+    "load_adapter": "adapters.directory",
     "push_adapter": "adapters.hub",
-    "load_classifier": "models.modeling",
+    "load_classifier": "models.loading",
     "LoRATrainer": "training.trainer",
-    "LoRATrainingArguments": "training.training_arguments",
-    "TextClassifier": "serving.inference",
-    "start_head": "recipe.warm_start",
-    "start_lora": "training.gradient_start",
+    "LoRATrainingArguments": "training.arguments",
+    "TextClassifier": "serving.classifier",
+    "start_head": "recipe.head_start",
+    "start_lora": "training.gradient_init",
 }
 
 __all__ = [

@@ -34,7 +34,7 @@ from hf_lora import (
 from hf_lora.lora.architectures import ARCHITECTURES, ROLES
 from hf_lora.lora.inject import injection
 from hf_lora.lora.targets import block_of, find_targets
-from hf_lora.models.modeling import cast_frozen
+from hf_lora.models.loading import cast_frozen
 from hf_lora.models.verify import verify_injection
 
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}

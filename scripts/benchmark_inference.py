@@ -36,7 +36,7 @@ from benchmarks import (
 )
 
 from hf_lora import LoRAConfig, TextClassifier, load_classifier, lora_layers, remove_lora, save_adapter
-from hf_lora.models.modeling import load_base
+from hf_lora.models.loading import load_base
 
 Classify = Callable[[list[str]], list[dict[str, Any]]]
 

@@ -112,7 +112,7 @@ def starting(rounds: int) -> dict[str, Any]:
 
     sides = {
         "python -c pass": process("-c", "pass"),
-        "hf-lora --help": process("-m", "hf_lora.cli.cli", "--help"),
+        "hf-lora --help": process("-m", "hf_lora.cli.main", "--help"),
         "import transformers": process("-c", "import transformers"),
         "import transformers, hf_lora": process("-c", "import transformers, hf_lora"),
         "import hf_lora, after transformers": lambda: in_process([sys.executable, "-c", IMPORTS]),

@@ -17,9 +17,9 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from hf_lora import LoRAConfig, inject_lora
 from hf_lora.lora.head import cast_inputs
-from hf_lora.models.acceleration import fast_training
+from hf_lora.models.cpu import fast_training
 from hf_lora.models.first_token import first_token_only
-from hf_lora.models.modeling import load_base
+from hf_lora.models.loading import load_base
 from hf_lora.tasks.metrics import first_output
 
 SHAPES = {

@@ -33,7 +33,7 @@ from benchmarks import (
     write_json,
 )
 
-from hf_lora.lora.kernels import lora_linear
+from hf_lora.lora.functional import lora_linear
 
 CASES = [
     Case(shape, precision, dropout, batch, length)

@@ -40,8 +40,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, load_classifier
 from hf_lora.data import ClassificationData
-from hf_lora.models.modeling import load_tokenizer
-from hf_lora.models.precision import choose_precision
+from hf_lora.models.loading import choose_precision, load_tokenizer
 
 RANK, ALPHA, DROPOUT, RATE, FULL_RATE = 8, 16, 0.1, 2e-3, 1e-4
 GROUPED = {"train_sampling_strategy": "group_by_length"}

@@ -12,7 +12,7 @@ import transformers
 from architecture_checks import run_checks
 from tqdm import tqdm
 
-from hf_lora.atomic import write_text
+from hf_lora._files import write_text
 from hf_lora.cli.tables import print_table
 from hf_lora.lora.architectures import ARCHITECTURES
 

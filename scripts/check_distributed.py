@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora
-from hf_lora.training.sharding import gathered
+from hf_lora.training.distributed import gathered
 
 STEPS, EXAMPLES, EVALUATED, TOLERANCE = 10, 100, 37, 1e-5
 CONFIGS = Path(__file__).parent / "accelerate"

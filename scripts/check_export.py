@@ -25,7 +25,7 @@ from benchmarks import add_output_arguments, machine, paired, report, summary, w
 from hf_lora import TextClassifier
 from hf_lora.data import DataConfig, prepare_data
 from hf_lora.serving.export import TOLERANCE, export_onnx
-from hf_lora.serving.onnx_classifier import MODEL, load_onnx
+from hf_lora.serving.onnx import MODEL, load_onnx
 
 TORCH = "torch"
 

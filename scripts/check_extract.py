@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_lora.cli.cli import main as hf_lora
+from hf_lora.cli.main import main as hf_lora
 from hf_lora.data import DataConfig, prepare_data
-from hf_lora.models.modeling import load_base, load_tokenizer
-from hf_lora.serving.inference import TextClassifier
+from hf_lora.models.loading import load_base, load_tokenizer
+from hf_lora.serving.classifier import TextClassifier
 
 
 def main() -> int:

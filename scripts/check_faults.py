@@ -60,7 +60,7 @@ class Job:
         return [
             sys.executable,
             "-m",
-            "hf_lora.cli.cli",
+            "hf_lora.cli.main",
             "train",
             *flags,
             "--use_cpu",

@@ -28,10 +28,10 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.utils import logging as transformers_logging
 
-from hf_lora.adapters.checkpoint import AdapterFiles, read_adapter
+from hf_lora.adapters.directory import AdapterFiles, read_adapter
 from hf_lora.adapters.hub import adapter_contents, adapter_directory
 from hf_lora.models.bundled import resolve_base
-from hf_lora.serving.inference import TextClassifier
+from hf_lora.serving.classifier import TextClassifier
 
 NAME = "me/checked"
 TOKEN = "hf_me"
@@ -91,7 +91,7 @@ def check(adapter: str, texts: Sequence[str]) -> dict[str, Any]:
             hub,
             home / "push",
             "-m",
-            "hf_lora.cli.cli",
+            "hf_lora.cli.main",
             "push",
             "--adapter",
             adapter,
@@ -103,7 +103,7 @@ def check(adapter: str, texts: Sequence[str]) -> dict[str, Any]:
             hub,
             home / "push",
             "-m",
-            "hf_lora.cli.cli",
+            "hf_lora.cli.main",
             "push",
             "--adapter",
             adapter,

@@ -33,7 +33,7 @@ from hf_lora import (
     trainable_parameter_count,
     unmerge_lora,
 )
-from hf_lora.atomic import write_text
+from hf_lora._files import write_text
 from hf_lora.cli.tables import print_table
 from hf_lora.lora.config import BIAS_MODES, FORMS
 from hf_lora.lora.inject import base_parameters

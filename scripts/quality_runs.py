@@ -30,7 +30,7 @@ def hf_lora_run(data_set: QualitySet, seed: int, flags: Sequence[str] = ()) -> R
         command = [
             sys.executable,
             "-m",
-            "hf_lora.cli.cli",
+            "hf_lora.cli.main",
             "train",
             "--model_name_or_path",
             BASE,

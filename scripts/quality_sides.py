@@ -16,7 +16,7 @@ from quality_data import QualitySet
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_lora.data import DataConfig, prepare_data
-from hf_lora.models.modeling import load_tokenizer
+from hf_lora.models.loading import load_tokenizer
 
 EPOCHS, BATCH_SIZE, MAX_LENGTH = 3, 32, 128
 

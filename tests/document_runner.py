@@ -26,7 +26,7 @@ def run_python(task: dict[str, Any], namespaces: dict[str, dict[str, Any]]) -> N
 
 def run_command(task: dict[str, Any], _: Any) -> None:
     """A command line of `hf-lora`, which has to end with 0."""
-    from hf_lora.cli import cli
+    from hf_lora.cli import main as cli
 
     code = cli.main(task["argv"])
     assert code == 0, f"exit code {code}"
@@ -42,7 +42,7 @@ def check_flags(task: dict[str, Any], _: Any) -> None:
             sys.path.insert(0, str(Path(first).parent))
             runpy.run_path(first, run_name="__main__")
         else:
-            from hf_lora.cli import cli
+            from hf_lora.cli import main as cli
 
             cli.main([first, "--help"])
     shown = out.getvalue().replace("=", " ").replace(",", " ").replace("[", " ").replace("]", " ").split()
@@ -52,7 +52,7 @@ def check_flags(task: dict[str, Any], _: Any) -> None:
 
 def check_launch(task: dict[str, Any], _: Any) -> None:
     """`hf-lora train` with flags for accelerate: both parts are understood, and nothing is started."""
-    from hf_lora.cli.launching import take_launch_options
+    from hf_lora.cli.launch import take_launch_options
     from hf_lora.cli.parsing import parse_training
 
     launch, argv = take_launch_options(task["argv"])

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_lora import LoRAConfig, TextClassifier, inject_lora, load_adapter, remove_lora, save_adapter
-from hf_lora.adapters.checkpoint import CONFIG, TENSORS
-from hf_lora.adapters.sidecar import FILE
-from hf_lora.cli.cli import main
-from hf_lora.cli.tables import printable
+from hf_lora._files import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_pattern, full_match, read_bytes
+from hf_lora._text import printable
+from hf_lora.adapters.directory import CONFIG, TENSORS
+from hf_lora.adapters.info import FILE
+from hf_lora.cli.main import main
 from hf_lora.lora.inject import is_injected
-from hf_lora.untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES, check_pattern, full_match, read_bytes
 
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 PLAIN = tiny_classifier()

@@ -12,8 +12,8 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
-from hf_lora.adapters.adapter_values import Adapter, Factors
-from hf_lora.adapters.checkpoint import AdapterFiles
+from hf_lora.adapters.directory import AdapterFiles
+from hf_lora.adapters.values import Adapter, Factors
 
 # What the rounding of a few operations in double precision can do to a share or to a cancelled sum.
 _ROUNDING = 8 * torch.finfo(torch.float64).eps

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from hf_lora.adapters.adapter_values import Adapter, Factors
 from hf_lora.adapters.arithmetic import Truncation, balanced, check_budget
-from hf_lora.adapters.sidecar import AdapterInfo
-from hf_lora.adapters.tensors import load_tensors
+from hf_lora.adapters.info import AdapterInfo
+from hf_lora.adapters.peft_format import load_tensors
+from hf_lora.adapters.values import Adapter, Factors
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import belongs_to, find_head
 from hf_lora.lora.inject import inject_lora, injection

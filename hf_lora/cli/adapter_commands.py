@@ -13,17 +13,17 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_lora.adapters.adapter_values import Adapter, contents, write_adapter
 from hf_lora.adapters.arithmetic import Truncation, check_budget, check_combinable, combine, head_shares
 from hf_lora.adapters.arithmetic import resize as resized
-from hf_lora.adapters.checkpoint import CONFIG, TENSORS, AdapterFiles, read_adapter, save_adapter
+from hf_lora.adapters.directory import CONFIG, TENSORS, AdapterFiles, read_adapter, save_adapter
 from hf_lora.adapters.extract import Change, Extraction, extract_adapter, inject_extraction, linear_modules
 from hf_lora.adapters.hub import ADAPTER_FILES, adapter_directory
-from hf_lora.adapters.sidecar import FILE, AdapterInfo, BaseModel
+from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
+from hf_lora.adapters.values import Adapter, contents, write_adapter
 from hf_lora.cli.tables import print_table
 from hf_lora.lora.head import find_head, fresh_modules
 from hf_lora.models.bundled import resolve_base
-from hf_lora.models.modeling import load_base, load_tokenizer
+from hf_lora.models.loading import load_base, load_tokenizer
 
 # Written anew, or true only of the adapter that was read: its card has its metrics.
 _OWN_FILES = (CONFIG, TENSORS, FILE, "README.md")

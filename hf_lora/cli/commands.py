@@ -13,10 +13,10 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from hf_lora.adapters.checkpoint import TENSORS, AdapterFiles, read_adapter
+from hf_lora._files import replacing, whole_file
+from hf_lora.adapters.directory import TENSORS, AdapterFiles, read_adapter
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.peft_format import PREFIX
-from hf_lora.atomic import replacing, whole_file
 from hf_lora.cli.labelled import classifier_of, labelled_data, logits_beside, references_of, texts_of
 from hf_lora.cli.tables import print_class_errors, print_table
 from hf_lora.data import iter_texts
@@ -30,9 +30,9 @@ from hf_lora.lora.inject import (
     remove_lora,
     trainable_parameter_count,
 )
-from hf_lora.models.modeling import meta_classifier
+from hf_lora.models.loading import meta_classifier
 from hf_lora.models.pooling import NATIVE
-from hf_lora.serving.inference import Text, TextClassifier, changed_labels
+from hf_lora.serving.classifier import Text, TextClassifier, changed_labels
 from hf_lora.tasks.metrics import class_errors_beside
 
 # Texts that `merge` compares at the most: enough to see a difference, quick enough to wait for.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.adapters.info import AdapterInfo
 from hf_lora.cli.commands import merge
 from hf_lora.cli.export_arguments import FORMATS
 from hf_lora.cli.labelled import classifier_of, labelled_data, references_of, texts_of

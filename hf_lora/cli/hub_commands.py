@@ -7,8 +7,9 @@ import json
 
 from huggingface_hub.utils import disable_progress_bars
 
+from hf_lora._text import printable
 from hf_lora.adapters.hub import checked_contents, push_contents
-from hf_lora.cli.tables import print_table, printable
+from hf_lora.cli.tables import print_table
 
 
 def push(options: argparse.Namespace) -> int:

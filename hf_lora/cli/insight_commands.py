@@ -9,27 +9,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_lora.adapters.checkpoint import AdapterFiles, read_adapter
+from hf_lora._files import write_text
+from hf_lora._text import printable
+from hf_lora.adapters.directory import AdapterFiles, read_adapter
 from hf_lora.adapters.hub import adapter_directory
-from hf_lora.atomic import write_text
 from hf_lora.cli.labelled import classifier_of, labelled_data, logits_beside, references_of, texts_of
-from hf_lora.cli.tables import print_table, printable
-from hf_lora.insight.inspection import Update, amplifications, base_weights, updates_of
-from hf_lora.insight.judgement import judge
-from hf_lora.insight.overview import (
+from hf_lora.cli.tables import print_table
+from hf_lora.insight.inspect import (
     Comparison,
     Summary,
+    Update,
+    amplifications,
+    base_weights,
     compare,
     grid_of,
     layer_name,
     several_stacks,
     summarize,
+    updates_of,
 )
+from hf_lora.insight.judgement import judge
 from hf_lora.insight.pages import TEMPLATES, render
 from hf_lora.insight.report import Measured, Report, collect
 from hf_lora.insight.spectra import Amplification
 from hf_lora.lora.inject import trainable_parameter_count
-from hf_lora.models.modeling import load_trained
+from hf_lora.models.loading import load_trained
 
 # The ranks whose energy the table shows; JSON has all of them.
 _ENERGY_RANKS = (1, 2, 4, 8, 16, 32)
@@ -154,7 +158,7 @@ def _check_matplotlib() -> None:
 
 def _plot(options: argparse.Namespace, found: _Inspected) -> None:
     # Pictures are the only part that needs matplotlib.
-    from hf_lora.insight.heat_maps import Panel, plot_inspection
+    from hf_lora.insight.plots import Panel, plot_inspection
 
     panels = [
         Panel("norm of ΔW", [update.spectrum.norm for update in found.updates]),

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_lora.data import ClassificationData, DataConfig, prepare_test
 from hf_lora.lora.inject import lora_disabled
-from hf_lora.serving.inference import Text, TextClassifier
+from hf_lora.serving.classifier import Text, TextClassifier
 
 
 def classifier_of(

@@ -6,11 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_lora.atomic import write_text
+from hf_lora._files import write_text
 from hf_lora.cli.tables import print_table
 from hf_lora.recipe.learning_curve import CurveRuns, measured_split
 from hf_lora.recipe.learning_curve_plot import check_picture, plot_curve
-from hf_lora.recipe.run_directory import reserved
+from hf_lora.recipe.output import reserved
 from hf_lora.recipe.run_series import choose_metric
 from hf_lora.recipe.series_progress import can_draw, list_runs, tell, train_missing
 

@@ -18,7 +18,7 @@ from hf_lora.recipe.arguments import (
     ModelArguments,
     RunArguments,
 )
-from hf_lora.training.training_arguments import LoRATrainingArguments
+from hf_lora.training.arguments import LoRATrainingArguments
 
 Parsed = tuple[ModelArguments, DataArguments, LoRAArguments, RunArguments, LoRATrainingArguments]
 

@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_lora.atomic import write_text
+from hf_lora._files import write_text
 from hf_lora.cli.tables import print_table
-from hf_lora.recipe.run_directory import reserved
+from hf_lora.recipe.output import reserved
 from hf_lora.recipe.run_series import Run
 from hf_lora.recipe.series_progress import can_draw, list_runs, tell, train_missing
 from hf_lora.recipe.sweep import Setting, Sweep

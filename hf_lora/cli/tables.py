@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from unicodedata import category
 
 from rich.console import Console
 from rich.table import Table
 
-# Control and format characters, lone surrogates, line and paragraph separators.
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+from hf_lora._text import printable
+
 # Of more labels than these nobody reads a row for each between two other things.
 MANY_LABELS = 20
 
@@ -53,14 +52,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else printable(str(value))
-
-
-def printable(text: str) -> str:
-    """The text with control characters, line breaks included, and marks that turn the direction of writing escaped.
-
-    Labels and names come from files of others; a terminal must not obey what stands in them.
-    """
-    return "".join(
-        character.encode("unicode_escape").decode() if category(character) in _UNSEEN else character
-        for character in text
-    )

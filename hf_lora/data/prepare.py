@@ -13,10 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_lora.data.columns import choose_label_column, choose_text_columns, require_column
 from hf_lora.data.config import DataConfig
-from hf_lora.data.few_shot import few_shot
 from hf_lora.data.files import BADLY_ENCODED
 from hf_lora.data.report import DataReport, SplitCounts, count_empty, leakage_warnings, length_counts
-from hf_lora.data.splits import ENCODED, SPLIT_NAMES, hold_out, load_splits, subset, without_hidden_test
+from hf_lora.data.splits import (
+    ENCODED,
+    SPLIT_NAMES,
+    few_shot,
+    hold_out,
+    load_splits,
+    subset,
+    without_hidden_test,
+)
 from hf_lora.tasks.labels import LabelScheme, are_hidden, learn_labels, read_labels
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from math import ceil, floor, isfinite, log10
 
 from markupsafe import Markup, escape
 
-from hf_lora.cli.tables import printable
+from hf_lora._text import printable
 from hf_lora.insight.judgement import Bin
 
 Point = tuple[float, float]

@@ -10,11 +10,11 @@ import numpy as np
 from scipy.special import softmax
 from transformers import EvalPrediction
 
-from hf_lora.adapters.sidecar import AdapterInfo
+from hf_lora.adapters.info import AdapterInfo
+from hf_lora.tasks.calibration import decision_outputs, scale_of
 from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.tasks.losses import example_losses
 from hf_lora.tasks.metrics import class_errors_beside, compute_metrics, errors_beside
-from hf_lora.tasks.temperature import decision_outputs, scale_of
 
 BINS = 15
 """Bins of the expected calibration error, as in Guo et al. 2017."""

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from hf_lora.cli.tables import printable
+from hf_lora._text import printable
 from hf_lora.insight import charts
 from hf_lora.insight.charts import ACCENT, BAD, Series
 from hf_lora.insight.report import Report

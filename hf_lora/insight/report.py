@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lora.adapters.checkpoint import TENSORS, AdapterFiles
-from hf_lora.insight.inspection import Update, amplifications, updates_of
+from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes
+from hf_lora.adapters.directory import TENSORS, AdapterFiles
+from hf_lora.insight.inspect import Grid, Update, amplifications, grid_of, updates_of
 from hf_lora.insight.judgement import Judgement
-from hf_lora.insight.overview import Grid, grid_of
 from hf_lora.insight.spectra import Amplification
 from hf_lora.tasks.metric_classes import BASELINES
 from hf_lora.training.checkpoints import checkpoints
-from hf_lora.untrusted import MAX_JSON_BYTES, parse_object, read_bytes
 
 METRICS, TRAINER_STATE = "metrics.json", "trainer_state.json"
 # Longer histories are thinned out.

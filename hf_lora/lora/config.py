@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from hf_lora._choices import Registry
+from hf_lora._files import check_pattern, full_match, is_number, shortened
 from hf_lora.lora.architectures import ROLES
 from hf_lora.lora.initializers import INITIALIZERS
-from hf_lora.lora.update import VARIANTS
-from hf_lora.registry import Registry
-from hf_lora.untrusted import check_pattern, full_match, is_number, shortened
+from hf_lora.lora.layer import VARIANTS
 
 # The factor of B A for a rank and alpha (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
 SCALINGS: Registry[str, Callable[[int, float], float]] = Registry("scaling")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lora.registry import Registry
+from hf_lora._choices import Registry
 
 Make = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 """(W `(out, in)` in fp32 at least, rank, scaling) -> A `(rank, in)`, B `(out, rank)`, of W's type and device."""

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from hf_lora.lora import functional
 from hf_lora.lora.head import belongs_to
-from hf_lora.lora.layers import LAYER_TYPES, LoRALinear, ModuleLoRA
-from hf_lora.lora.layouts import layout_of
-from hf_lora.lora.update import LoRALayer, UpdateSpec
+from hf_lora.lora.layer import LoRALayer, UpdateSpec, layout_of
+from hf_lora.lora.linear import LAYER_TYPES, LoRALinear, ModuleLoRA
 
 _BITSANDBYTES = ("Linear8bitLt", "Linear4bit")
 

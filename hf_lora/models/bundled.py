@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from hf_lora.registry import Registry
+from hf_lora._choices import Registry
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lora.models.probing import evaluating, relative_difference
+from hf_lora.models.verify import evaluating, relative_difference
 
 _ROWS, _TOKENS = 3, 7
 

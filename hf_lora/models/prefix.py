@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_lora.lora.inject import injection
 from hf_lora.models.pooling import MEAN, PooledClassifier
-from hf_lora.models.probing import evaluating
+from hf_lora.models.verify import evaluating
 
 # Trainer lets GPUs multiply fp32 with the ten digits of TF32.
 _TF32 = 2.0**-10

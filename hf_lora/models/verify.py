@@ -1,8 +1,4 @@
-"""A probe after injection: does every adapted layer act on the model's output, and does it learn?
-
-A layer whose `forward` the model goes around makes LoRA a silent no-op: `nn.MultiheadAttention` reads
-`out_proj.weight` itself. Training then runs, the head learns, and the adapter stays at zero.
-"""
+"""What the probes of a model share: evaluation mode for a while, and how far two results are apart."""
 
 from __future__ import annotations
 
@@ -17,8 +13,27 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from hf_lora.lora.inject import lora_layers
-from hf_lora.lora.update import LoRALayer
-from hf_lora.models.probing import evaluating
+from hf_lora.lora.layer import LoRALayer
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; after, each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def relative_difference(got: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over that of what is expected; 0 where both are zero."""
+    got, expected = got.cpu().double(), expected.cpu().double()
+    distance = float((got - expected).norm())
+    return distance if distance == 0 else distance / max(float(expected.norm()), 1e-30)
+
 
 LENGTH = 8
 _B_STD = 0.02

@@ -154,10 +154,6 @@ class RunArguments:
         help="Precision of the frozen weights: fp32, bf16, or auto (bf16 where the hardware multiplies it natively). "
         "LoRA and head are fp32.",
     )
-    find_lr: bool = _option(
-        False,
-        help="Try learning rates from 1e-5 to 1 on a hundred steps, suggest one, and stop; no adapter is written.",
-    )
     dry_run: bool = _option(
         False, help="Print the resolved configuration and the modules to adapt, and stop."
     )

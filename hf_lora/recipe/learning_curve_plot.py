@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lora.atomic import writing
-from hf_lora.cli.tables import printable
+from hf_lora._files import writing
+from hf_lora._text import printable
 from hf_lora.insight.charts import ACCENT, BAD, GRID, INK, MUTED
 from hf_lora.recipe.learning_curve import LORA, Curve, Point, Scores
 

@@ -14,13 +14,12 @@ from datasets import concatenate_datasets
 from transformers import set_seed
 
 from hf_lora.data import ClassificationData
-from hf_lora.recipe.safeguard import clearly_better, validation_quality
-from hf_lora.recipe.snapshot import Snapshot
-from hf_lora.recipe.warm_start import HeadStart, install
-from hf_lora.training.gradient_start import choose_start
+from hf_lora.recipe.compare import Snapshot, clearly_better, validation_quality
+from hf_lora.recipe.head_start import HeadStart, install
+from hf_lora.training.arguments import silent
+from hf_lora.training.gradient_init import choose_start
 from hf_lora.training.preemption import ending_on_sigterm
 from hf_lora.training.trainer import LoRATrainer
-from hf_lora.training.training_arguments import silent
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,18 @@ import torch
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
-from hf_lora.adapters.checkpoint import TENSORS, adapter_info
-from hf_lora.adapters.sidecar import AdapterInfo
-from hf_lora.atomic import write_text
+from hf_lora._files import write_text
+from hf_lora.adapters.directory import TENSORS, adapter_info
+from hf_lora.adapters.info import AdapterInfo
 from hf_lora.cli.tables import print_class_errors, print_table
 from hf_lora.data import ClassificationData
 from hf_lora.insight.judgement import calibration_of
 from hf_lora.lora.inject import injection, lora_disabled, trainable_parameter_count
-from hf_lora.recipe.baselines import Baselines
+from hf_lora.recipe.compare import Baselines
+from hf_lora.tasks.calibration import MIN_EXAMPLES, decision_outputs, fitted, uncalibrated
 from hf_lora.tasks.labels import SINGLE
 from hf_lora.tasks.metric_classes import BASELINES, CLASS_F1
 from hf_lora.tasks.metrics import class_errors_beside, first_output
-from hf_lora.tasks.temperature import MIN_EXAMPLES, decision_outputs, fitted, uncalibrated
 from hf_lora.training.trainer import LoRATrainer
 
 # What `metrics.json` keeps of the metrics of training: its loss, and where the seconds went.

@@ -20,17 +20,17 @@ from typing import Any, ClassVar, Generic, TypeVar
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from hf_lora.atomic import write_text
+from hf_lora._files import write_text
 from hf_lora.cli.parsing import parse_training, read_yaml
 from hf_lora.data import ClassificationData
-from hf_lora.models.modeling import load_tokenizer
+from hf_lora.models.loading import load_tokenizer
 from hf_lora.recipe.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
+from hf_lora.recipe.finetune import run_training
 from hf_lora.recipe.run_settings import hub_options
-from hf_lora.recipe.training import run_training
 from hf_lora.tasks.labels import REGRESSION
 from hf_lora.tasks.metrics import EVALUATIONS
+from hf_lora.training.arguments import LoRATrainingArguments
 from hf_lora.training.checkpoints import checkpoints, delete
-from hf_lora.training.training_arguments import LoRATrainingArguments
 
 RECORD = "run.json"
 METRICS = "metrics.json"
@@ -112,7 +112,6 @@ class RunSeries(Generic[S]):
         refused = {
             **self.not_for_runs,
             "resume_from_checkpoint": f"leave it out: {self.name} goes on by itself",
-            "find_lr": "run it with hf-lora train first",
             "accelerate_config": f"{self.name} trains in one process",
             "push_to_hub": "push the adapter you choose with hf-lora push",
         }

@@ -13,8 +13,8 @@ from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.recipe.arguments import REFITS, DataArguments, LoRAArguments, ModelArguments
 from hf_lora.tasks.labels import SINGLE
-from hf_lora.training.gradient_start import AUTO, INIT
-from hf_lora.training.training_arguments import LoRATrainingArguments
+from hf_lora.training.arguments import LoRATrainingArguments
+from hf_lora.training.gradient_init import AUTO, INIT
 
 # PEFT's files have no rank 0: a linear probe is the smallest adapter there is, whose B stays zero.
 PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))

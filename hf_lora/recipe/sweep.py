@@ -17,7 +17,7 @@ from datasets import DatasetDict
 from hf_lora.data import ClassificationData, prepare_data
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import inject_lora, remove_lora, trainable_parameter_count
-from hf_lora.models.modeling import meta_classifier
+from hf_lora.models.loading import meta_classifier
 from hf_lora.recipe.run_series import (
     Run,
     RunSeries,

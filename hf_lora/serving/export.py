@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lora.adapters.sidecar import FILE, AdapterInfo
-from hf_lora.atomic import replacing, write_text
+from hf_lora._files import replacing, write_text
+from hf_lora.adapters.info import FILE, AdapterInfo
 from hf_lora.lora.inject import is_injected, lora_layers, merge_lora, unmerge_lora
 from hf_lora.models.pooling import blank_like, native_class
-from hf_lora.serving.inference import Text, TextClassifier, changed_labels
-from hf_lora.serving.onnx_classifier import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
+from hf_lora.serving.classifier import Text, TextClassifier, changed_labels
+from hf_lora.serving.onnx import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
 from hf_lora.tasks.predictions import probabilities
 
 # Of a logit, for logits up to 1; for greater ones in proportion, as rounding is.

@@ -16,7 +16,7 @@ import evaluate
 import numpy as np
 from datasets import Features, List, Value
 
-from hf_lora.registry import Registry
+from hf_lora._choices import Registry
 
 _AVERAGES = ("macro", "micro", "weighted")
 

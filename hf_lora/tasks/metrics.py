@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction
 
-from hf_lora.registry import Registry
+from hf_lora._choices import Registry
 from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
 from hf_lora.tasks.metric_classes import (
     CLASS_F1,

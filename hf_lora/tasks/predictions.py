@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lora.adapters.sidecar import AdapterInfo
-from hf_lora.tasks.temperature import decision_outputs, scale_of
+from hf_lora.adapters.info import AdapterInfo
+from hf_lora.tasks.calibration import decision_outputs, scale_of
 
 
 @dataclass(frozen=True)

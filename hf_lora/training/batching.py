@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 from accelerate.data_loader import DataLoaderShard
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+from transformers import EvalPrediction, TrainingArguments
 
 Step = list[list[int]]  # for each process the indices of its batch
 
@@ -261,3 +262,87 @@ def _starts(ordered: np.ndarray, budget: int) -> list[int]:
     while (following := starts[-1] + budget // int(ordered[starts[-1]])) < len(ordered):
         starts.append(following)
     return starts
+
+
+def by_length(args: TrainingArguments) -> bool:
+    """Whether batches are to hold examples of similar length."""
+    budget = getattr(args, "max_tokens_per_batch", None)
+    return args.train_sampling_strategy == "group_by_length" or budget is not None
+
+
+def training_plan(trainer: Any) -> Plan | None:
+    """The plan of the batches of a Trainer's training set; None where stock Trainer makes them.
+
+    Raises ValueError for a budget of tokens where the examples' lengths are not known.
+    """
+    args, data, accelerator = trainer.args, trainer.train_dataset, trainer.accelerator
+    if not by_length(args) or data is None:
+        return None
+    budget = getattr(args, "max_tokens_per_batch", None)
+    # Elsewhere a batch is not one process's own: it is sent or cut by accelerate, or read by several.
+    one_each = not (accelerator.split_batches or accelerator.dispatch_batches) and (
+        trainer.get_tp_size() == trainer.get_cp_size() == trainer.get_sp_size() == 1
+    )
+    lengths = token_lengths(data) if one_each else None
+    if lengths is None:
+        if budget is None:
+            return None
+        raise ValueError(
+            f"max_tokens_per_batch needs the lengths of all examples; got {type(data).__name__}; expected a "
+            "data set of known size with input_ids, and one batch for each process; set "
+            "per_device_train_batch_size instead"
+        )
+    if budget is None:
+        return GroupByLength(lengths, trainer._train_batch_size, args.world_size, args.dataloader_drop_last)
+    return TokenBudget(lengths, budget, args.world_size, args.dataloader_drop_last)
+
+
+class LongestFirst(Sampler[int]):
+    """A sampler of all examples by falling length; `order` holds their indices."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.order = np.argsort(-lengths, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order.tolist())
+
+
+def order_of(loader: DataLoader[Any]) -> np.ndarray | None:
+    """The order in which a loader prepared by accelerate reads its data set, if a `LongestFirst` gives it."""
+    batches = getattr(loader, "batch_sampler", None)
+    # With several processes, accelerate puts its own sampler around.
+    sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
+    return sampler.order if isinstance(sampler, LongestFirst) else None
+
+
+def restored(values: Any, order: np.ndarray) -> Any:
+    """Arrays (or nested tuples, lists and dicts of them) whose rows come in `order`, in the data set's order.
+
+    A data loader that drops its last batch leaves fewer rows than `order` has; the missing ones stay out.
+    """
+    if values is None:
+        return None
+    if isinstance(values, Mapping):
+        return type(values)({key: restored(value, order) for key, value in values.items()})  # type: ignore[call-arg]
+    if isinstance(values, list | tuple):
+        return type(values)(restored(value, order) for value in values)
+    return values[np.argsort(order[: len(values)])]
+
+
+def metrics_in_order(
+    compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None, order: np.ndarray
+) -> Callable[[EvalPrediction], dict[str, Any]] | None:
+    """`compute_metrics` on rows in the data set's order: it may look up what else it knows of a row."""
+    if compute_metrics is None:
+        return None
+
+    def computed(prediction: EvalPrediction) -> dict[str, Any]:
+        names = ("predictions", "label_ids", "inputs", "losses")
+        return compute_metrics(
+            EvalPrediction(**{name: restored(getattr(prediction, name), order) for name in names})
+        )
+
+    return computed

@@ -19,13 +19,18 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from hf_lora.adapters.checkpoint import TENSORS, adapter_info, read_adapter
+from hf_lora.adapters.directory import TENSORS, adapter_info, read_adapter
 from hf_lora.adapters.hub import adapter_contents, create_repository, push_contents
-from hf_lora.adapters.tensors import load_tensors
+from hf_lora.adapters.peft_format import load_tensors
 from hf_lora.lora.inject import injection
 from hf_lora.training.checkpoints import newest_complete, problem, rotate, writing_checkpoint
-from hf_lora.training.processes import on_first, wait_for_all
-from hf_lora.training.sharding import gathered, loading_without_frozen_weights, shard_on_cpu
+from hf_lora.training.distributed import (
+    gathered,
+    loading_without_frozen_weights,
+    on_first,
+    shard_on_cpu,
+    wait_for_all,
+)
 
 logger = logging.getLogger(__name__)
 

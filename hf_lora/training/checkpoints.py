@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from hf_lora.atomic import synced, writing
+from hf_lora._files import synced, writing
 
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)")

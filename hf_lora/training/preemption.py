@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lora.training.processes import any_process
+from hf_lora.training.distributed import any_process
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from hf_lora.models.prefix import FrozenPrefix
-from hf_lora.models.probing import relative_difference
+from hf_lora.models.prefix_store import StateStore
+from hf_lora.models.verify import relative_difference
 from hf_lora.training.batching import token_lengths
-from hf_lora.training.prefix_store import StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,8 @@ def prefix_cache(trainer: Any) -> Iterator[Callable[[Mapping[str, Any]], Abstrac
 
     A cache that was filled before, `trainer.kept_prefix`, is gone on with.
 
-    Reads `args.cache_frozen_prefix`, one of `hf_lora.training.prefix_store.CACHE_MODES`, and `args.frozen_prefix_cache_gb`.
+    Reads `args.cache_frozen_prefix`, one of `hf_lora.models.prefix_store.CACHE_MODES`,
+    and `args.frozen_prefix_cache_gb`.
     Raises ValueError where the model, the data or the way of training does not allow it.
     """
     cache = getattr(trainer, "kept_prefix", None) or open_prefix_cache(trainer)

@@ -17,28 +17,39 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
-from hf_lora.adapters.checkpoint import adapter_info, save_adapter
-from hf_lora.adapters.model_card import CURVE, CardFacts, render_card
-from hf_lora.atomic import write_text
-from hf_lora.insight.curves import training_curve
+from hf_lora._files import write_text
+from hf_lora.adapters.card import CURVE, CardFacts, render_card, training_curve
+from hf_lora.adapters.directory import adapter_info, save_adapter
+from hf_lora.data.collation import quick_collator
 from hf_lora.lora.inject import base_parameters, injection, trainable_parameter_count
 from hf_lora.lora.quantized import trainable_if_quantized
-from hf_lora.models.acceleration import fast_training
+from hf_lora.models.cpu import fast_training
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.first_token import first_token_only
-from hf_lora.training.batch_plan import by_length, training_plan
-from hf_lora.training.batching import EpochBatches, token_lengths, with_batches
+from hf_lora.training.arguments import LoRATrainingArguments, class_weights, has_own_rates, parameter_groups
+from hf_lora.training.batching import (
+    EpochBatches,
+    LongestFirst,
+    by_length,
+    metrics_in_order,
+    order_of,
+    restored,
+    token_lengths,
+    training_plan,
+    with_batches,
+)
 from hf_lora.training.checkpointing import CheckpointingTrainer
-from hf_lora.training.class_weights import class_weights
-from hf_lora.training.collation import quick_collator
-from hf_lora.training.evaluation_order import LongestFirst, metrics_in_order, order_of, restored
-from hf_lora.training.gradient_start import LoRAStart, awaits_start, start_lora
-from hf_lora.training.parameter_groups import has_own_rates, parameter_groups
+from hf_lora.training.distributed import (
+    check_equal,
+    check_fsdp,
+    keep_frozen_local,
+    mean_shares,
+    name_blocks,
+    process_count,
+)
+from hf_lora.training.gradient_init import LoRAStart, awaits_start, start_lora
 from hf_lora.training.preemption import saving_on_sigterm
 from hf_lora.training.prefix_cache import PrefixCache, ordinary, prefix_cache
-from hf_lora.training.processes import check_equal, keep_frozen_local, mean_shares, process_count
-from hf_lora.training.sharding import check_fsdp, name_blocks
-from hf_lora.training.training_arguments import LoRATrainingArguments
 from hf_lora.version import __version__
 
 

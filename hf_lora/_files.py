@@ -1,0 +1,260 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import regex
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+
+@contextmanager
+def replacing(directory: Path, *, last: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield an empty directory beside `directory`; on success its files replace those of the same name.
+
+    A directory that did not exist appears complete, by one rename. In one that did, each file is replaced
+    by a rename and those named in `last` come last, so that a digest in them tells a half-made change.
+    Other files are left alone. On an exception nothing changes.
+    """
+    with writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        try:
+            yield temporary
+            synced(temporary)
+            if not directory.exists():
+                temporary.rename(directory)
+            else:
+                for path in sorted(temporary.iterdir(), key=lambda path: (path.name in last, path.name)):
+                    _replace(path, directory / path.name)
+                _fsync(directory)
+            _fsync(directory.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+# How the messages of torch.save's writer are told from others.
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
+
+
+class WriteError(OSError):
+    """A file or directory could not be written."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Inside, errors of writing `target` become a WriteError in one line.
+
+    A full disk shows itself in another way in each library that writes.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save's writer in C++ says it in a RuntimeError; others are not about files.
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITER):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+        raise WriteError(
+            f"{str(target)!r} could not be written; got {reason!r}, with {_free_mb(target)} MB free there; "
+            "make room or give another directory"
+        ) from error
+
+
+def synced(folder: Path, *, inside: bool = True) -> None:
+    """Wait until a folder is on the disk; `inside`: with all its files, which are made readable for others."""
+    if inside:
+        folder.chmod(0o755)
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make their files private
+            _fsync(path)
+    _fsync(folder)
+
+
+def _free_mb(path: Path) -> int:
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free >> 20
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """Yield a stream for a text file in UTF-8 that appears under `path` when the block ends without an error."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new contents, never a part."""
+    with whole_file(path) as stream:
+        stream.write(text)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+MAX_JSON_BYTES = 8 << 20
+MAX_HEADER_BYTES = 16 << 20
+MAX_PATTERN_LENGTH = 1000
+PATTERN_SECONDS = 1.0
+"""How long the patterns of one adapter may take to be matched with one name."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_bytes(directory: Path, name: str, *, limit: int | None = None) -> bytes:
+    """The contents of a regular file in a directory.
+
+    Raises ValueError for a link out of it (but into the store of a Hub cache) and for more bytes than `limit`.
+    """
+    path = directory / name
+    real, root = path.resolve(), directory.resolve()
+    # In a Hub cache, models--a--b/snapshots/<commit>/<file> links to models--a--b/blobs/<digest>.
+    stores = [
+        folder.parent.parent / "blobs"
+        for folder in (root, *root.parents)
+        if folder.parent.name == "snapshots"
+    ]
+    if not real.is_relative_to(root) and real.parent not in stores:
+        raise ValueError(
+            f"{name} in {str(directory)!r} is a link to another place; got {str(real)!r}; expected a file"
+        )
+    size = real.stat().st_size
+    if limit is not None and size > limit:
+        raise ValueError(
+            f"{name} in {str(directory)!r} is too large; got {size:,} bytes; expected at most {limit:,}"
+        )
+    with real.open("rb") as stream:
+        content = stream.read(size + 1)
+    if len(content) != size:
+        raise ValueError(
+            f"{name} in {str(directory)!r} has another size than its directory says; got {len(content)}"
+        )
+    return content
+
+
+def parse_object(content: bytes, source: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, naming `source`, for anything else."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{source} is not usable JSON: it is nested too deeply") from None
+    except ValueError as error:  # of decoding, of parsing, and of numbers with thousands of digits
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} is not a JSON object; got {type(value).__name__}")
+    return value
+
+
+def parse_tensors(content: bytes, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, floating-point all. Raises ValueError, naming `source`, for anything else."""
+    header = int.from_bytes(content[:8], "little")
+    if header > min(MAX_HEADER_BYTES, len(content)):
+        raise ValueError(
+            f"{source} is no usable safetensors file; got a header of {header:,} bytes in {len(content):,}; "
+            f"expected at most {MAX_HEADER_BYTES:,}, inside the file"
+        )
+    try:
+        tensors = safetensors.torch.load(content)
+    # Besides its own errors: types that torch does not have, and shapes that it cannot make.
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{source} cannot be read: {reason}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{source} is damaged; {name!r} holds something else than finite numbers; got {tensor.dtype}"
+            )
+    return tensors
+
+
+def check_types(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], source: str) -> None:
+    """Compare the values of a JSON object with the types they may have; what is not named in `kinds` is not looked at.
+
+    Lists and dictionaries must hold strings as items and keys. Raises ValueError naming the first that differs.
+    """
+    for name, allowed in kinds.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        usable = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+        if usable and isinstance(value, list | dict):
+            usable = all(isinstance(item, str) for item in value)
+        if usable and isinstance(value, float):
+            usable = math.isfinite(value)
+        if not usable:
+            expected = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{source} cannot be read; got {name}={shortened(value)}; expected {expected}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number. True and False are integers to Python, and none here."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def shortened(value: Any, limit: int = 80) -> str:
+    """`repr` of a value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def check_pattern(what: str, pattern: Any) -> None:
+    """Raise ValueError for what is no regular expression of reasonable length."""
+    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_LENGTH:
+        raise ValueError(
+            f"{what} has an unusable pattern; got {shortened(pattern)}; expected a regular expression of at most "
+            f"{MAX_PATTERN_LENGTH} characters"
+        )
+    try:
+        regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{what} has an invalid pattern; got {shortened(pattern)}; expected a regular expression ({error})"
+        ) from None
+
+
+def full_match(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches the whole of a name. Raises ValueError if that takes more than a second."""
+    try:
+        return regex.fullmatch(pattern, name, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"a pattern takes too long to match; got {shortened(pattern)} for {name!r}; expected an answer within "
+            f"{PATTERN_SECONDS:g} s; use one without nested repetitions"
+        ) from None

@@ -1,0 +1,310 @@
+"""How a module's weight is read as a matrix `(out, in)`, for the low-rank product B A."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lora._choices import Registry
+from hf_lora.lora import functional
+from hf_lora.lora.initializers import Initialization
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module type's weight is read as a matrix, and what PEFT calls its factors.
+
+    transposed: the weight's first dimension is the input. rows_first: a row of the weight, whose norm DoRA
+    learns, is indexed by its first dimension (an embedding's row is a token, a Conv1D's is a column).
+    """
+
+    transposed: bool = False
+    rows_first: bool = True
+    peft_names: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+
+    def features(self, shape: torch.Size) -> tuple[int, int]:
+        """(out_features, in_features) of a weight of this shape."""
+        first, rest = shape[0], shape[1:].numel()
+        return (rest, first) if self.transposed else (first, rest)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The weight as `(out, in)`."""
+        matrix = weight.reshape(weight.shape[0], -1)
+        return matrix.T if self.transposed else matrix
+
+    def to_weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The matrix `(out, in)` in the shape of the weight."""
+        return (matrix.T if self.transposed else matrix).reshape(shape)
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """The norms of the weight's rows, `(rows,)` (DoRA, equation 2)."""
+        rows = weight.reshape(weight.shape[0], -1)
+        return torch.linalg.vector_norm(rows, dim=1 if self.rows_first else 0)
+
+    def scale_rows(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight with each row multiplied by its entry of `scale` `(rows,)`."""
+        return weight * (scale.reshape(-1, *(1,) * (weight.ndim - 1)) if self.rows_first else scale)
+
+
+# By the type of the module or the first of its bases that is here.
+LAYOUTS: dict[type[nn.Module], Layout] = {
+    nn.Embedding: Layout(transposed=True, peft_names=("lora_embedding_A", "lora_embedding_B")),
+    Conv1D: Layout(transposed=True, rows_first=False),
+    nn.Module: Layout(),
+}
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The layout of a module's weight."""
+    return next(LAYOUTS[base] for base in type(module).__mro__ if base in LAYOUTS)
+
+
+FACTORS = ("lora_A", "lora_B", "lora_magnitude")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which of a layer's factors are trained; the others are frozen or not there."""
+
+    trained: tuple[str, ...]
+
+    @property
+    def magnitude(self) -> bool:
+        """Whether the norms of the weight's rows are learned (DoRA)."""
+        return "lora_magnitude" in self.trained
+
+
+VARIANTS: Registry[str, Variant] = Registry("variant")
+VARIANTS.register("lora", Variant(("lora_A", "lora_B")))
+# Zhang et al. 2023, arXiv:2308.03303: A stays as it was drawn, so that its inputs need not be kept.
+VARIANTS.register("lora_fa", Variant(("lora_B",)))
+VARIANTS.register("dora", Variant(FACTORS))
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """What one update is made from.
+
+    parts: for a fused weight, the output rows of each role that is adapted; each part has a rank of its own.
+    input_first: for a bare parameter, whether its first dimension is the input.
+    """
+
+    rank: int
+    scaling: float
+    dropout: float
+    initialization: Initialization
+    variant: Variant
+    parts: tuple[tuple[int, ...], ...] | None = None
+    input_first: bool = False
+
+
+class LoRALayer(nn.Module):
+    """What every adapted layer has, whatever its type and form.
+
+    lora_A `(rank, in_features)` and lora_B `(out_features, rank)`, fp32 (or fp64 for an fp64 base) whatever
+    the precision of the frozen weight; `scaling` multiplies B A. For n parts of a fused weight lora_A is the
+    n A's stacked, `(n * rank, in_features)`, and lora_B the rows of the n B's, `(rows, rank)`.
+    lora_magnitude `(rows of the weight,)` is DoRA's, and None without it.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+    rank: int
+    scaling: float
+    lora_dropout: float
+    variant: Variant
+    enabled: bool
+    layout: Layout
+    groups: int
+    weight_shape: torch.Size
+    parts: tuple[tuple[int, ...], ...] | None
+    start: tuple[Tensor, Tensor] | None
+    _blocks: tuple[Tensor, Tensor] | None
+    _unmerged_weight: Tensor | None
+
+    def add_update(
+        self, weight: Tensor, spec: UpdateSpec, layout: Layout, shape: torch.Size, groups: int = 1
+    ) -> None:
+        """Add the factors for a frozen `weight` of `shape` (its own is empty under ZeRO-3), on its device."""
+        if spec.variant.magnitude and spec.parts is not None:
+            covered = sum(map(len, spec.parts))
+            if covered != layout.features(shape)[0]:
+                raise ValueError(
+                    "variant='dora' cannot adapt a part of a fused weight, since it learns the norm of every row; "
+                    "adapt all of its roles, or use variant='lora'"
+                )
+        half = not weight.is_floating_point() or weight.dtype.itemsize < 4
+        matrix = (
+            layout.to_matrix(weight.detach()) if weight.numel() else weight.new_zeros(layout.features(shape))
+        )
+        matrix = matrix.float() if half else matrix
+        pieces = [matrix] if spec.parts is None else [matrix[list(rows)] for rows in spec.parts]
+        made = [spec.initialization.make(piece, spec.rank, spec.scaling) for piece in pieces]
+        lora_A, lora_B = map(torch.cat, zip(*made, strict=True)) if len(made) > 1 else made[0]
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.rank, self.scaling, self.lora_dropout = spec.rank, spec.scaling, spec.dropout
+        self.variant, self.parts = spec.variant, spec.parts
+        self._blocks = None if spec.parts is None else _blocks(spec.parts, spec.rank)
+        self.layout, self.weight_shape, self.groups = layout, shape, groups
+        corrected = spec.initialization.corrected
+        self.start = (self.lora_A.detach().clone(), self.lora_B.detach().clone()) if corrected else None
+        self.enabled = True
+        self._unmerged_weight = None
+        self.lora_magnitude = None
+        if spec.variant.magnitude:
+            self.lora_magnitude = nn.Parameter(
+                layout.row_norms(layout.to_weight(matrix, shape) + self.delta_weight())
+            )
+
+    def detach(self) -> None:
+        """Make the layer what it was before it was adapted; the weight stays as it is now."""
+        raise NotImplementedError
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """The parameter that holds the pretrained weight, or the merged one while merged."""
+        raise NotImplementedError
+
+    def trained_factors(self) -> dict[str, nn.Parameter]:
+        """The factors that training changes, by name."""
+        return {name: getattr(self, name) for name in self.variant.trained}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A `(R, in)` and B `(out, R)` of the whole weight: parts in their blocks, the start subtracted."""
+        return self._whole(self.lora_A, self.lora_B)
+
+    def delta_weight(self) -> Tensor:
+        """scaling * B A in the weight's own shape, in fp32 at least."""
+        return self.layout.to_weight(
+            functional.delta_weight(*self.factors(), self.scaling), self.weight_shape
+        )
+
+    def adapted(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """W' for the frozen W and the update: W + delta, or with DoRA its rows scaled to the learned norms."""
+        if self.lora_magnitude is None:
+            return functional.merged_weight(weight, delta)
+        moved = weight.to(delta.dtype) + delta
+        scale = self.lora_magnitude / self.layout.row_norms(moved).detach()
+        return self.layout.scale_rows(moved, scale).to(weight.dtype)
+
+    def effective_weight(self) -> Tensor:
+        """W' in the type of W."""
+        return self.adapted(self.base_weight, self.delta_weight())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is in the weight now."""
+        return self._unmerged_weight is not None
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The pretrained weight, whether or not the update is merged, in the type the layer has now."""
+        frozen = self.frozen_weight
+        return frozen if self._unmerged_weight is None else self._unmerged_weight.to(frozen)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put W' in the place of W; a copy of the original is kept, since adding does not undo exactly."""
+        assert not self.merged
+        original = self.frozen_weight.detach().clone()
+        self.frozen_weight.copy_(self.effective_weight())
+        self._unmerged_weight = original
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        assert self._unmerged_weight is not None
+        self.frozen_weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+
+    def _whole(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        lora_B = self._in_blocks(lora_B)
+        if self.start is None:
+            return lora_A, lora_B
+        start_A, start_B = (tensor.to(lora_A.device) for tensor in self.start)
+        return torch.cat([lora_A, start_A]), torch.cat([lora_B, -self._in_blocks(start_B)], dim=1)
+
+    def _in_blocks(self, lora_B: Tensor) -> Tensor:
+        """B `(out, parts * rank)`: each part's B in its rows and its own columns, zeros elsewhere."""
+        if self.parts is None or self._blocks is None:
+            return lora_B
+        rows, columns = (index.to(lora_B.device) for index in self._blocks)
+        whole = lora_B.new_zeros(self.layout.features(self.weight_shape)[0], len(self.parts) * self.rank)
+        return whole.index_put((rows, columns), lora_B)
+
+    # PEFT's side: the same update under PEFT's names and shapes.
+
+    @property
+    def peft_rank(self) -> int:
+        """The rank the update has in PEFT: parts and the subtracted start add to it, and so do groups."""
+        return self.rank * len(self.parts or (0,)) * (1 if self.start is None else 2) * self.groups
+
+    def to_peft(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT's tensors, by their names under the module's, for our factors `own` by their names."""
+        lora_A, lora_B = self._whole(own["lora_A"], own["lora_B"])
+        kernel = self.weight_shape[2:] if not self.layout.transposed and len(self.weight_shape) > 2 else ()
+        if kernel:
+            lora_A = lora_A.reshape(lora_A.shape[0], self.weight_shape[1], *kernel)
+            lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in kernel))
+        if self.groups > 1:
+            lora_A = _block_diagonal(lora_A, self.groups)
+        tensors = dict(zip(self.layout.peft_names, (lora_A, lora_B), strict=True))
+        if self.lora_magnitude is not None:
+            shape = (1, -1, *(1 for _ in kernel)) if kernel else (-1,)
+            tensors["lora_magnitude_vector"] = own["lora_magnitude"].reshape(shape)
+        return tensors
+
+    @torch.no_grad()
+    def load_peft(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy PEFT's tensors into the factors. Raises ValueError if this layer cannot represent them."""
+        A, B = (tensors[name].to(self.lora_A) for name in self.layout.peft_names)
+        count = len(self.lora_A)
+        lora_A = A[:count].reshape(count, -1)[:, : self.lora_A.shape[1]]
+        lora_B = self._from_blocks(B.reshape(len(B), -1)[:, : self.peft_rank // self.groups])
+        if self.start is not None:
+            self.start = (A[count:].clone(), -self._from_blocks(B[:, count:]))
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(tensors["lora_magnitude_vector"].reshape(-1))
+        if self.parts is None and self.groups == 1:
+            return
+        # The file has room for more than the blocks that are read: the rest must be zero.
+        written = self.to_peft({name: getattr(self, name) for name in FACTORS})
+        for name, tensor in written.items():
+            if not torch.equal(tensor, tensors[name].to(tensor)):
+                raise ValueError(
+                    f"{name} is not the update of the adapted part alone; got values outside its block"
+                )
+
+    def _from_blocks(self, whole: Tensor) -> Tensor:
+        if self.parts is None:
+            return whole[:, : self.rank]
+        return torch.cat(
+            [whole[list(rows), i * self.rank : (i + 1) * self.rank] for i, rows in enumerate(self.parts)]
+        )
+
+
+def _blocks(parts: tuple[tuple[int, ...], ...], rank: int) -> tuple[Tensor, Tensor]:
+    """The row and column, in B of the whole weight, of every entry of the parts' rows `(rows, rank)`."""
+    rows = torch.tensor([row for part in parts for row in part])
+    block = torch.tensor([index for index, part in enumerate(parts) for _ in part])
+    columns = block[:, None] * rank + torch.arange(rank)
+    return rows[:, None].expand_as(columns), columns
+
+
+def _block_diagonal(lora_A: Tensor, groups: int) -> Tensor:
+    """A of a grouped convolution, `(rank, in / groups, *kernel)`, once for each group's inputs, zeros elsewhere.
+
+    PEFT's A sees the inputs of all groups: `(groups * rank, in, *kernel)`.
+    """
+    rank, inputs, *kernel = lora_A.shape
+    whole = lora_A.new_zeros(groups, rank, groups, inputs, *kernel)
+    for group in range(groups):
+        whole[group, :, group] = lora_A
+    return whole.reshape(groups * rank, groups * inputs, *kernel)

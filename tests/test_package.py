@@ -1,0 +1,61 @@
+"""The shape of the package: layers, sizes, what importing it costs, and its public names."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_lora"
+
+
+def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
+    """What import-linter says of a checkout."""
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_imports_point_down():
+    run = lint_imports(ROOT)
+    assert run.returncode == 0, run.stdout
+
+
+def test_an_upward_import_is_noticed(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "hf_lora", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "hf_lora" / "lora" / "config.py").open("a") as stream:
+        stream.write("\nfrom hf_lora.serving import classifier  # noqa\n")
+    run = lint_imports(tmp_path)
+    assert run.returncode == 1
+    assert "hf_lora.lora.config -> hf_lora.serving.classifier" in run.stdout
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_module_is_long(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_no_room_is_crowded():
+    rooms = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}
+    sizes = {room.name: len(set(room.glob("*.py")) - {room / "__init__.py"}) for room in rooms}
+    assert max(sizes.values()) <= 10, sizes
+    assert len(list(PACKAGE.glob("*.py"))) <= 5
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import hf_lora, sys; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    import hf_lora
+
+    for name in hf_lora.__all__:
+        assert getattr(hf_lora, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hf_lora.nothing  # noqa: B018
