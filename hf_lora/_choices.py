@@ -1,10 +1,11 @@
-"""A table of named entries: the one mechanism behind architectures, initializers, layer types and metrics."""
+"""Choices: a table of named entries, and a dataclass field that is an option with its help."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterator
-from typing import Generic, TypeVar
+from dataclasses import MISSING, field
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -51,3 +52,12 @@ class Registry(Generic[K, V]):
     def items(self) -> list[tuple[K, V]]:
         """The entries in the order of their registration."""
         return list(self._entries.items())
+
+
+def option(default: Any = MISSING, *, help: str, flag: str | None = None, **more: Any) -> Any:
+    """A dataclass field that is an option of a run: default and help stand here, and nowhere else.
+
+    flag: its name on the command line; None: the field's name after its topic's prefix; "": it has none.
+    more: further metadata, as HfArgumentParser takes it.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, **more})
