@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterator
+from copy import copy
 from dataclasses import MISSING, field
 from typing import Any, Generic, TypeVar
 
@@ -58,6 +59,9 @@ def option(default: Any = MISSING, *, help: str, flag: str | None = None, **more
     """A dataclass field that is an option of a run: default and help stand here, and nowhere else.
 
     flag: its name on the command line; None: the field's name after its topic's prefix; "": it has none.
-    more: further metadata, as HfArgumentParser takes it.
+    more: further metadata, as HfArgumentParser takes it. A default that is a dict or list is copied for each instance.
     """
-    return field(default=default, metadata={"help": help, "flag": flag, **more})
+    metadata = {"help": help, "flag": flag, **more}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import regex
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -130,7 +130,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_PATTERN_LENGTH = 1000
 PATTERN_SECONDS = 1.0
 """How long the patterns of one adapter may take to be matched with one name."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
 def read_bytes(directory: Path, name: str, *, limit: int | None = None) -> bytes:
@@ -179,6 +179,9 @@ def parse_object(content: bytes, source: str) -> dict[str, Any]:
 
 def parse_tensors(content: bytes, source: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, floating-point all. Raises ValueError, naming `source`, for anything else."""
+    # Here, so that checks of names and patterns do not wait for torch.
+    import safetensors.torch
+
     header = int.from_bytes(content[:8], "little")
     if header > min(MAX_HEADER_BYTES, len(content)):
         raise ValueError(
@@ -192,7 +195,7 @@ def parse_tensors(content: bytes, source: str) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{source} cannot be read: {reason}") from None
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
+        if str(tensor.dtype) not in FLOATS:
             raise ValueError(
                 f"{source} is damaged; {name!r} holds something else than finite numbers; got {tensor.dtype}"
             )

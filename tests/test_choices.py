@@ -1,6 +1,10 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
 import pytest
 
-from hf_lora._choices import Registry
+from hf_lora._choices import Registry, option
 
 
 @pytest.fixture
@@ -29,3 +33,23 @@ def test_a_key_is_not_replaced_by_accident(registry):
         registry.register("apple", 3)
     registry.register("apple", 3, replace=True)
     assert registry.get("apple") == 3
+
+
+@dataclass
+class Options:
+    needed: str = option(help="Needed.")
+    size: int = option(3, help="Size.", flag="n")
+    names: list[str] = option([], help="Names.", level=2)
+
+
+def test_an_option_holds_help_and_flag_and_copies_a_default_that_can_change() -> None:
+    first, second = Options("a"), Options("b")
+    first.names.append("x")
+    assert (second.size, second.names) == (3, [])
+    assert [dict(entry.metadata) for entry in fields(Options)] == [
+        {"help": "Needed.", "flag": None},
+        {"help": "Size.", "flag": "n"},
+        {"help": "Names.", "flag": None, "level": 2},
+    ]
+    with pytest.raises(TypeError, match="needed"):
+        Options()

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from hf_lora._files import check_types, shortened
 from hf_lora.adapters import peft_format
-from hf_lora.lora.config import LoRAConfig
+from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to
 from hf_lora.lora.inject import Injection, injection, lora_layers, trained_biases
-from hf_lora.lora.layer import FACTORS, VARIANTS
 from hf_lora.lora.targets import has_suffix
 from hf_lora.models.pooling import HEAD as POOLED_HEAD
 

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from typing import Any
 
-from hf_lora._choices import Registry
+from hf_lora._choices import Registry, option
 from hf_lora._files import check_pattern, full_match, is_number, shortened
 from hf_lora.lora.architectures import ROLES
-from hf_lora.lora.initializers import INITIALIZERS
-from hf_lora.lora.layer import VARIANTS
+
+FACTORS = ("lora_A", "lora_B", "lora_magnitude")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which of a layer's factors are trained; the others are frozen or not there."""
+
+    trained: tuple[str, ...]
+
+    @property
+    def magnitude(self) -> bool:
+        """Whether the norms of the weight's rows are learned (DoRA)."""
+        return "lora_magnitude" in self.trained
+
+
+VARIANTS: Registry[str, Variant] = Registry("variant")
+VARIANTS.register("lora", Variant(("lora_A", "lora_B")))
+# Zhang et al. 2023, arXiv:2308.03303: A stays as it was drawn, so its inputs need not be kept.
+VARIANTS.register("lora_fa", Variant(("lora_B",)))
+VARIANTS.register("dora", Variant(FACTORS))
 
 # The factor of B A for a rank and alpha (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
 SCALINGS: Registry[str, Callable[[int, float], float]] = Registry("scaling")
@@ -20,48 +40,48 @@ SCALINGS.register("rslora", lambda rank, alpha: alpha / math.sqrt(rank))
 
 BIAS_MODES = ("none", "lora_only", "all")
 FORMS = ("module", "parametrization")
+# The entries of `initializers.INITIALIZERS`, whose module needs torch; a config is made without it.
+INITS = ("kaiming", "gaussian", "normal", "orthogonal", "gradient", "pissa", "olora")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What to adapt and how (Hu et al. 2021, arXiv:2106.09685).
+    """What to adapt and how (Hu et al. 2021, arXiv:2106.09685). Each field's metadata hold its help.
 
-    rank: r, the inner dimension of B A; at least 1.
-    alpha: the update is scaled by alpha / rank.
-    dropout: probability in [0, 1) with which inputs of A are zeroed in training.
-    projections: the roles to adapt, any subset of "qkvo" in any order.
-    target_modules: explicit modules in place of `projections`: a list of dotted names or whole dotted
-        suffixes, a regular expression that the whole name must match, or "all-linear".
-    layers: the transformer blocks to adapt, counted from 0, or from the end when negative; None: all.
-    rank_pattern, alpha_pattern: exceptions by module, `{pattern: value}`; a pattern is a regular expression
-        for the end of the dotted name (as in PEFT), the first that matches wins.
-    bias: which biases are trained: "none", "lora_only" (those of adapted layers), "all".
-    train_head: whether the classification head is trained. It is saved with the adapter either way.
-    init: how A and B start, a name of `hf_lora.lora.initializers.INITIALIZERS`; "gradient" is "kaiming" until
-        `start_lora`, or else `LoRATrainer.train`, has seen the training data.
-    variant: "lora"; "dora" (the norms of the weight's rows are learned too); "lora_fa" (A stays as it was drawn).
-    scaling: "standard" (alpha / rank) or "rslora" (alpha / sqrt(rank)).
-    form: "module" (the layer gets a forward with the update in it: fast) or "parametrization" (the weight is
-        replaced by W + scaling * B A through `torch.nn.utils.parametrize`). What has no forward of ours, such as
-        a convolution or a bare parameter, takes the second form either way.
-
+    A pattern of `rank_pattern` or `alpha_pattern` is a regular expression for the end of the dotted name, as in
+    PEFT; the first that matches wins. The head is saved with the adapter even where it is not trained.
     Raises ValueError for any value outside these.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    projections: str = "qkvo"
-    target_modules: tuple[str, ...] | str | None = None
-    layers: tuple[int, ...] | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    bias: str = "none"
-    train_head: bool = True
-    init: str = "kaiming"
-    variant: str = "lora"
-    scaling: str = "standard"
-    form: str = "module"
+    rank: int = option(8, help="Rank r of the updates B A.")
+    alpha: float = option(16.0, help="The updates are scaled by alpha / rank.")
+    dropout: float = option(0.0, help="Dropout on the input of A.")
+    projections: str = option("qkvo", help="Projections to adapt: any letters of qkvo.")
+    target_modules: tuple[str, ...] | str | None = option(
+        None, help="Modules to adapt by name instead: dotted suffixes, one regular expression, or all-linear."
+    )
+    layers: tuple[int, ...] | None = option(
+        None, help="Blocks to adapt, from 0, or from the end when negative; default: all."
+    )
+    rank_pattern: Mapping[str, int] = option({}, help='Other ranks by module: {"layer.5.*": 16}.')
+    alpha_pattern: Mapping[str, float] = option({}, help="Other alphas by module.")
+    bias: str = option("none", help="Biases to train: none, lora_only (of the adapted layers) or all.")
+    train_head: bool = option(True, help="Train the classification head.", flag="train_head")
+    init: str = option(
+        "kaiming",
+        help="How A and B start: kaiming, gaussian, normal, orthogonal, pissa, olora, or gradient (A along the "
+        "gradient of the training loss, before the first step; kaiming until then).",
+    )
+    variant: str = option(
+        "lora",
+        help="lora, dora (the norms of the weight's rows are learned too) or lora_fa (A is not trained).",
+    )
+    scaling: str = option("standard", help="standard (alpha / rank) or rslora (alpha / sqrt(rank)).")
+    form: str = option(
+        "module",
+        help="module (the layer's forward adds the update: fast) or parametrization (the update is put into the "
+        "weight; convolutions and bare parameters take this form either way).",
+    )
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -90,7 +110,9 @@ class LoRAConfig:
             )
         if self.form not in FORMS:
             raise ValueError(f"unknown form; got {shortened(self.form)}; expected one of {', '.join(FORMS)}")
-        INITIALIZERS.get(self.init)
+        if self.init not in INITS:
+            # Registered by the user, or unknown.
+            import_module("hf_lora.lora.initializers").INITIALIZERS.get(self.init)
         VARIANTS.get(self.variant)
         SCALINGS.get(self.scaling)
 
@@ -147,7 +169,7 @@ def _check_alpha(what: str, alpha: object) -> None:
 
 
 def _checked_projections(projections: str) -> str:
-    letters = "".join(projections) if isinstance(projections, list | tuple | set) else projections
+    letters = "".join(map(str, projections)) if isinstance(projections, list | tuple | set) else projections
     if not isinstance(letters, str) or not letters or set(letters) - set(ROLES):
         raise ValueError(
             f"projections are not roles; got {shortened(projections)}; expected letters of {ROLES!r}, such as 'qv'; "

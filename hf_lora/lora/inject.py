@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.lora import initializers
-from hf_lora.lora.config import LoRAConfig
+from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to, find_head
 from hf_lora.lora.initializers import INITIALIZERS, Initialization
-from hf_lora.lora.layer import FACTORS, VARIANTS, LoRALayer, UpdateSpec
+from hf_lora.lora.layer import LoRALayer, UpdateSpec
 from hf_lora.lora.linear import LoRAParametrization
 from hf_lora.lora.quantized import layer_type_of, prepare_quantized
 from hf_lora.lora.targets import Target, find_targets, has_module_form

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora._choices import Registry
 from hf_lora.lora import functional
+from hf_lora.lora.config import FACTORS, Variant
 from hf_lora.lora.initializers import Initialization
 
 
@@ -61,28 +61,6 @@ LAYOUTS: dict[type[nn.Module], Layout] = {
 def layout_of(module: nn.Module) -> Layout:
     """The layout of a module's weight."""
     return next(LAYOUTS[base] for base in type(module).__mro__ if base in LAYOUTS)
-
-
-FACTORS = ("lora_A", "lora_B", "lora_magnitude")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Which of a layer's factors are trained; the others are frozen or not there."""
-
-    trained: tuple[str, ...]
-
-    @property
-    def magnitude(self) -> bool:
-        """Whether the norms of the weight's rows are learned (DoRA)."""
-        return "lora_magnitude" in self.trained
-
-
-VARIANTS: Registry[str, Variant] = Registry("variant")
-VARIANTS.register("lora", Variant(("lora_A", "lora_B")))
-# Zhang et al. 2023, arXiv:2308.03303: A stays as it was drawn, so that its inputs need not be kept.
-VARIANTS.register("lora_fa", Variant(("lora_B",)))
-VARIANTS.register("dora", Variant(FACTORS))
 
 
 @dataclass(frozen=True)

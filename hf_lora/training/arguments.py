@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_lora.lora.inject import head_parameters, injection
-from hf_lora.models.prefix_store import CACHE_MODES
+from hf_lora.training.options import CACHE_MODES, LoRATrainingOptions
 
 
 def class_weights(text: str | None, dataset: Any, count: int, problem_type: str | None) -> Tensor | None:
@@ -75,46 +75,8 @@ _QUIET: dict[str, Any] = {
 
 
 @dataclass
-class LoRATrainingArguments(TrainingArguments):
-    """TrainingArguments with what only LoRA classifiers need. Every new field is off by default."""
-
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the classification head; default: learning_rate."}
-    )
-    lora_plus_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of B over that of A, such as 16 (LoRA+, Hayou et al. 2024); default: 1."
-        },
-    )
-    class_weights: str | None = field(
-        default=None,
-        metadata={
-            "help": "Weights of the classes in the loss: 'balanced' (inverse frequency in the training set) or "
-            "one number per label, separated by commas."
-        },
-    )
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens, padding included, in a training batch on one device: rows times the longest row. "
-            "The number of examples then varies, and per_device_train_batch_size does not apply."
-        },
-    )
-    cache_frozen_prefix: str = field(
-        default="no",
-        metadata={
-            "nargs": "?",
-            "const": "auto",
-            "choices": CACHE_MODES,
-            "help": "Run the frozen blocks below the adapted ones once per example and keep their output: no, auto, "
-            "memory or disk.",
-        },
-    )
-    frozen_prefix_cache_gb: float = field(
-        default=1.0,
-        metadata={"help": "Memory that the cache may take, in GB; above it auto uses the disk."},
-    )
+class LoRATrainingArguments(LoRATrainingOptions, TrainingArguments):
+    """TrainingArguments with what only LoRA classifiers need, see `LoRATrainingOptions`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

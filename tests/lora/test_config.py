@@ -1,10 +1,34 @@
 import json
 import math
+import subprocess
+import sys
+from dataclasses import fields
 
 import pytest
 
 from hf_lora import LoRAConfig
-from hf_lora.lora.config import pattern_matches
+from hf_lora.lora.config import INITS, pattern_matches
+from hf_lora.lora.initializers import INITIALIZERS
+
+
+@pytest.mark.parametrize("module", ["hf_lora.lora.config", "hf_lora.training.options"])
+def test_options_are_imported_without_torch(module):
+    heavy = "{'torch', 'transformers', 'numpy', 'datasets'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_a_config_knows_the_initializations_and_takes_registered_ones(monkeypatch):
+    assert tuple(INITIALIZERS) == INITS
+    monkeypatch.setitem(INITIALIZERS._entries, "mine", INITIALIZERS.get("kaiming"))
+    assert LoRAConfig(init="mine").init == "mine"
+
+
+def test_every_option_has_one_sentence_of_help():
+    helps = {entry.name: entry.metadata["help"] for entry in fields(LoRAConfig)}
+    assert all(text.endswith(".") and "\n" not in text for text in helps.values()), helps
+    flags = {entry.name: entry.metadata["flag"] for entry in fields(LoRAConfig)}
+    assert {name for name, flag in flags.items() if flag} == {"train_head"}
 
 
 def test_order_and_repetition_of_projections_do_not_matter():
@@ -70,6 +94,7 @@ def test_config_is_frozen():
         ("dropout", -0.1, "dropout is not a probability"),
         ("projections", "", "projections are not roles; got ''"),
         ("projections", "query", "projections are not roles; got 'query'"),
+        ("projections", [1], r"projections are not roles; got \[1\]"),
         ("target_modules", [], "target_modules is not usable"),
         ("target_modules", ["query", 3], "target_modules is not usable"),
         ("target_modules", "quer(y", "target_modules has an invalid pattern"),

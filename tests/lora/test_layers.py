@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_lora.lora.config import VARIANTS
 from hf_lora.lora.initializers import INITIALIZERS
-from hf_lora.lora.layer import VARIANTS, LoRALayer, UpdateSpec
+from hf_lora.lora.layer import LoRALayer, UpdateSpec
 from hf_lora.lora.linear import LAYER_TYPES, LoRALinear
 
 

@@ -19,9 +19,10 @@ from hf_lora import (
     unmerge_lora,
 )
 from hf_lora.adapters.peft_format import adapter_tensors
+from hf_lora.lora.config import VARIANTS
 from hf_lora.lora.initializers import INITIALIZERS
 from hf_lora.lora.inject import base_parameters
-from hf_lora.lora.layer import VARIANTS, UpdateSpec
+from hf_lora.lora.layer import UpdateSpec
 from hf_lora.lora.linear import LoRAParametrization
 
 MODEL_TYPES = ["bert", "roberta", "distilbert", "albert", "deberta-v2"]

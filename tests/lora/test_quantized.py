@@ -274,7 +274,8 @@ def test_initializations_see_the_dequantized_weight(kind):
             seen.append(matrix)
             return torch.zeros(rank, 32), torch.zeros(16, rank)
 
-    from hf_lora.lora.layer import VARIANTS, UpdateSpec
+    from hf_lora.lora.config import VARIANTS
+    from hf_lora.lora.layer import UpdateSpec
 
     spec = UpdateSpec(2, 1.0, 0.0, Initialization(), VARIANTS.get("lora"))
     twin = copy.deepcopy(layer)

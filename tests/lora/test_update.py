@@ -20,8 +20,8 @@ from hf_lora import (
     unmerge_lora,
 )
 from hf_lora.adapters.directory import read_adapter
+from hf_lora.lora.config import VARIANTS
 from hf_lora.lora.initializers import INITIALIZERS
-from hf_lora.lora.layer import VARIANTS
 
 CORRECTED = [name for name, entry in INITIALIZERS.items() if entry.corrected]
 FORMS = ["module", "parametrization"]
