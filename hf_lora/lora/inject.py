@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_lora.adapters.info import AdapterInfo
 from hf_lora.lora import initializers
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to, find_head
@@ -43,8 +42,8 @@ class Injection:
     required_grad: dict[str, bool]
     frozen_biases: dict[str, Tensor] = field(default_factory=dict)
     """The pretrained values of the biases that are trained (`bias` other than "none")."""
-    info: AdapterInfo | None = None
-    """The labels, task and base model, where `load_classifier` or `load_adapter` brought them."""
+    info: Any = None
+    """Kept for whoever put it there, never read here."""
     fresh: frozenset[str] | None = None
     """The parameters for which the checkpoint had no weights, where `load_classifier` has looked."""
 
