@@ -1,49 +1,84 @@
-"""What a user says about the data, validated once."""
+"""What a user says about the data, validated once. Imports nothing heavy: the command line's help is made of it."""
 
 from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass, field
 
-from hf_lora.tasks.labels import PROBLEM_TYPES
+from hf_lora._choices import option
+
+DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the data is, which columns it has, and how it is split and cut.
 
-    `train_file`, `validation_file` and `test_file` each take a .csv, .tsv, .json, .jsonl or .parquet file, a
-    `save_to_disk` folder, or a folder with one sub-folder of .txt files per label; `dataset_name` is a Hub
-    id. Columns that are None are guessed from their usual names, and a problem type of None from the labels:
-    floats are a regression, lists multi-label. `max_length` is in tokens; `validation_fraction` of the training
-    split (None: by `hf_lora.data.splits.held_out_fraction`) is held out when there is no validation split.
-    `few_shot` examples of each label, drawn with the seed, are all that is used of the training split; what is held
-    out is then held out of these.
+    Data in memory is not named here: `prepare_data` takes it as `tables`.
 
     Raises:
         ValueError: a value is out of range, or fields contradict each other.
     """
 
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    dataset_revision: str | None = None
-    train_file: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    problem_type: str | None = None
-    max_length: int = 128
-    validation_fraction: float | None = None
-    encoding: str = "utf-8"
-    few_shot: int | None = None
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    max_test_samples: int | None = None
-    seed: int = 42
-    cache_dir: str | None = None
-    token: str | None = field(default=None, repr=False)
+    dataset_name: str | None = option(None, help="Data set: a Hub id.")
+    dataset_config_name: str | None = option(None, help="Configuration of the Hub data set.")
+    dataset_revision: str | None = option(None, help="Branch, tag or commit of the Hub data set.")
+    train_file: str | None = option(
+        None,
+        help="Training data: CSV, TSV, JSON lines, Parquet, a save_to_disk folder, or a folder with one "
+        "sub-folder of text files for each label.",
+    )
+    validation_file: str | None = option(
+        None, help="Validation data; default: a part held out from training."
+    )
+    test_file: str | None = option(None, help="Test data.")
+    text_column: str | None = option(None, help="Column of the text; default: guessed from the usual names.")
+    text_pair_column: str | None = option(None, help="Column of the second text of a pair.")
+    label_column: str | None = option(
+        None, help="Column of the label; default: guessed from the usual names."
+    )
+    problem_type: str | None = option(
+        None,
+        help="single_label_classification, multi_label_classification or regression; default: from the labels "
+        "(numbers with a decimal point are a regression, lists are multi-label).",
+    )
+    max_length: int = option(
+        128,
+        help="Longer texts are cut to this many tokens; the number cut is reported.",
+        flag="max_seq_length",
+    )
+    validation_fraction: float | None = option(
+        None,
+        help="Share of the training data held out when none is given; default: a fifth of up to 1,000 examples, then "
+        "200 examples, but at least a tenth and one example of each label.",
+    )
+    seed: int | None = option(
+        None,
+        help="Seed of the held-out part, of few_shot and of max_train_samples; default: the seed of the run.",
+        flag="split_seed",
+    )
+    encoding: str = option("utf-8", help="Character encoding of the files.")
+    few_shot: int | None = option(
+        None,
+        help="Use only this many training examples of each label, drawn with the split's seed. The validation part "
+        "is held out of these; a validation file that is given stays whole, and so do the test data.",
+    )
+    max_train_samples: int | None = option(None, help="Use only this many training examples.")
+    max_eval_samples: int | None = option(None, help="Use only this many validation examples.")
+    max_test_samples: int | None = option(None, help="Use only this many test examples.")
+    cache_dir: str | None = option(
+        None, help="Where downloads are kept; default: the Hub's own cache.", flag=""
+    )
+    token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Hub token; default: the one `hf auth login` stored.", "flag": ""},
+    )
+
+    @property
+    def split_seed(self) -> int:
+        """The seed of every draw from the data; outside of a run 42, as in transformers."""
+        return DEFAULT_SEED if self.seed is None else self.seed
 
     def __post_init__(self) -> None:
         self._check_source()
@@ -51,8 +86,6 @@ class DataConfig:
         self._check_values()
 
     def _check_source(self) -> None:
-        if not (self.dataset_name or self.train_file or self.test_file):
-            raise ValueError("no data given; expected a dataset_name, a train_file or a test_file")
         if self.dataset_name and self.train_file:
             raise ValueError(
                 f"two training sets: {self.dataset_name!r} and {self.train_file!r}; expected one"
@@ -82,10 +115,14 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1"
             )
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(
-                f"unknown problem_type {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}"
-            )
+        if self.problem_type is not None:
+            # Imported here, since it takes a second.
+            from hf_lora.tasks.labels import PROBLEM_TYPES
+
+            if self.problem_type not in PROBLEM_TYPES:
+                raise ValueError(
+                    f"unknown problem_type {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}"
+                )
         try:
             codecs.lookup(self.encoding)
         except LookupError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_lora.data.splits import (
     load_splits,
     subset,
     without_hidden_test,
+    without_progress_bars,
 )
 from hf_lora.tasks.labels import LabelScheme, are_hidden, learn_labels, read_labels
 
@@ -57,26 +58,35 @@ class _Columns:
     label: str
 
 
+@without_progress_bars()
 def prepare_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, test_seed: int | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tables: Mapping[str, Any] | None = None,
+    test_seed: int | None = None,
 ) -> ClassificationData:
     """Load, check, label, split and tokenize the data of a training run.
 
     Label names come from the training split alone. Without a validation split one is held out, stratified by
     label for single-label problems. A test split whose labels are all hidden (-1) is left out with a warning.
 
+    tables: data in memory by split, as `load_splits` takes them.
     test_seed: where there is neither a validation nor a test split, a test split is held out first, with this
     seed, of all the training data: one for runs whose training data differ.
 
     Raises:
         ValueError: a mistake in the files, columns, labels or sizes; one line that says where.
     """
-    raw = load_splits(config)
+    tables = tables or {}
+    raw = load_splits(config, tables)
     if "train" not in raw:
         raise ValueError("there is no training split; give a train_file or a dataset_name that has one")
     columns = _choose_columns(raw["train"], config, "the train split")
     _check_max_length(config.max_length, tokenizer, pair=len(columns.texts) > 1)
-    raw, warnings = without_hidden_test(raw, columns.label, config)
+    raw, warnings = without_hidden_test(
+        raw, columns.label, was_asked_for=bool(config.test_file) or "test" in tables
+    )
     scheme = learn_labels(raw["train"], columns.label, config.problem_type)
     splits = {split: _encode(dataset, columns, scheme, split) for split, dataset in raw.items()}
     if test_seed is not None and not {"validation", "test"} & set(splits):
@@ -96,10 +106,18 @@ def prepare_data(
     return replace(data, held_out=held_out)
 
 
+@without_progress_bars()
 def prepare_test(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], problem_type: str
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    problem_type: str,
+    *,
+    tables: Mapping[str, Any] | None = None,
 ) -> ClassificationData:
     """Prepare the "test" split alone, with the labels of an existing classifier.
+
+    tables: {"test": data in memory}, as `load_splits` takes it.
 
     Raises:
         ValueError: as `prepare_data`, and for a label that is hidden or that the classifier does not know.
@@ -108,7 +126,7 @@ def prepare_test(
         raise ValueError(
             f"problem_type is {config.problem_type!r}; the classifier was trained for {problem_type!r}"
         )
-    raw = load_splits(config)
+    raw = load_splits(config, tables)
     if "test" not in raw:
         raise ValueError(f"there is no test split; got {', '.join(raw)}; give a test_file")
     columns = _choose_columns(raw["test"], config, "the test split")

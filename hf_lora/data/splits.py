@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 
 from hf_lora.data.config import DataConfig
 from hf_lora.data.files import read_path
+from hf_lora.data.tables import read_table
 from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE, LabelScheme, are_hidden
 
 ENCODED = "__labels__"  # the column of encoded labels, while the raw label column is still there
@@ -28,29 +32,63 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def load_splits(config: DataConfig) -> datasets.DatasetDict:
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Inside, `datasets` shows no progress bars; who calls us shows progress."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+@without_progress_bars()
+def load_splits(config: DataConfig, tables: Mapping[str, Any] | None = None) -> datasets.DatasetDict:
     """Return the raw splits that the data has, under the names "train", "validation" and "test".
 
+    tables: by those names, data in memory or paths, in place of the configuration's files. A DatasetDict under
+    "train" brings all its splits; those that are given by themselves replace them.
+
     Raises:
-        ValueError: a file or dataset cannot be read, has no examples, or has no split of the expected name.
+        ValueError: a file, table or data set cannot be read, has no examples, or has no split of the expected name.
     """
-    splits = _main_splits(config)
-    for split, path in (("validation", config.validation_file), ("test", config.test_file)):
-        if path:
-            splits[split] = _one_split(_read(path, config), split, path)
+    sources = _sources(config, tables or {})
+    train = sources.pop("train", None)
+    if train is None and not config.dataset_name and "test" not in sources:
+        raise ValueError("no data given; expected a dataset_name, a train_file or a test_file")
+    found = (
+        _load_from_hub(config)
+        if config.dataset_name
+        else {}
+        if train is None
+        else _read(train, "train", config)
+    )
+    splits = _known_splits(found) if isinstance(found, dict) else datasets.DatasetDict(train=found)
+    for split, source in sources.items():
+        splits[split] = _one_split(_read(source, split, config), split, source)
     for split, dataset in splits.items():
         if len(dataset) == 0:
             raise ValueError(f"the {split} split is empty; expected at least one example")
     return splits
 
 
-def _main_splits(config: DataConfig) -> datasets.DatasetDict:
-    if config.dataset_name:
-        return _known_splits(_load_from_hub(config))
-    if config.train_file:
-        found = _read(config.train_file, config)
-        return _known_splits(found) if isinstance(found, dict) else datasets.DatasetDict(train=found)
-    return datasets.DatasetDict()
+def _sources(config: DataConfig, tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The file or the table of each split that has one."""
+    files = {"train": config.train_file, "validation": config.validation_file, "test": config.test_file}
+    sources: dict[str, Any] = {split: path for split, path in files.items() if path}
+    for split, table in tables.items():
+        if split not in files:
+            raise ValueError(f"unknown split {split!r}; expected one of {', '.join(files)}")
+        other = sources.get(split) or (config.dataset_name if split == "train" else None)
+        if other:
+            raise ValueError(
+                f"two sources of the {split} data; got {other!r} and a {type(table).__name__}; expected one"
+            )
+        sources[split] = table
+    return sources
 
 
 def _load_from_hub(config: DataConfig) -> datasets.DatasetDict:
@@ -67,18 +105,20 @@ def _load_from_hub(config: DataConfig) -> datasets.DatasetDict:
         raise ValueError(f"cannot load the dataset {config.dataset_name!r}: {reason}") from error
 
 
-def _read(path: str, config: DataConfig) -> datasets.Dataset | datasets.DatasetDict:
-    return read_path(path, encoding=config.encoding, cache_dir=config.cache_dir)
+def _read(source: Any, split: str, config: DataConfig) -> datasets.Dataset | datasets.DatasetDict:
+    if isinstance(source, str | Path):
+        return read_path(str(source), encoding=config.encoding, cache_dir=config.cache_dir)
+    return read_table(source, split)
 
 
-def _known_splits(found: datasets.DatasetDict) -> datasets.DatasetDict:
+def _known_splits(found: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
     names = {
         split: next((name for name in names if name in found), None) for split, names in SPLIT_NAMES.items()
     }
     return datasets.DatasetDict({split: found[name] for split, name in names.items() if name is not None})
 
 
-def _one_split(found: datasets.Dataset | datasets.DatasetDict, split: str, path: str) -> datasets.Dataset:
+def _one_split(found: datasets.Dataset | datasets.DatasetDict, split: str, source: Any) -> datasets.Dataset:
     if isinstance(found, datasets.Dataset):
         return found
     known = _known_splits(found)
@@ -86,15 +126,16 @@ def _one_split(found: datasets.Dataset | datasets.DatasetDict, split: str, path:
         return known[split]
     if len(found) == 1:
         return next(iter(found.values()))
-    raise ValueError(f"{path} has no {split} split; its splits are {', '.join(found)}")
+    name = source if isinstance(source, str | Path) else f"the {split} data"
+    raise ValueError(f"{name} has no {split} split; its splits are {', '.join(found)}")
 
 
 def without_hidden_test(
-    raw: datasets.DatasetDict, label: str, config: DataConfig
+    raw: datasets.DatasetDict, label: str, *, was_asked_for: bool
 ) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
-    """Return the splits without a test split of the dataset's own whose labels are hidden, and a warning."""
+    """Return the splits without a test split whose labels are all hidden, unless it was asked for, and a warning."""
     test = raw.get("test")
-    if test is None or config.test_file or label not in test.column_names or not are_hidden(test, label):
+    if test is None or was_asked_for or label not in test.column_names or not are_hidden(test, label):
         return raw, ()
     kept = datasets.DatasetDict({split: dataset for split, dataset in raw.items() if split != "test"})
     return kept, (f"test: all {len(test):,} labels are hidden (-1); the split is left out",)
@@ -148,7 +189,7 @@ def _split(
     if len(dataset) < 2:
         raise ValueError("the train split has one example; expected two or more, or a validation_file")
     held_out = math.ceil(fraction * len(dataset))
-    parts = dataset.train_test_split(held_out, seed=config.seed, stratify_by_column=stratify_by_column)
+    parts = dataset.train_test_split(held_out, seed=config.split_seed, stratify_by_column=stratify_by_column)
     return parts["train"], parts["test"]
 
 
@@ -172,7 +213,7 @@ def subset(dataset: datasets.Dataset, split: str, config: DataConfig) -> dataset
     limit = limits[split]
     if limit is None or limit >= len(dataset):
         return dataset
-    return (dataset.shuffle(seed=config.seed) if split == "train" else dataset).select(range(limit))
+    return (dataset.shuffle(seed=config.split_seed) if split == "train" else dataset).select(range(limit))
 
 
 _LISTED = 5
@@ -198,7 +239,7 @@ def few_shot(
         )
     train = splits["train"]
     carried = _carried(train, scheme)
-    drawn = draw(carried, config.few_shot, config.seed)
+    drawn = draw(carried, config.few_shot, config.split_seed)
     warnings = _shortages(carried, scheme, config.few_shot)
     if "validation" in splits:
         return {**splits, "train": train.select(drawn)}, warnings

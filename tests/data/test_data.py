@@ -731,7 +731,6 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"train_file": None}, "no data given"),
             ({"dataset_name": "a/b"}, "two training sets: 'a/b' and 't.csv'"),
             ({"dataset_config_name": "sst2"}, "dataset_config_name needs a dataset_name; got 'sst2'"),
             ({"dataset_revision": "main"}, "dataset_revision needs a dataset_name; got 'main'"),
