@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_lora.data.columns import choose_label_column, choose_text_columns, require_column
 from hf_lora.data.config import DataConfig
+from hf_lora.data.few_shot import few_shot
 from hf_lora.data.files import BADLY_ENCODED
 from hf_lora.data.report import DataReport, SplitCounts, count_empty, leakage_warnings, length_counts
 from hf_lora.data.splits import (
     ENCODED,
     SPLIT_NAMES,
-    few_shot,
     hold_out,
     load_splits,
     subset,

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
-from hf_lora.data.splits import divide, draw
+from hf_lora.data.few_shot import divide, draw
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,115 @@
+"""Drawing a few examples of each label, and holding a part of them out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import datasets
+import numpy as np
+
+from hf_lora.data.config import DataConfig
+from hf_lora.data.splits import ENCODED, MOST_HELD_OUT
+from hf_lora.tasks.labels import MULTI, REGRESSION, LabelScheme
+
+_LISTED = 5
+
+
+def few_shot(
+    splits: Mapping[str, datasets.Dataset], scheme: LabelScheme, config: DataConfig
+) -> tuple[dict[str, datasets.Dataset], tuple[str, ...]]:
+    """Return the splits with `config.few_shot` examples of each label in training, and warnings.
+
+    A validation split that is there stays whole; where there is none it is held out of the few. Both parts of a
+    smaller draw are in those of a larger one with the same seed. Multi-label examples without any label count as
+    those of one more label.
+
+    Raises:
+        ValueError: a regression, which has no labels to draw by, or nothing is left to hold out.
+    """
+    assert config.few_shot is not None
+    if scheme.problem_type == REGRESSION:
+        raise ValueError(
+            f"few_shot draws examples of each label, and a regression has none; got {config.few_shot}; "
+            "use max_train_samples"
+        )
+    train = splits["train"]
+    carried = _carried(train, scheme)
+    drawn = draw(carried, config.few_shot, config.split_seed)
+    warnings = _shortages(carried, scheme, config.few_shot)
+    if "validation" in splits:
+        return {**splits, "train": train.select(drawn)}, warnings
+    is_held_out = divide([carried[row] for row in drawn], config.validation_fraction or MOST_HELD_OUT)
+    if not any(is_held_out):
+        raise ValueError(
+            f"few_shot {config.few_shot} leaves nothing to hold out for validation, since one example of each label "
+            "stays in training; expected 2 or more, or a validation_file"
+        )
+    parts: dict[bool, list[int]] = {False: [], True: []}
+    for row, held_out in zip(drawn, is_held_out, strict=True):
+        parts[held_out].append(row)
+    return {**splits, "train": train.select(parts[False]), "validation": train.select(parts[True])}, warnings
+
+
+def draw(carried: Sequence[Sequence[int]], shots: int, seed: int) -> list[int]:
+    """Rows in the order they are drawn: each label that a row carries gets `shots` rows, or all it has.
+
+    carried: the labels of each row. In round n every label, the rarest first, is brought to n rows; so the draw of
+    a smaller number is the beginning of this one.
+    """
+    waiting: dict[int, list[int]] = {}
+    for row in np.random.default_rng(seed).permutation(len(carried)).tolist():
+        for label in carried[row]:
+            waiting.setdefault(label, []).append(row)
+    rarest_first = sorted(waiting, key=lambda label: (len(waiting[label]), label))
+    drawn: dict[int, None] = {}
+    counts: Counter[int] = Counter()
+    for goal in range(1, shots + 1):
+        for label in rarest_first:
+            while counts[label] < goal and waiting[label]:
+                row = waiting[label].pop()
+                if row not in drawn:
+                    drawn[row] = None
+                    counts.update(carried[row])
+    return list(drawn)
+
+
+def divide(carried: Sequence[Sequence[int]], fraction: float) -> list[bool]:
+    """Whether each row, in the order drawn, is held out.
+
+    A row goes by the one of its labels that has the fewest rows before it: of n rows of a label, `fraction` times
+    n are held out, at least one, but none before each of its labels has a row in training. What is decided of a
+    row depends on those before it alone, so that a longer draw does not change it.
+    """
+    kept: Counter[int] = Counter()
+    held: Counter[int] = Counter()
+    decided = []
+    for labels in carried:
+        rarest = min(labels, key=lambda label: kept[label] + held[label])
+        due = max(1, math.floor(fraction * (kept[rarest] + held[rarest] + 1) + 0.5))
+        held_out = held[rarest] < due and all(kept[label] for label in labels)
+        (held if held_out else kept).update(labels)
+        decided.append(held_out)
+    return decided
+
+
+def _carried(dataset: datasets.Dataset, scheme: LabelScheme) -> list[tuple[int, ...]]:
+    """The ids of each row's labels; without any, an id of its own."""
+    encoded = dataset[ENCODED][:]
+    if scheme.problem_type != MULTI:
+        return [(label,) for label in encoded]
+    return [tuple(np.flatnonzero(vector).tolist()) or (len(scheme.names),) for vector in encoded]
+
+
+def _shortages(carried: Sequence[Sequence[int]], scheme: LabelScheme, shots: int) -> tuple[str, ...]:
+    counts = Counter(label for labels in carried for label in labels)
+    few = [(name, counts[label]) for label, name in enumerate(scheme.names) if 0 < counts[label] < shots]
+    if not few:
+        return ()
+    shown = ", ".join(f"{name!r} ({count:,})" for name, count in few[:_LISTED])
+    more = ", ..." if len(few) > _LISTED else ""
+    return (
+        f"train: {len(few):,} of {len(scheme.names):,} labels have fewer than {shots:,} examples, and all of theirs "
+        f"are taken: {shown}{more}",
+    )
