@@ -13,6 +13,7 @@ from hf_lora.version import __version__
 if TYPE_CHECKING:
     from hf_lora.adapters.directory import load_adapter, save_adapter
     from hf_lora.adapters.hub import push_adapter
+    from hf_lora.adapters.loading import load_classifier
     from hf_lora.lora.config import LoRAConfig
     from hf_lora.lora.inject import (
         head_parameters,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         trainable_parameter_count,
         unmerge_lora,
     )
-    from hf_lora.models.loading import load_classifier
     from hf_lora.recipe.head_start import start_head
     from hf_lora.serving.classifier import TextClassifier
     from hf_lora.training.arguments import LoRATrainingArguments
@@ -46,7 +46,7 @@ _HOMES = {
     "save_adapter": "adapters.directory",
     "load_adapter": "adapters.directory",
     "push_adapter": "adapters.hub",
-    "load_classifier": "models.loading",
+    "load_classifier": "adapters.loading",
     "LoRATrainer": "training.trainer",
     "LoRATrainingArguments": "training.arguments",
     "TextClassifier": "serving.classifier",

@@ -17,8 +17,8 @@ import peft
 import torch
 
 from hf_lora.data import DataConfig, prepare_data
-from hf_lora.models.loading import load_base, load_trained
-from hf_lora.serving.classifier import TextClassifier
+from hf_lora.models.loading import load_base
+from hf_lora.serving.classifier import TextClassifier, load_trained
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ from hf_lora.insight.pages import TEMPLATES, render
 from hf_lora.insight.report import Measured, Report, collect
 from hf_lora.insight.spectra import Amplification
 from hf_lora.lora.inject import trainable_parameter_count
-from hf_lora.models.loading import load_trained
+from hf_lora.serving.classifier import load_trained
 
 # The ranks whose energy the table shows; JSON has all of them.
 _ENERGY_RANKS = (1, 2, 4, 8, 16, 32)

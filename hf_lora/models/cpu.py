@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_lora.lora.functional import FastDropout, drop, drop_again
+from hf_lora.models._transformers_private import runs_sdpa, softmax_backward
 
 NAME = "hf_lora"
 # What changes the function that is computed; where one is given, sdpa is asked.
@@ -108,7 +109,7 @@ class _Attention(torch.autograd.Function):
         dropped = drop_again(probabilities, mask, ctx.p)
         grad_v = torch.bmm(dropped.transpose(1, 2), grad)
         grad_p = drop_again(torch.bmm(grad, v.transpose(1, 2)), mask, ctx.p)
-        grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
+        grad_scores = softmax_backward(grad_p, probabilities)
         grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale)
         grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale)
         return *(g.unflatten(0, ctx.shape) for g in (grad_q, grad_k, grad_v)), None, None, None
@@ -135,13 +136,7 @@ def fast_training(model: nn.Module) -> Iterator[None]:
         return
     keep_freed_memory()
     dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
-    switched = [
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-        and module.config._attn_implementation == "sdpa"
-        and module._can_set_attn_implementation()
-    ]
+    switched: list[Any] = [module for module in model.modules() if runs_sdpa(module)]
     try:
         for dropout in dropouts:
             dropout.__class__ = FastDropout

@@ -1,11 +1,10 @@
-"""In which precision the frozen network runs: chosen from what the hardware is good at, with the reason."""
+"""Load a pretrained classifier and its tokenizer, and choose the precision of its frozen weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_lora.adapters.directory import AdapterFiles, load_files, read_adapter
-from hf_lora.adapters.info import AdapterInfo, BaseModel
-from hf_lora.lora.config import LoRAConfig
-from hf_lora.lora.head import base_prefix, belongs_to, cast_inputs, find_head, fresh_modules
-from hf_lora.lora.inject import base_parameters, inject_lora, injection, lora_parameters
+from hf_lora.lora.head import base_prefix, belongs_to, cast_inputs, find_head
+from hf_lora.lora.inject import injection, lora_parameters
+from hf_lora.models._transformers_private import record_origin
 from hf_lora.models.bundled import resolve_base
-from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.pooling import HEAD, NATIVE, PooledClassifier, check_pooling
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -100,53 +96,6 @@ def load_tokenizer(base: str, *, revision: str | None = None, **hub: Any) -> Pre
     return AutoTokenizer.from_pretrained(source, revision=revision, **hub)
 
 
-def load_classifier(
-    base: str,
-    labels: Sequence[str],
-    config: LoRAConfig | None = None,
-    *,
-    problem_type: str = "single_label_classification",
-    pooling: str = NATIVE,
-    max_length: int | None = None,
-    text_columns: Sequence[str] = (),
-    revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    **hub: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pretrained classifier with a head for `labels` and LoRA injected, and its tokenizer.
-
-    base: a Hub id, a local directory, or a Hub id that an installed package ships.
-    labels: names in the order of the outputs; for regression the name of each target.
-    config: None means `LoRAConfig()`.
-    pooling: "native", the architecture's own head, or "mean", "mean_layers" or "cls": a linear layer on the mean of the
-        tokens, on their means in three layers, or on the first one, of which peft and transformers load the LoRA part
-        only. `choose_pooling` knows what suits.
-    dtype: precision of the frozen weights; None: that of the checkpoint. LoRA and head are fp32.
-    hub: passed to transformers: `token`, `cache_dir`, `trust_remote_code`.
-    Raises ValueError if the checkpoint does not fit the architecture; OSError if there is none.
-    """
-    model, missing = load_base(
-        base, labels, problem_type=problem_type, pooling=pooling, revision=revision, dtype=dtype, **hub
-    )
-    head = (*find_head(model), *fresh_modules(model, missing))
-    inject_lora(model, config or LoRAConfig(), head=head)
-    base_model = BaseModel(
-        name_or_path=base,
-        revision=revision or getattr(model.config, "_commit_hash", None),
-        fingerprint=fingerprint(base_parameters(model)),
-    )
-    injection(model).fresh = frozenset(missing)
-    injection(model).info = AdapterInfo(
-        labels=tuple(labels),
-        problem_type=problem_type,
-        pooling=pooling,
-        max_length=max_length,
-        text_columns=tuple(text_columns),
-        base_model=base_model,
-    )
-    return model, load_tokenizer(base, revision=revision, **hub)
-
-
 def load_base(
     base: str,
     labels: Sequence[str],
@@ -206,8 +155,7 @@ def load_base(
         parameters[name].data = parameters[name].data.float()
     if mixed:
         cast_inputs(model, {name.rpartition(".")[0] for name in trained} - {""})
-    # transformers records where it read from; users and adapters are to see the name that was asked for.
-    model.config._name_or_path = model.name_or_path = base
+    record_origin(model, base, source, revision=revision, **hub)
     return model, missing
 
 
@@ -220,55 +168,6 @@ def _quiet_loading() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def load_trained(
-    directory: str | Path,
-    *,
-    base: str | None = None,
-    check_base: bool = True,
-    dtype: torch.dtype | None = None,
-    **hub: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, AdapterInfo]:
-    """The classifier of an adapter directory, its tokenizer and what the sidecar says. Needs no other argument.
-
-    base: another place of the base model than the one the adapter names.
-    Raises ValueError if the directory names no base model, or for anything that does not fit exactly.
-    """
-    files = read_adapter(directory)
-    base = base or files.base_name
-    if not base:
-        raise ValueError(
-            f"the adapter in {str(directory)!r} names no base model; pass base='<Hub id or directory>'"
-        )
-    info = files.info or _info_of_foreign(files, base)
-    # Never by what the adapter names, nor by a question on the terminal.
-    hub.setdefault("trust_remote_code", False)
-    revision = info.base_model.revision if base == info.base_model.name_or_path else None
-    model, missing = load_base(
-        base,
-        info.labels,
-        problem_type=info.problem_type,
-        pooling=info.pooling,
-        revision=revision,
-        dtype=dtype,
-        **hub,
-    )
-    load_files(model, files, check_base=check_base)
-    random = sorted(name for name in missing if not belongs_to(name, injection(model).head))
-    if random:
-        raise ValueError(
-            f"neither the adapter in {str(directory)!r} nor its base {base!r} has weights for {len(random)} tensors, "
-            f"first {random[0]!r}; they would be random"
-        )
-    injection(model).info = info
-    has_tokenizer = (Path(directory) / "tokenizer_config.json").is_file()
-    tokenizer = (
-        AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        if has_tokenizer
-        else load_tokenizer(base, revision=revision, **hub)
-    )
-    return model.eval(), tokenizer, info
 
 
 @torch.no_grad()
@@ -296,19 +195,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             layers.add(name.rpartition(".")[0])
     if dtype != torch.float32:
         cast_inputs(model, layers - {""})
-
-
-def _info_of_foreign(files: AdapterFiles, base: str) -> AdapterInfo:
-    """What can be told of somebody else's PEFT adapter: the head's size gives the number of labels."""
-    head = [tensor for key, tensor in files.tensors.items() if ".lora_" not in key and tensor.ndim == 2]
-    if not head:
-        raise ValueError(
-            f"the adapter in {str(files.directory)!r} has no classification head; load it with "
-            "hf_lora.load_adapter onto a model whose head is trained"
-        )
-    count = head[-1].shape[0]
-    info = AdapterInfo(labels=tuple(f"LABEL_{index}" for index in range(count)))
-    return replace(info, base_model=BaseModel(base, files.peft_config.get("revision")))
 
 
 def meta_classifier(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import cached_file
 
 from hf_lora._choices import Registry
 from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes
+from hf_lora.models._transformers_private import AnyAttention, optional_file
 from hf_lora.models.bundled import resolve_base
 
 NATIVE = "native"
@@ -79,7 +78,7 @@ class PooledHead(nn.Linear):
         return super().forward(self.dropout(pooled))
 
 
-class PooledClassifier(PreTrainedModel):
+class PooledClassifier(AnyAttention):
     """The encoder of a pretrained classifier, under its own name, with a pooling and a linear head in place of its own.
 
     model: a transformers classifier, whose encoder is taken over and whose head is left behind, with the
@@ -88,10 +87,6 @@ class PooledClassifier(PreTrainedModel):
     """
 
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, model: PreTrainedModel, pooling: str) -> None:
         super().__init__(model.config)
@@ -297,25 +292,12 @@ def declared_pooling(source: str, *, revision: str | None = None, **hub: Any) ->
 
     source: as `resolve_base` gives it.
     """
-    values = _pooling_file(source, revision=revision, **hub)
+    found = optional_file(source, f"{_FOLDER}/{_FILE}", revision=revision, **hub)
+    if found is None:
+        return None
+    values = parse_object(read_bytes(found.parent, found.name, limit=MAX_JSON_BYTES), str(found))
     if isinstance(values.get("pooling_mode"), str):
         return _NAMES.get(values["pooling_mode"])
     chosen = {key for key, value in values.items() if key.startswith("pooling_mode_") and value is True}
     # Several at once are concatenated, which no head of ours is for.
     return _FLAGS.get(chosen.pop()) if len(chosen) == 1 else None
-
-
-def _pooling_file(source: str, *, revision: str | None, **hub: Any) -> dict[str, Any]:
-    path = cached_file(
-        source,
-        f"{_FOLDER}/{_FILE}",
-        revision=revision,
-        cache_dir=hub.get("cache_dir"),
-        token=hub.get("token"),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return {}
-    found = Path(path)
-    return parse_object(read_bytes(found.parent, found.name, limit=MAX_JSON_BYTES), str(found))

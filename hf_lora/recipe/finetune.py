@@ -17,12 +17,13 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from hf_lora.adapters.card import CardFacts
+from hf_lora.adapters.loading import load_classifier
 from hf_lora.cli.parsing import parse_training
 from hf_lora.data import ClassificationData, prepare_data
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import inject_lora, trainable_parameter_count
 from hf_lora.models.cpu import set_threads
-from hf_lora.models.loading import choose_precision, load_classifier, load_tokenizer, meta_classifier
+from hf_lora.models.loading import choose_precision, load_tokenizer, meta_classifier
 from hf_lora.models.pooling import AUTO, choose_pooling
 from hf_lora.models.verify import probe_batch, verify_injection
 from hf_lora.recipe.arguments import FROM_DATA, DataArguments, LoRAArguments, ModelArguments, RunArguments

@@ -1,8 +1,9 @@
-"""TextClassifier: load an adapter, predict."""
+"""Load a trained classifier from its adapter, and predict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lora.adapters.directory import AdapterFiles, load_files, read_adapter
 from hf_lora.adapters.hub import adapter_directory
-from hf_lora.adapters.info import AdapterInfo
+from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.data.collation import filled_places, padded
-from hf_lora.lora.inject import is_injected, lora_layers, merge_lora
+from hf_lora.lora.head import belongs_to
+from hf_lora.lora.inject import injection, is_injected, lora_layers, merge_lora
 from hf_lora.lora.quantized import is_quantized
-from hf_lora.models.loading import Precision, cast_frozen, choose_precision, load_trained
+from hf_lora.models.loading import Precision, cast_frozen, choose_precision, load_base, load_tokenizer
 from hf_lora.tasks.predictions import decided, interpreted
 
 Text = str | Sequence[str]
@@ -220,6 +223,59 @@ def _rounded(length: int) -> int:
 def changed_labels(before: Tensor, after: Tensor, info: AdapterInfo) -> int:
     """How many texts `predict` gives other labels by two sets of outputs `(texts, labels)`; none of a regression."""
     return int((decided(before, info) != decided(after, info)).any(-1).sum())
+
+
+def load_trained(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    check_base: bool = True,
+    dtype: torch.dtype | None = None,
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, AdapterInfo]:
+    """The classifier of an adapter directory, its tokenizer and what the sidecar says.
+
+    base: another place of the base model than the one the adapter names.
+    Raises ValueError if the directory names no base model, or for anything that does not fit exactly.
+    """
+    files = read_adapter(directory)
+    base = base or files.base_name
+    if not base:
+        raise ValueError(
+            f"the adapter in {str(directory)!r} names no base model; pass base='<Hub id or directory>'"
+        )
+    info = files.info or _info_of_foreign(files, base)
+    # An adapter must not make its base's code run, nor ask on the terminal.
+    hub.setdefault("trust_remote_code", False)
+    hub["revision"] = info.base_model.revision if base == info.base_model.name_or_path else None
+    model, missing = load_base(
+        base, info.labels, problem_type=info.problem_type, pooling=info.pooling, dtype=dtype, **hub
+    )
+    load_files(model, files, check_base=check_base)
+    random = sorted(name for name in missing if not belongs_to(name, injection(model).head))
+    if random:
+        raise ValueError(
+            f"neither the adapter in {str(directory)!r} nor its base {base!r} has weights for {len(random)} tensors, "
+            f"first {random[0]!r}; they would be random"
+        )
+    injection(model).info = info
+    if (Path(directory) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    else:
+        tokenizer = load_tokenizer(base, **hub)
+    return model.eval(), tokenizer, info
+
+
+def _info_of_foreign(files: AdapterFiles, base: str) -> AdapterInfo:
+    """What somebody else's PEFT adapter tells: the size of its head is the number of labels."""
+    head = [tensor for key, tensor in files.tensors.items() if ".lora_" not in key and tensor.ndim == 2]
+    if not head:
+        raise ValueError(
+            f"the adapter in {str(files.directory)!r} has no classification head; load it with "
+            "hf_lora.load_adapter onto a model whose head is trained"
+        )
+    info = AdapterInfo(labels=tuple(f"LABEL_{index}" for index in range(head[-1].shape[0])))
+    return replace(info, base_model=BaseModel(base, files.peft_config.get("revision")))
 
 
 def _as_pair(text: Any) -> tuple[str, str | None]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_lora._files import replacing, write_text
 from hf_lora.adapters.info import FILE, AdapterInfo
 from hf_lora.lora.inject import is_injected, lora_layers, merge_lora, unmerge_lora
+from hf_lora.models._transformers_private import set_eager_attention
 from hf_lora.models.pooling import blank_like, native_class
 from hf_lora.serving.classifier import Text, TextClassifier, changed_labels
 from hf_lora.serving.onnx import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
@@ -147,7 +148,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
             "load it with TextClassifier.from_pretrained(..., precision='fp32')"
         )
     config = deepcopy(model.config)
-    config._attn_implementation = "eager"
+    set_eager_attention(config)
     config.architectures = [native_class(model).__name__]
     with torch.random.fork_rng(devices=[]):
         plain = blank_like(model, config)

@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_lora import LoRAConfig, head_parameters, inject_lora, load_classifier, lora_parameters, save_adapter
 from hf_lora.lora.inject import injection
-from hf_lora.models.loading import cast_frozen, load_trained, meta_classifier
+from hf_lora.models.loading import cast_frozen, meta_classifier
+from hf_lora.serving.classifier import load_trained
 
 
 @pytest.fixture

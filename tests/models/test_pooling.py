@@ -22,7 +22,7 @@ from hf_lora.adapters.card import CardFacts, render_card
 from hf_lora.lora.head import find_head
 from hf_lora.lora.inject import injection, trainable_parameter_count
 from hf_lora.models.bundled import resolve_base
-from hf_lora.models.loading import load_base, load_trained
+from hf_lora.models.loading import load_base
 from hf_lora.models.pooling import (
     HEAD,
     PooledClassifier,
@@ -31,6 +31,7 @@ from hf_lora.models.pooling import (
     mean_of_tokens,
     pooling_of,
 )
+from hf_lora.serving.classifier import load_trained
 
 POOLINGS = ["mean", "cls", "mean_layers"]
 ENCODERS = ["bert", "roberta", "distilbert", "electra", "mpnet", "albert", "deberta-v2"]

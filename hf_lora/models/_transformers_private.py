@@ -1,0 +1,75 @@
+"""Every private part of transformers and torch that is used below training; a contract test names one that moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file, extract_commit_hash
+
+
+class AnyAttention(PreTrainedModel):
+    """A model that lets its encoder choose among all implementations of attention."""
+
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+def runs_sdpa(module: nn.Module) -> bool:
+    """Whether a model's attention is torch's own, and can be replaced."""
+    return (
+        isinstance(module, PreTrainedModel)
+        and module.config._attn_implementation == "sdpa"
+        and module._can_set_attn_implementation()
+    )
+
+
+def set_eager_attention(config: Any) -> None:
+    """Let models of this configuration compute attention by plain products."""
+    config._attn_implementation = "eager"
+
+
+def record_origin(
+    model: PreTrainedModel, name: str, source: str, *, revision: str | None, **hub: Any
+) -> None:
+    """Note on a model's configuration the name it was asked for by, and the Hub commit of its files.
+
+    transformers records the place that the files were read from, and newer versions no commit.
+    """
+    model.config._name_or_path = model.name_or_path = name
+    path = None if Path(source).is_dir() else optional_file(source, "config.json", revision=revision, **hub)
+    model.config._commit_hash = None if path is None else extract_commit_hash(str(path), None)
+
+
+def commit_of(config: Any) -> str | None:
+    """The Hub commit that a model was loaded from, where it is known."""
+    return getattr(config, "_commit_hash", None)
+
+
+def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
+    """The gradient of a softmax's input over the last dimension."""
+    return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers, to be changed in place."""
+    return module._buffers
+
+
+def optional_file(source: str, name: str, *, revision: str | None, **hub: Any) -> Path | None:
+    """A file of a Hub repository or directory; None where there is none, or no network."""
+    path = cached_file(
+        source,
+        name,
+        revision=revision,
+        cache_dir=hub.get("cache_dir"),
+        token=hub.get("token"),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
