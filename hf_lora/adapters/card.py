@@ -20,7 +20,7 @@ from hf_lora.cli.tables import MANY_LABELS
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import ParameterCount
 from hf_lora.models.pooling import NATIVE, POOLINGS
-from hf_lora.tasks.metric_classes import BASELINES, CLASS_F1, class_f1
+from hf_lora.tasks.metrics import BASELINES, CLASS_F1, class_f1
 
 # The lines of the picture: key in the log, name, and how it is drawn.
 _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -32,6 +32,7 @@ from hf_lora.lora.inject import (
 from hf_lora.lora.targets import find_targets
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.pooling import pooling_of
+from hf_lora.tasks import task_of
 from hf_lora.version import __version__
 
 TENSORS = "adapter_model.safetensors"
@@ -197,7 +198,7 @@ def _info_from_config(model: nn.Module) -> AdapterInfo:
     labels = getattr(config, "id2label", None) or {}
     return AdapterInfo(
         labels=tuple(str(labels[index]) for index in sorted(labels)),
-        problem_type=getattr(config, "problem_type", None) or "single_label_classification",
+        problem_type=task_of(getattr(config, "problem_type", None)).name,
         pooling=pooling_of(model),
         base_model=BaseModel(
             getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)

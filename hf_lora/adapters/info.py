@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from hf_lora._files import check_types, is_number, parse_object, shortened
+from hf_lora._files import check_types, parse_object, shortened
+from hf_lora.tasks import SINGLE, Task, task_of
+from hf_lora.tasks.calibration import Calibration
 
 FILE = "hf_lora.json"
 FORMAT_VERSION = 1
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-TEMPERATURES = (1e-3, 1e3)
-"""The temperatures that an adapter may have: those outside make certainties or nothing of any logits."""
-
-
 # What each key may hold besides null.
 _KINDS: dict[str, tuple[type, ...]] = {
     "problem_type": (str,),
@@ -53,7 +50,7 @@ class AdapterInfo:
     """
 
     labels: tuple[str, ...]
-    problem_type: str = "single_label_classification"
+    problem_type: str = SINGLE
     pooling: str = "native"
     max_length: int | None = None
     text_columns: tuple[str, ...] = ()
@@ -69,14 +66,21 @@ class AdapterInfo:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.problem_type not in PROBLEM_TYPES:
-            raise ValueError(
-                f"unknown problem type; got {self.problem_type!r}; expected one of {PROBLEM_TYPES}"
-            )
-        if self.temperature is not None:
-            _check_temperature(self.temperature, self.problem_type)
-        if self.thresholds is not None:
-            _check_thresholds(self.thresholds, self.problem_type, len(self.labels))
+        self.task.check_calibration(self.calibration, len(self.labels))
+
+    @property
+    def task(self) -> Task:
+        """What the problem type means: losses, decisions, metrics."""
+        return task_of(self.problem_type)
+
+    @property
+    def calibration(self) -> Calibration:
+        """Temperature and thresholds, as `predict` applies them."""
+        return Calibration(self.temperature, self.thresholds)
+
+    def calibrated(self, calibration: Calibration) -> AdapterInfo:
+        """The same with another calibration; `Calibration()` removes it."""
+        return replace(self, temperature=calibration.temperature, thresholds=calibration.thresholds)
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -115,29 +119,4 @@ class AdapterInfo:
         thresholds = None if info.thresholds is None else tuple(info.thresholds)
         return replace(
             info, labels=tuple(labels), text_columns=tuple(info.text_columns), thresholds=thresholds
-        )
-
-
-def _check_temperature(temperature: Any, problem_type: str) -> None:
-    low, high = TEMPERATURES
-    if problem_type == "regression":
-        raise ValueError(f"a regression has no temperature; got {shortened(temperature)}; expected null")
-    if not is_number(temperature) or not low <= temperature <= high:
-        raise ValueError(
-            f"temperature is not usable; got {shortened(temperature)}; expected a number from {low:g} to {high:g}, "
-            "or null"
-        )
-
-
-def _check_thresholds(thresholds: Any, problem_type: str, labels: int) -> None:
-    if problem_type != "multi_label_classification":
-        raise ValueError(
-            f"thresholds are for multi-label classification; got {shortened(thresholds)} for {problem_type}; "
-            "expected null"
-        )
-    usable = isinstance(thresholds, list | tuple) and len(thresholds) == labels
-    if not usable or not all(is_number(value) and 0 < value < 1 for value in thresholds):
-        raise ValueError(
-            f"thresholds are not usable; got {shortened(thresholds)}; expected {labels} numbers between 0 and 1, one "
-            "for each label, or null"
         )

@@ -24,6 +24,7 @@ from hf_lora.cli.tables import print_table
 from hf_lora.lora.head import find_head, fresh_modules
 from hf_lora.models.bundled import resolve_base
 from hf_lora.models.loading import load_base, load_tokenizer
+from hf_lora.tasks import task_of
 
 # Written anew, or true only of the adapter that was read: its card has its metrics.
 _OWN_FILES = (CONFIG, TENSORS, FILE, "README.md")
@@ -167,8 +168,7 @@ def _finetuned(options: argparse.Namespace) -> tuple[PreTrainedModel, list[str],
     revision = options.finetuned_revision
     config = AutoConfig.from_pretrained(resolve_base(options.finetuned, revision=revision), revision=revision)
     labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    guess = "regression" if len(labels) == 1 else "single_label_classification"
-    problem_type = config.problem_type or guess
+    problem_type = task_of(config.problem_type, len(labels)).name
     model, missing = load_base(options.finetuned, labels, problem_type=problem_type, revision=revision)
     if missing:
         raise ValueError(

@@ -20,7 +20,6 @@ from hf_lora.adapters.peft_format import PREFIX
 from hf_lora.cli.labelled import classifier_of, labelled_data, logits_beside, references_of, texts_of
 from hf_lora.cli.tables import print_class_errors, print_table
 from hf_lora.data import iter_texts
-from hf_lora.insight.judgement import measurer
 from hf_lora.lora.architectures import ROLE_NAMES
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import (
@@ -33,7 +32,7 @@ from hf_lora.lora.inject import (
 from hf_lora.models.loading import meta_classifier
 from hf_lora.models.pooling import NATIVE
 from hf_lora.serving.classifier import Text, TextClassifier, changed_labels
-from hf_lora.tasks.metrics import class_errors_beside
+from hf_lora.tasks.mistakes import measurer
 
 # Texts that `merge` compares at the most: enough to see a difference, quick enough to wait for.
 COMPARED = 1000
@@ -44,7 +43,7 @@ def evaluate(options: argparse.Namespace) -> int:
     classifier = classifier_of(options, precision=options.precision)
     data = labelled_data(options, classifier)
     texts, references = texts_of(data), references_of(data)
-    measure = measurer(classifier.info)
+    measure = measurer(data.task, data.labels, classifier.info.calibration)
     print(classifier.setting, file=sys.stderr)
     enabled, disabled = logits_beside(classifier, texts, options.batch_size)
     report: dict[str, Any] = {
@@ -54,8 +53,8 @@ def evaluate(options: argparse.Namespace) -> int:
         "metrics": measure(enabled, references),
         "metrics_disabled": measure(disabled, references),
     }
-    if data.problem_type == "single_label_classification":
-        report["classes"] = class_errors_beside(enabled, disabled, references, data.labels)
+    if errors := data.task.class_errors(enabled, disabled, references, data.labels):
+        report["classes"] = errors
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
         return 0

@@ -16,8 +16,8 @@ from hf_lora.cli.export_arguments import FORMATS
 from hf_lora.cli.labelled import classifier_of, labelled_data, references_of, texts_of
 from hf_lora.cli.tables import print_table
 from hf_lora.data import ClassificationData
-from hf_lora.insight.judgement import measurer
 from hf_lora.serving.export import PROBES, Export, export_onnx
+from hf_lora.tasks.mistakes import measurer
 
 
 def export(options: argparse.Namespace) -> int:
@@ -63,7 +63,7 @@ _FORMATS = dict(zip(FORMATS, (_onnx, _merged), strict=True))
 def _metrics(
     info: AdapterInfo, data: ClassificationData, logits: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float]]:
-    measure, references = measurer(info), references_of(data)
+    measure, references = measurer(info.task, info.labels, info.calibration), references_of(data)
     return {name: measure(part.numpy(), references) for name, part in logits.items()}
 
 

@@ -117,11 +117,11 @@ class DataConfig:
             )
         if self.problem_type is not None:
             # Imported here, since it takes a second.
-            from hf_lora.tasks.labels import PROBLEM_TYPES
+            from hf_lora.tasks import TASKS
 
-            if self.problem_type not in PROBLEM_TYPES:
+            if self.problem_type not in TASKS:
                 raise ValueError(
-                    f"unknown problem_type {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}"
+                    f"unknown problem_type {self.problem_type!r}; expected one of {', '.join(TASKS)}"
                 )
         try:
             codecs.lookup(self.encoding)

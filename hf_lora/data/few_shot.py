@@ -11,7 +11,7 @@ import numpy as np
 
 from hf_lora.data.config import DataConfig
 from hf_lora.data.splits import ENCODED, MOST_HELD_OUT
-from hf_lora.tasks.labels import MULTI, REGRESSION, LabelScheme
+from hf_lora.tasks.labels import LabelScheme
 
 _LISTED = 5
 
@@ -29,13 +29,13 @@ def few_shot(
         ValueError: a regression, which has no labels to draw by, or nothing is left to hold out.
     """
     assert config.few_shot is not None
-    if scheme.problem_type == REGRESSION:
+    if not scheme.task.has_classes:
         raise ValueError(
             f"few_shot draws examples of each label, and a regression has none; got {config.few_shot}; "
             "use max_train_samples"
         )
     train = splits["train"]
-    carried = _carried(train, scheme)
+    carried = scheme.task.labels_of(train[ENCODED][:], len(scheme.names))
     drawn = draw(carried, config.few_shot, config.split_seed)
     warnings = _shortages(carried, scheme, config.few_shot)
     if "validation" in splits:
@@ -92,14 +92,6 @@ def divide(carried: Sequence[Sequence[int]], fraction: float) -> list[bool]:
         (held if held_out else kept).update(labels)
         decided.append(held_out)
     return decided
-
-
-def _carried(dataset: datasets.Dataset, scheme: LabelScheme) -> list[tuple[int, ...]]:
-    """The ids of each row's labels; without any, an id of its own."""
-    encoded = dataset[ENCODED][:]
-    if scheme.problem_type != MULTI:
-        return [(label,) for label in encoded]
-    return [tuple(np.flatnonzero(vector).tolist()) or (len(scheme.names),) for vector in encoded]
 
 
 def _shortages(carried: Sequence[Sequence[int]], scheme: LabelScheme, shots: int) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from hf_lora.data.splits import (
     without_hidden_test,
     without_progress_bars,
 )
+from hf_lora.tasks import Task, task_of
 from hf_lora.tasks.labels import LabelScheme, are_hidden, learn_labels, read_labels
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ class ClassificationData:
     max_length: int
     report: DataReport
     held_out: bool = False
+
+    @property
+    def task(self) -> Task:
+        """What the problem type means: losses, decisions, metrics."""
+        return task_of(self.problem_type)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def prepare_test(
         raise ValueError(
             "every label of the test split is -1: they are hidden; give a test_file that has labels"
         )
-    scheme = LabelScheme(problem_type, tuple(labels))
+    scheme = LabelScheme(task_of(problem_type), tuple(labels))
     splits = {"test": _encode(raw["test"], columns, scheme, "test")}
     return _finish(splits, columns, scheme, config, tokenizer, ())
 
@@ -167,7 +173,7 @@ def _encode(
     kept = _with_string_texts(
         dataset.select_columns([*columns.texts, columns.label, *marks]), columns.texts, split
     )
-    return kept.add_column(ENCODED, encoded, feature=scheme.working_feature)
+    return kept.add_column(ENCODED, encoded, feature=scheme.task.working_feature(scheme.names))
 
 
 def _with_string_texts(
@@ -224,7 +230,7 @@ def _finish(
         logger.warning(warning)
     splits = {
         split: dataset.remove_columns(_LENGTH)
-        .cast_column(ENCODED, scheme.feature)
+        .cast_column(ENCODED, scheme.task.feature)
         .rename_column(ENCODED, "labels")
         for split, dataset in tokenized.items()
     }
@@ -232,7 +238,7 @@ def _finish(
         splits=datasets.DatasetDict(splits),
         texts=texts,
         labels=scheme.names,
-        problem_type=scheme.problem_type,
+        problem_type=scheme.task.name,
         text_columns=columns.texts,
         max_length=config.max_length,
         report=report,

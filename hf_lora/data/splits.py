@@ -14,7 +14,7 @@ import numpy as np
 from hf_lora.data.config import DataConfig
 from hf_lora.data.files import read_path
 from hf_lora.data.tables import read_table
-from hf_lora.tasks.labels import SINGLE, LabelScheme, are_hidden
+from hf_lora.tasks.labels import LabelScheme, are_hidden
 
 ENCODED = "__labels__"  # the column of encoded labels, while the raw label column is still there
 
@@ -161,7 +161,7 @@ def hold_out(
     Raises:
         ValueError: a part would be too small to hold every label.
     """
-    if scheme.problem_type != SINGLE:
+    if not scheme.task.stratifies:
         fraction = held_out_fraction(config, len(dataset), 1)
         return *_split(dataset, config, fraction, stratify_by_column=None), ()
     encoded = np.asarray(dataset[ENCODED][:])

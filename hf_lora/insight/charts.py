@@ -9,7 +9,7 @@ from math import ceil, floor, isfinite, log10
 from markupsafe import Markup, escape
 
 from hf_lora._text import printable
-from hf_lora.insight.judgement import Bin
+from hf_lora.tasks.calibration import Bin
 
 Point = tuple[float, float]
 

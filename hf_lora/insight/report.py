@@ -15,7 +15,8 @@ from hf_lora.adapters.directory import TENSORS, AdapterFiles
 from hf_lora.insight.inspect import Grid, Update, amplifications, grid_of, updates_of
 from hf_lora.insight.judgement import Judgement
 from hf_lora.insight.spectra import Amplification
-from hf_lora.tasks.metric_classes import BASELINES
+from hf_lora.tasks import Task, task_of
+from hf_lora.tasks.metrics import BASELINES
 from hf_lora.training.checkpoints import checkpoints
 
 METRICS, TRAINER_STATE = "metrics.json", "trainer_state.json"
@@ -71,6 +72,11 @@ class Report:
     share: tuple[int, int] | None
     """How many parameters are trained, of how many."""
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def task(self) -> Task:
+        """What the problem type means, in words; that of single labels where it is not known."""
+        return task_of(self.problem_type)
 
     @cached_property
     def recorded_columns(self) -> list[str]:
@@ -163,7 +169,7 @@ def _facts(
     seconds, steps, epochs, refitted = map(recorded.get, names)
     rows = [
         ("base model", f"{files.base_name or 'not named'}{f' at {revision}' if revision else ''}"),
-        ("task", info.problem_type.replace("_", " ") if info else "not recorded"),
+        ("task", info.task.words if info else "not recorded"),
         ("labels", ", ".join(info.labels) if info else "not recorded"),
         ("longest input", f"{info.max_length} tokens" if info and info.max_length else ""),
         ("adapted", f"{len({update.module for update in updates})} modules: {roles}"),

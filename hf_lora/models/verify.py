@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from hf_lora.lora.inject import lora_layers
 from hf_lora.lora.layer import LoRALayer
+from hf_lora.tasks import task_of
 
 
 @contextmanager
@@ -270,9 +271,9 @@ def probe_batch(model: nn.Module, tokenizer: Any = None) -> dict[str, Tensor]:
             "pixel_values; pass a batch of your own to verify_injection"
         )
     device = next(model.parameters()).device
-    labels = _labels(getattr(config, "problem_type", None), config.num_labels)
+    task = task_of(getattr(config, "problem_type", None), config.num_labels)
     inputs = _images(config) if kind == "pixel_values" else _tokens(config, tokenizer)
-    return _on_device({**inputs, "labels": labels}, device)
+    return _on_device({**inputs, "labels": task.sample_labels(config.num_labels)}, device)
 
 
 def _tokens(config: Any, tokenizer: Any) -> dict[str, Tensor]:
@@ -303,11 +304,3 @@ def _images(config: Any) -> dict[str, Tensor]:
         *(size if isinstance(size, list | tuple) else (size, size)),
     )
     return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
-
-
-def _labels(problem_type: str | None, num_labels: int) -> Tensor:
-    if problem_type == "multi_label_classification":
-        return torch.eye(num_labels)[torch.arange(2) % num_labels]
-    if problem_type == "regression" or (problem_type is None and num_labels == 1):
-        return torch.linspace(0.0, 1.0, 2 * num_labels).reshape(2, num_labels).squeeze(-1)
-    return torch.arange(2) % num_labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,7 @@ from transformers import EvalPrediction, TrainerCallback
 
 from hf_lora.data import ClassificationData
 from hf_lora.recipe.head_start import WarmStart, frozen_features, install
-from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
-from hf_lora.tasks.losses import example_losses
-from hf_lora.tasks.metric_classes import BASELINES
-from hf_lora.tasks.metrics import first_output
+from hf_lora.tasks.metrics import BASELINES, first_output
 from hf_lora.training.distributed import on_first
 from hf_lora.training.trainer import LoRATrainer
 
@@ -60,9 +57,7 @@ def baseline_logits(trainer: LoRATrainer, data: ClassificationData, warm: WarmSt
 
     To be called before training, while the features are those that the probe was fitted on.
     """
-    constant = constant_logits(
-        np.asarray(data.splits["train"]["labels"]), len(data.labels), data.problem_type
-    )
+    constant = data.task.constant(np.asarray(data.splits["train"]["labels"]), len(data.labels))
     found: dict[str, dict[str, np.ndarray]] = {}
     for split in ("validation", "test"):
         if split in data.splits:
@@ -74,32 +69,6 @@ def baseline_logits(trainer: LoRATrainer, data: ClassificationData, warm: WarmSt
                 warm.best.logits(frozen_features(trainer, data.splits[split])) if known is None else known
             )
     return found
-
-
-def constant_logits(references: np.ndarray, labels: int, problem_type: str) -> np.ndarray:
-    """The best outputs `(labels,)` that do not look at the text: log frequencies, log odds, or the mean."""
-    return _CONSTANTS[problem_type](references, labels)
-
-
-def _log_frequencies(references: np.ndarray, labels: int) -> np.ndarray:
-    counts = np.bincount(references.astype(int), minlength=labels)
-    return np.log(np.maximum(counts, 0.5) / max(1, counts.sum()))
-
-
-def _log_odds(references: np.ndarray, labels: int) -> np.ndarray:
-    with_label = (references > 0.5).sum(0)
-    return np.log((with_label + 0.5) / (len(references) - with_label + 0.5))
-
-
-def _mean(references: np.ndarray, labels: int) -> np.ndarray:
-    return references.reshape(len(references), labels).astype(float).mean(0)
-
-
-_CONSTANTS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    SINGLE: _log_frequencies,
-    MULTI: _log_odds,
-    REGRESSION: _mean,
-}
 
 
 # LoRA is nearly always better than its probe: a small validation part has to say very clearly that it is not.
@@ -134,7 +103,7 @@ def keep_the_better(
 def validation_quality(
     trainer: LoRATrainer, data: ClassificationData, logits: np.ndarray | None = None
 ) -> np.ndarray:
-    """How good each prediction for the validation split is, as `quality` says; logits: None: of the model as it is now.
+    """`Task.quality` of each prediction for the validation split; logits: None: of the model as it is now.
 
     Every process has to call it.
     """
@@ -142,18 +111,7 @@ def validation_quality(
     if logits is None:
         logits = first_output(trainer.predict(split).predictions)
     weights = None if trainer.class_weights is None else trainer.class_weights.cpu().numpy()
-    return quality(logits, np.asarray(split["labels"]), data.problem_type, weights)
-
-
-def quality(
-    logits: np.ndarray, references: np.ndarray, problem_type: str, class_weights: np.ndarray | None = None
-) -> np.ndarray:
-    """How good each prediction is, `(examples,)`: right or not, share of right labels, minus the squared error.
-
-    class_weights: `(labels,)`, of the training loss, so that what it aims at is what counts; the mean over the
-    examples is then the weighted accuracy.
-    """
-    return _QUALITIES[problem_type](np.asarray(logits, np.float64), references, class_weights)
+    return data.task.quality(np.asarray(logits, np.float64), np.asarray(split["labels"]), weights)
 
 
 def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
@@ -162,23 +120,6 @@ def clearly_better(one: np.ndarray, other: np.ndarray) -> bool:
     if len(difference) < 2:
         return False
     return bool(difference.mean() > SURE * difference.std(ddof=1) / np.sqrt(len(difference)))
-
-
-def _single(logits: np.ndarray, references: np.ndarray, class_weights: np.ndarray | None) -> np.ndarray:
-    right = (logits.argmax(1) == references).astype(float)
-    if class_weights is None:
-        return right
-    weights = class_weights[references]
-    return right * weights / weights.mean()
-
-
-_QUALITIES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]] = {
-    SINGLE: _single,
-    MULTI: lambda logits, references, weights: np.average(
-        (logits > 0) == (references > 0.5), axis=1, weights=weights
-    ),
-    REGRESSION: lambda logits, references, _: -example_losses(logits, references, REGRESSION),
-}
 
 
 class Evaluations(TrainerCallback):

@@ -23,9 +23,9 @@ from hf_lora.lora.inject import injection
 from hf_lora.models.pooling import PooledClassifier, pooling_of
 from hf_lora.models.verify import evaluating, relative_difference
 from hf_lora.recipe.arguments import HEAD_PENALTY
-from hf_lora.recipe.probe import Probe, fit_probe
-from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.tasks import Task, task_of
 from hf_lora.tasks.metrics import first_output
+from hf_lora.tasks.probe import Probe, fit_probe
 from hf_lora.training.distributed import on_first
 from hf_lora.training.prefix_cache import filling_prefix
 from hf_lora.training.trainer import LoRATrainer
@@ -33,11 +33,6 @@ from hf_lora.training.trainer import LoRATrainer
 HEAD_INITS = ("auto", "probe", "random")
 # A linear layer that has seen so many examples changes little with more of them.
 MAX_EXAMPLES = 50_000
-_METHODS = {
-    SINGLE: "logistic regression",
-    MULTI: "a logistic regression for each label",
-    REGRESSION: "ridge regression",
-}
 _SEED = 0
 
 
@@ -141,7 +136,7 @@ def fit_warm_start(
     weights = trainer.class_weights
     fit = partial(
         fit_probe,
-        problem_type=_problem_type(trainer),
+        task=_task(trainer),
         labels=trainer.model.config.num_labels,
         class_weights=None if weights is None else weights.tolist(),
         intercept=output_layer(trainer.model).bias is not None,
@@ -243,7 +238,7 @@ def start_head(
     if head_init == "auto":
         kind = "random" if warm is None else "probe"
         if warm is not None:
-            reason = f"{_METHODS[_problem_type(trainer)]} on the frozen features"
+            reason = f"{_task(trainer).probe} on the frozen features"
         if keeps_own:
             kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
     if kind == "probe" and warm is not None:
@@ -251,8 +246,8 @@ def start_head(
     return HeadStart(kind, reason, warm, time.perf_counter() - start)
 
 
-def _problem_type(trainer: LoRATrainer) -> str:
-    return trainer.model.config.problem_type or SINGLE
+def _task(trainer: LoRATrainer) -> Task:
+    return task_of(trainer.model.config.problem_type)
 
 
 def _is_fresh(model: nn.Module) -> bool:

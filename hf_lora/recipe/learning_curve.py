@@ -27,7 +27,7 @@ from hf_lora.recipe.run_series import (
     words_of,
 )
 from hf_lora.recipe.run_settings import data_config
-from hf_lora.tasks.metric_classes import BASELINES
+from hf_lora.tasks.metrics import BASELINES
 
 ALL = "all"
 LORA = "LoRA"

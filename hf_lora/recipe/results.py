@@ -20,13 +20,10 @@ from hf_lora.adapters.directory import TENSORS, adapter_info
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.cli.tables import print_class_errors, print_table
 from hf_lora.data import ClassificationData
-from hf_lora.insight.judgement import calibration_of
 from hf_lora.lora.inject import injection, lora_disabled, trainable_parameter_count
 from hf_lora.recipe.compare import Baselines
-from hf_lora.tasks.calibration import MIN_EXAMPLES, decision_outputs, fitted, uncalibrated
-from hf_lora.tasks.labels import SINGLE
-from hf_lora.tasks.metric_classes import BASELINES, CLASS_F1
-from hf_lora.tasks.metrics import class_errors_beside, first_output
+from hf_lora.tasks.calibration import MIN_EXAMPLES, Calibration
+from hf_lora.tasks.metrics import BASELINES, CLASS_F1, first_output
 from hf_lora.training.trainer import LoRATrainer
 
 # What `metrics.json` keeps of the metrics of training: its loss, and where the seconds went.
@@ -49,7 +46,7 @@ class Measured:
 
 def validated(trainer: LoRATrainer, data: ClassificationData, baselines: Baselines) -> Measured:
     """Results on the validation split; temperature and thresholds are fitted on it."""
-    info = uncalibrated(adapter_info(trainer.accelerator.unwrap_model(trainer.model)))
+    info = adapter_info(trainer.accelerator.unwrap_model(trainer.model)).calibrated(Calibration())
     return _results(trainer, data, baselines, info, "validation", "eval")
 
 
@@ -111,12 +108,10 @@ def _results(
     result, disabled = predicted(trainer, data, split, prefix)
     if split == "validation":
         # Every process has all predictions, and fits the same.
-        info = fitted(info, result.predictions, result.label_ids)
+        info = info.calibrated(data.task.calibrate(result.predictions, result.label_ids))
     metrics = measured(trainer, info, result, disabled, prefix)
     metrics |= measured_baselines(trainer, baselines.get(split, {}), result.label_ids, prefix)
-    errors: dict[str, dict[str, int]] = {}
-    if data.problem_type == SINGLE:
-        errors = class_errors_beside(result.predictions, disabled.predictions, result.label_ids, data.labels)
+    errors = data.task.class_errors(result.predictions, disabled.predictions, result.label_ids, data.labels)
     return Measured(metrics, errors, info, np.asarray(result.predictions))
 
 
@@ -150,11 +145,11 @@ def measured(
         if not name.endswith(timing)
     }
     for calibration, suffix, given in (
-        (uncalibrated(info), "_uncalibrated", result),
-        (info, "", result),
-        (info, "_disabled", disabled),
+        (Calibration(), "_uncalibrated", result),
+        (info.calibration, "", result),
+        (info.calibration, "_disabled", disabled),
     ):
-        found = calibration_of(calibration, given.predictions, given.label_ids)
+        found = info.task.reliability(given.predictions, given.label_ids, calibration)
         if found is not None:
             metrics[f"{prefix}_calibration_error{suffix}"] = found.error
     if info.thresholds is not None:
@@ -183,7 +178,7 @@ def measured_baselines(
 
 def _by_thresholds(trainer: LoRATrainer, info: AdapterInfo, result: PredictionOutput) -> dict[str, float]:
     assert trainer.compute_metrics is not None
-    outputs = decision_outputs(np.asarray(result.predictions), info)
+    outputs = info.calibration.decision_outputs(np.asarray(result.predictions))
     return trainer.compute_metrics(EvalPrediction(outputs, result.label_ids))
 
 

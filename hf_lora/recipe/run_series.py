@@ -27,8 +27,7 @@ from hf_lora.models.loading import load_tokenizer
 from hf_lora.recipe.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hf_lora.recipe.finetune import run_training
 from hf_lora.recipe.run_settings import hub_options
-from hf_lora.tasks.labels import REGRESSION
-from hf_lora.tasks.metrics import EVALUATIONS
+from hf_lora.tasks import task_of
 from hf_lora.training.arguments import LoRATrainingArguments
 from hf_lora.training.checkpoints import checkpoints, delete
 
@@ -214,10 +213,10 @@ class RunSeries(Generic[S]):
 
 def choose_metric(wanted: str | None, problem_type: str) -> str:
     """The metric that is compared. Raises ValueError for one that is not measured for these labels."""
-    default = "pearson" if problem_type == REGRESSION else SHARE
-    names = ["loss", *EVALUATIONS.get(problem_type).metrics]
+    task = task_of(problem_type)
+    names = ["loss", *task.metric_names]
     names += ["rmse"] if "mse" in names else []
-    name = (wanted or default).removeprefix("eval_").removeprefix("test_")
+    name = (wanted or task.default_metric).removeprefix("eval_").removeprefix("test_")
     if name not in names:
         raise ValueError(
             f"the metric is not measured for these labels; got {name!r}; expected one of {', '.join(names)}"

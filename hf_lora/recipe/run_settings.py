@@ -12,7 +12,7 @@ from hf_lora.data import DataConfig
 from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.recipe.arguments import REFITS, DataArguments, LoRAArguments, ModelArguments
-from hf_lora.tasks.labels import SINGLE
+from hf_lora.tasks import task_of
 from hf_lora.training.arguments import LoRATrainingArguments
 from hf_lora.training.gradient_init import AUTO, INIT
 
@@ -88,10 +88,10 @@ def choose_epochs(args: LoRATrainingArguments, examples: int) -> str | None:
 
 def choose_smoothing(args: LoRATrainingArguments, problem_type: str) -> str | None:
     """Switch label smoothing off where there is no single label to smooth; returns so, in one line, or None."""
-    if problem_type == SINGLE or not args.label_smoothing_factor:
+    if task_of(problem_type).smooths_labels or not args.label_smoothing_factor:
         return None
     args.label_smoothing_factor = 0.0
-    return f"label smoothing: off ({problem_type.replace('_', ' ')})"
+    return f"label smoothing: off ({task_of(problem_type).words})"
 
 
 def choose_refit(

@@ -21,7 +21,6 @@ from hf_lora.lora.head import belongs_to
 from hf_lora.lora.inject import injection, is_injected, lora_layers, merge_lora
 from hf_lora.lora.quantized import is_quantized
 from hf_lora.models.loading import Precision, cast_frozen, choose_precision, load_base, load_tokenizer
-from hf_lora.tasks.predictions import decided, interpreted
 
 Text = str | Sequence[str]
 """A text, or a pair (first, second) for models of text pairs."""
@@ -135,7 +134,8 @@ class TextClassifier:
         """Predictions for any number of texts, in order, holding 2,048 of them at a time."""
         stream = iter(texts)
         while window := list(islice(stream, WINDOW)):
-            results = interpreted(self.logits(window, batch_size=batch_size), self.info)
+            logits = self.logits(window, batch_size=batch_size)
+            results = self.info.task.predictions(logits, self.info.labels, self.info.calibration)
             for text, result in zip(window, results, strict=True):
                 yield {"text": text if isinstance(text, str) else list(text), **result}
 
@@ -222,7 +222,7 @@ def _rounded(length: int) -> int:
 
 def changed_labels(before: Tensor, after: Tensor, info: AdapterInfo) -> int:
     """How many texts `predict` gives other labels by two sets of outputs `(texts, labels)`; none of a regression."""
-    return int((decided(before, info) != decided(after, info)).any(-1).sum())
+    return info.task.changed(before.numpy(), after.numpy(), info.calibration)
 
 
 def load_trained(

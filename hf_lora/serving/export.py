@@ -24,7 +24,6 @@ from hf_lora.models._transformers_private import set_eager_attention
 from hf_lora.models.pooling import blank_like, native_class
 from hf_lora.serving.classifier import Text, TextClassifier, changed_labels
 from hf_lora.serving.onnx import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
-from hf_lora.tasks.predictions import probabilities
 
 # Of a logit, for logits up to 1; for greater ones in proportion, as rounding is.
 TOLERANCE = 1e-4
@@ -253,8 +252,8 @@ def _check(difference: float, logits: Tensor) -> None:
 
 def _compare(info: AdapterInfo, logits: Mapping[str, Tensor], folder: Path, file: str) -> Compared:
     got, expected = logits[file], logits["torch"]
-    classes = info.problem_type != "regression"
-    scores = probabilities(got, info), probabilities(expected, info)
+    classes = info.task.has_classes
+    scores = (info.task.probabilities(part, info.calibration) for part in (got, expected))
     return Compared(
         bytes=sum(path.stat().st_size for path in folder.glob(f"{file}*")),
         largest_logit_difference=_distance(got, expected),

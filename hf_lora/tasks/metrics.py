@@ -1,138 +1,166 @@
-"""What is measured for each problem type, and the function that the Trainer calls for it.
+"""The metrics, and the function that the Trainer calls for those of a task.
 
-The metrics themselves are in `metric_classes` and need no network.
+`evaluate.load("f1")` fetches a script from the Hub. These metrics stand on scikit-learn and scipy and need no
+network; they are `evaluate.Metric`s: they take `add_batch` and fit into `evaluate.combine`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import evaluate
 import numpy as np
+from datasets import Features, List, Value
 from transformers import EvalPrediction
 
 from hf_lora._choices import Registry
-from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
-from hf_lora.tasks.metric_classes import (
-    CLASS_F1,
-    F1,
-    METRICS,
-    Accuracy,
-    ClassErrors,
-    LocalMetric,
-    MatthewsCorrelation,
-    MeanSquaredError,
-    Pearson,
-    Precision,
-    Recall,
-    RocAuc,
-    Spearman,
-    UndefinedMetricError,
-    class_errors,
-    class_f1,
-)
-
-__all__ = [
-    "EVALUATIONS",
-    "F1",
-    "METRICS",
-    "Accuracy",
-    "ClassErrors",
-    "Evaluation",
-    "LocalMetric",
-    "MatthewsCorrelation",
-    "MeanSquaredError",
-    "Pearson",
-    "Precision",
-    "Recall",
-    "RocAuc",
-    "Spearman",
-    "UndefinedMetricError",
-    "class_errors",
-    "class_errors_beside",
-    "class_f1",
-    "class_margins",
-    "compute_metrics",
-    "errors_beside",
-    "first_output",
-]
+from hf_lora.tasks.task import task_of
 
 logger = logging.getLogger(__name__)
 
+CLASS_F1 = "class_f1_"
+"""Before a label's name, the F1 of that label among the metrics that trackers plot."""
+BASELINES = {"majority": "majority class", "probe": "linear probe"}
+"""What a classifier has to beat: how the names of its results end after a `_`, and what it is called."""
 
-def class_margins(logits: np.ndarray) -> np.ndarray:
-    """The log odds `(n, classes)` of each class against the rest, of logits of that shape.
+_CLASS, _SCORE = Value("int64"), Value("float64")
+# The accepted inputs of a metric, in the order of trial.
+_CLASSES = [
+    Features({"predictions": List(_CLASS), "references": List(_CLASS)}),
+    Features({"predictions": _CLASS, "references": _CLASS}),
+]
+_SCORES = [Features({"predictions": _SCORE, "references": _SCORE})]
+_CLASS_SCORES = [
+    Features({"prediction_scores": List(_SCORE), "references": List(_CLASS)}),
+    Features({"prediction_scores": List(_SCORE), "references": _CLASS}),
+    Features({"prediction_scores": _SCORE, "references": _CLASS}),
+]
 
-    They rank as the probabilities do, which for large logits are all rounded to 0 and 1.
+
+class UndefinedMetricError(ValueError):
+    """A metric has no value for these predictions and references; the message says why."""
+
+
+class LocalMetric(evaluate.Metric):
+    """A metric that needs no script, and no files unless processes share them.
+
+    function: from the inputs as arrays to the results by name. config_name: the metric's name in `METRICS`.
     """
-    logits = np.asarray(logits, np.float64)
-    rows, best = np.arange(len(logits)), logits.argmax(1)
-    others = logits.copy()
-    others[rows, best] = -np.inf
-    with np.errstate(divide="ignore"):  # a class alone has no others
-        against_best = np.logaddexp.reduce(others, axis=1)
-    whole = np.logaddexp(logits[rows, best], against_best)[:, None]
-    # Of the others no probability is above one half, so that what is left can be computed from it.
-    with np.errstate(divide="ignore"):
-        margins = others - whole - np.log1p(-np.exp(others - whole))
-    margins[rows, best] = logits[rows, best] - against_best
-    return margins
+
+    def __init__(
+        self,
+        function: Callable[..., dict[str, float]],
+        inputs: list[Features],
+        config_name: str,
+        **options: Any,
+    ) -> None:
+        self._function, self._inputs = function, inputs
+        options.setdefault("keep_in_memory", options.get("num_process", 1) == 1)
+        super().__init__(config_name, **options)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The keyword arguments of `add_batch` and `compute`."""
+        return tuple(self._feature_names())
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = self._function.__doc__ or ""
+        return evaluate.MetricInfo(
+            description=text, citation="", inputs_description=text, features=self._inputs
+        )
+
+    def _build_data_dir(self) -> str:
+        """Name the cache directory of the base class, and make it only if something is written there."""
+        if not self.keep_in_memory:
+            return super()._build_data_dir()
+        return os.path.join(self._data_dir_root, self.name, self.config_name)
+
+    def _compute(self, **inputs: Any) -> dict[str, float]:
+        return self._function(**{name: np.asarray(values) for name, values in inputs.items()})
 
 
-def _single_inputs(logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "predictions": logits.argmax(axis=1),
-        "prediction_scores": class_margins(logits),
-        "references": references.astype(np.int64),
-    }
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Share of examples that are right; of a multi-label example every label has to be (subset accuracy)."""
+    from sklearn.metrics import accuracy_score
+
+    return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-def _multi_inputs(logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
-    given = logits > 0  # a probability above one half
-    return {
-        "predictions": given.astype(np.int64),
-        "prediction_scores": logits,
-        "references": references.astype(np.int64),
-    }
+def averaged(
+    predictions: np.ndarray, references: np.ndarray, *, score: str, average: str
+) -> dict[str, float]:
+    """F1, precision or recall of the classes: "macro" (all alike), "weighted" (by support) or "micro" (pooled).
+
+    Classes that occur neither in the references nor in the predictions do not count; a class without predictions
+    has precision 0.
+    """
+    import sklearn.metrics
+
+    function = getattr(sklearn.metrics, f"{score}_score")
+    return {f"{score}_{average}": float(function(references, predictions, average=average, zero_division=0))}
 
 
-def _regression_inputs(logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
-    return {"predictions": logits[:, 0], "references": references.astype(np.float64).reshape(-1)}
+def matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Correlation between predicted and true classes, -1 to 1; 0 when either is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is measured for a problem type, and how logits become the inputs of the metrics."""
+def roc_auc(prediction_scores: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Area under the ROC curve; over classes, the mean of each versus the rest.
 
-    metrics: tuple[str, ...]
-    inputs: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    Scores are `(examples,)` of the positive class, or `(examples, classes)`, where references are class ids
+    or, for multi-label, rows of 0 and 1. Raises UndefinedMetricError if no or every example has some class.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    if references.ndim < prediction_scores.ndim:
+        references = _one_hot(references, prediction_scores.shape[1])
+    constant = np.flatnonzero(np.atleast_1d(references.min(axis=0) == references.max(axis=0)))
+    if constant.size:
+        raise UndefinedMetricError(f"no or every example has class {', '.join(map(str, constant))}")
+    return {"roc_auc": float(roc_auc_score(references, prediction_scores, average="macro"))}
 
 
-EVALUATIONS: Registry[str, Evaluation] = Registry("problem type")
-EVALUATIONS.register(
-    SINGLE,
-    Evaluation(
-        (
-            "accuracy",
-            "f1_macro",
-            "f1_weighted",
-            "precision_macro",
-            "recall_macro",
-            "matthews_correlation",
-            "roc_auc",
-        ),
-        _single_inputs,
+def correlation(predictions: np.ndarray, references: np.ndarray, *, name: str) -> dict[str, float]:
+    """Linear or rank correlation between predicted and true scores, -1 to 1.
+
+    Raises UndefinedMetricError for fewer than two examples, or where either side is constant.
+    """
+    import scipy.stats
+
+    if len(predictions) < 2 or not np.ptp(predictions) or not np.ptp(references):
+        raise UndefinedMetricError("expected two or more examples, and predictions and references that vary")
+    return {name: float(getattr(scipy.stats, f"{name}r")(predictions, references).statistic)}
+
+
+def mean_squared_error(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Mean of the squared differences, in squared units of the scores, and its square root ("rmse")."""
+    mse = float(np.mean(np.square(predictions - references)))
+    return {"mse": mse, "rmse": mse**0.5}
+
+
+METRICS: Registry[str, Callable[..., LocalMetric]] = Registry("metric")
+_TABLE: tuple[tuple[str, Callable[..., dict[str, float]], list[Features]], ...] = (
+    ("accuracy", accuracy, _CLASSES),
+    *(
+        (f"{score}_{average}", partial(averaged, score=score, average=average), _CLASSES)
+        for average in ("macro", "micro", "weighted")
+        for score in ("f1", "precision", "recall")
     ),
+    ("matthews_correlation", matthews_correlation, _CLASSES[-1:]),
+    ("roc_auc", roc_auc, _CLASS_SCORES),
+    ("pearson", partial(correlation, name="pearson"), _SCORES),
+    ("spearman", partial(correlation, name="spearman"), _SCORES),
+    ("mse", mean_squared_error, _SCORES),
 )
-EVALUATIONS.register(
-    MULTI,
-    Evaluation(
-        ("accuracy", "f1_macro", "f1_micro", "precision_micro", "recall_micro", "roc_auc"), _multi_inputs
-    ),
-)
-EVALUATIONS.register(REGRESSION, Evaluation(("pearson", "spearman", "mse"), _regression_inputs))
+for _name, _function, _inputs in _TABLE:
+    METRICS.register(_name, partial(LocalMetric, _function, _inputs, _name))
 
 
 def compute_metrics(
@@ -149,13 +177,13 @@ def compute_metrics(
         ValueError: the problem type is unknown. The function raises it for logits that are not finite or
             that have another number of columns.
     """
-    evaluation = EVALUATIONS.get(problem_type)
-    metrics = {name: METRICS.get(name)() for name in evaluation.metrics}
+    task = task_of(problem_type)
+    metrics = {name: METRICS.get(name)() for name in task.metric_names}
     explained: set[str] = set()
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         references = np.asarray(prediction.label_ids)
-        inputs = evaluation.inputs(_logits(prediction.predictions, len(references), len(labels)), references)
+        inputs = task.metric_inputs(_logits(prediction.predictions, len(references), len(labels)), references)
         results: dict[str, float] = {}
         for name, metric in metrics.items():
             try:
@@ -164,7 +192,7 @@ def compute_metrics(
                 if name not in explained:
                     explained.add(name)
                     logger.warning("%s is left out of the results: %s", name, error)
-        if by_class and "prediction_scores" in inputs:
+        if by_class and task.has_classes:
             errors = class_errors(inputs["predictions"], inputs["references"], labels)
             results |= {f"{CLASS_F1}{label}": class_f1(counts) for label, counts in errors.items()}
         return results
@@ -173,12 +201,51 @@ def compute_metrics(
 
 
 def first_output(predictions: Any) -> Any:
-    """Of what a model gives, hidden states or attentions besides, the logits alone."""
-    return predictions[0] if isinstance(predictions, (tuple, list)) else predictions
+    """The logits, where a model gives hidden states or attentions besides."""
+    return predictions[0] if isinstance(predictions, tuple | list) else predictions
+
+
+def class_errors(predictions: Any, references: Any, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """For each label its "support", the examples that have it, and how many are "wrong" or "false_positives".
+
+    Both arrays are class ids `(examples,)`, or for multi-label rows of 0 and 1 `(examples, len(labels))`. An
+    example is wrong for a label that it has and is not given, a false positive for one that it is given and has not.
+    """
+    given, truth = (_one_hot(np.asarray(array), len(labels)) for array in (predictions, references))
+    counts = {
+        "support": truth.sum(axis=0),
+        "wrong": (truth & ~given).sum(axis=0),
+        "false_positives": (given & ~truth).sum(axis=0),
+    }
+    return {
+        label: {name: int(count[index]) for name, count in counts.items()}
+        for index, label in enumerate(labels)
+    }
+
+
+def errors_beside(
+    given: np.ndarray, given_disabled: np.ndarray, references: np.ndarray, labels: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """`class_errors` of a classifier and, as "wrong_disabled", of the same one with its adapter disabled."""
+    enabled = class_errors(given, references, labels)
+    without = class_errors(given_disabled, references, labels)
+    return {label: {**enabled[label], "wrong_disabled": without[label]["wrong"]} for label in labels}
+
+
+def class_f1(errors: Mapping[str, int]) -> float:
+    """The F1 of a label from its counts, as `class_errors` gives them; 0 where it neither occurs nor is given."""
+    right = errors["support"] - errors["wrong"]
+    touched = 2 * right + errors["wrong"] + errors["false_positives"]
+    return 2 * right / touched if touched else 0.0
+
+
+def _one_hot(classes: np.ndarray, count: int) -> np.ndarray:
+    """A boolean array `(examples, count)`; rows of 0 and 1 stay as they are."""
+    return classes.astype(bool) if classes.ndim == 2 else classes[:, None] == np.arange(count)
 
 
 def _logits(predictions: Any, examples: int, outputs: int) -> np.ndarray:
-    """Return the logits as float64 `(examples, outputs)`: the first output, where a model has several."""
+    """The logits as fp64 `(examples, outputs)`. Raises ValueError if they are not finite or have another shape."""
     logits = np.asarray(first_output(predictions), dtype=np.float64).reshape(examples, -1)
     if logits.shape[1] != outputs:
         raise ValueError(f"the logits have {logits.shape[1]} columns; expected {outputs}, one for each label")
@@ -189,22 +256,3 @@ def _logits(predictions: Any, examples: int, outputs: int) -> np.ndarray:
             "try a lower learning rate"
         )
     return logits
-
-
-def class_errors_beside(
-    logits: np.ndarray, disabled: np.ndarray, references: np.ndarray, labels: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """Errors by class of a classifier and, as "wrong_disabled", of the same one with its adapter disabled.
-
-    logits, disabled: outputs `(examples, len(labels))`; references: class ids `(examples,)`.
-    """
-    return errors_beside(logits.argmax(-1), disabled.argmax(-1), references, labels)
-
-
-def errors_beside(
-    given: np.ndarray, given_disabled: np.ndarray, references: np.ndarray, labels: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """The same of what was decided: class ids, or for multi-label rows of 0 and 1, as `class_errors` takes them."""
-    enabled = class_errors(given, references, labels)
-    without = class_errors(given_disabled, references, labels)
-    return {label: {**enabled[label], "wrong_disabled": without[label]["wrong"]} for label in labels}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_lora.lora.inject import head_parameters, injection
+from hf_lora.tasks import Task, task_of
 from hf_lora.training.options import CACHE_MODES, LoRATrainingOptions
 
 
@@ -25,10 +25,10 @@ def class_weights(text: str | None, dataset: Any, count: int, problem_type: str 
     """
     if text is None:
         return None
-    if problem_type == "regression":
+    if not task_of(problem_type).has_classes:
         raise ValueError("class_weights cannot be used for regression, which has no classes")
     if text == "balanced":
-        return balanced_weights(dataset, count)
+        return balanced_weights(dataset, count, task_of(problem_type))
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
@@ -41,17 +41,13 @@ def class_weights(text: str | None, dataset: Any, count: int, problem_type: str 
     return torch.tensor(weights)
 
 
-def balanced_weights(dataset: Any, count: int) -> Tensor:
+def balanced_weights(dataset: Any, count: int, task: Task) -> Tensor:
     """Inverse class frequencies with mean 1 over the examples: n / (classes * n_class), shape `(count,)`.
 
     For multi-label data a class's examples are those that carry the label.
     """
     labels = dataset["labels"]
-    counts: Mapping[int, int] = Counter(
-        index
-        for label in labels
-        for index in ([i for i, on in enumerate(label) if on] if isinstance(label, list) else [int(label)])
-    )
+    counts = task.count(labels[:], count)
     absent = [index for index in range(count) if counts[index] == 0]
     if absent:
         raise ValueError(

@@ -21,13 +21,15 @@ from sklearn import metrics as sk
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.insight import charts, judgement, pages, report
-from hf_lora.insight.judgement import calibration, calibration_of, judge, measurer
+from hf_lora.insight.judgement import judge
 from hf_lora.insight.report import Measured, collect
+from hf_lora.tasks import MULTI, REGRESSION, SINGLE, task_of
+from hf_lora.tasks.calibration import Calibration
+from hf_lora.tasks.mistakes import measurer
 
 LABELS = ("arts & <b>crafts</b>", "sports", "tech|x")
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 INFO, MULTI_INFO = AdapterInfo(LABELS), AdapterInfo(LABELS, MULTI)
-REGRESSION_INFO = AdapterInfo(("score",), "regression")
+REGRESSION_INFO = AdapterInfo(("score",), REGRESSION)
 HOSTILE = '<script>fetch("http://192.0.2.1/x")</script><img src=http://192.0.2.1/y.png>\u202e[31m'
 
 
@@ -136,14 +138,6 @@ def test_calibration_is_its_definition():
     assert sum(entry.count for entry in made.calibration.bins) == 60
 
 
-def test_bins_are_closed_above():
-    found = calibration(np.array([0.0, 0.5, 0.5, 0.51, 1.0]), np.array([0, 1, 0, 1, 1], bool), bins=2)
-    assert [(entry.low, entry.high, entry.count) for entry in found.bins] == [(0.0, 0.5, 3), (0.5, 1.0, 2)]
-    assert found.bins[0].accuracy == pytest.approx(1 / 3) and found.bins[0].confidence == pytest.approx(1 / 3)
-    # 3 of 5 are calibrated exactly; the other 2 are 1 - 0.755 apart.
-    assert found.error == pytest.approx(2 / 5 * 0.245)
-
-
 def test_multi_label():
     truth = np.random.default_rng(3).integers(0, 2, (40, 3)).astype(np.float32)
     logits, disabled = outputs(4, 40), outputs(5, 40)
@@ -206,8 +200,8 @@ def test_thresholds_decide_and_leave_probabilities_alone():
             error += inside.sum() / 120 * abs(right[inside].mean() - likelier[inside].mean())
     assert made.calibration.error == pytest.approx(error)
     assert made.metrics["calibration_error"] == pytest.approx(error)
-    assert measurer(info)(logits, truth) == made.metrics
-    assert calibration_of(REGRESSION_INFO, logits[:, :1], truth[:, 0]) is None
+    assert measurer(info.task, LABELS, info.calibration)(logits, truth) == made.metrics
+    assert task_of(REGRESSION).reliability(logits[:, :1], truth[:, 0], Calibration()) is None
 
 
 def test_regression():

@@ -35,9 +35,9 @@ from hf_lora.recipe.head_start import (
     output_layer,
     start_head,
 )
-from hf_lora.recipe.probe import fit_probe
-from hf_lora.tasks.labels import SINGLE
-from tests.recipe.test_probe import scaled
+from hf_lora.tasks import SINGLE, task_of
+from hf_lora.tasks.probe import fit_probe
+from tests.helpers_tasks import scaled
 
 _SPECIAL_SIZES = {
     "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1},
@@ -194,7 +194,7 @@ def test_the_validation_set_says_which_layers_the_probe_reads(
     x, held = (known[len(part)] for part in (trainer.train_dataset, trainer.eval_dataset))
     y, held_y = (np.asarray(part["labels"]) for part in (trainer.train_dataset, trainer.eval_dataset))
     probes = {
-        name: fit_probe(x[:, part], y, (held[:, part], held_y), problem_type=SINGLE, labels=2)
+        name: fit_probe(x[:, part], y, (held[:, part], held_y), task=task_of(SINGLE), labels=2)
         for name, part in (("mean", slice(-32, None)), ("mean_layers", slice(None)))
     }
     expected = "mean" if telling == "last layer" else "mean_layers"

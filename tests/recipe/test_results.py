@@ -13,13 +13,12 @@ from scipy.special import expit, softmax
 from hf_lora import TextClassifier
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.insight.judgement import measurer
 from hf_lora.recipe.finetune import run_training
 from hf_lora.recipe.results import calibration_fact
-from hf_lora.tasks.calibration import fit_temperature, fit_thresholds, uncalibrated
+from hf_lora.tasks import MULTI, REGRESSION, SINGLE, task_of
+from hf_lora.tasks.calibration import Calibration
+from hf_lora.tasks.mistakes import measurer
 from tests.recipe.test_finetune import command
-
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
 def write(path: Path, kind: str, seed: int, count: int) -> tuple[list[str], np.ndarray]:
@@ -89,7 +88,7 @@ def error_by_hand(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def test_the_temperature_is_fitted_on_the_validation_split_and_saved(single: Run) -> None:
-    expected = fit_temperature(single.logits["eval"], single.truth["eval"], SINGLE)
+    expected = task_of(SINGLE).calibrate(single.logits["eval"], single.truth["eval"]).temperature
     assert single.info.temperature == single.metrics["temperature"] == pytest.approx(expected, rel=1e-3)
     assert single.info.temperature != 1.0 and single.info.thresholds is None
 
@@ -119,7 +118,9 @@ def test_a_temperature_makes_the_labels_it_was_fitted_on_likelier_and_decides_no
 @pytest.mark.parametrize("split", ["eval", "test"])
 def test_every_metric_in_memory_is_that_of_the_reloaded_adapter(single: Run, multi: Run, split: str) -> None:
     for run in (single, multi):
-        measured = measurer(run.info)(run.logits[split], run.truth[split])
+        measured = measurer(run.info.task, run.info.labels, run.info.calibration)(
+            run.logits[split], run.truth[split]
+        )
         found = {name: run.metrics[f"{split}_{name}"] for name in measured}
         assert found == pytest.approx(measured, abs=2e-4)
 
@@ -142,8 +143,9 @@ def test_multi_label_metrics_with_thresholds_and_at_one_half(multi: Run, split: 
 
 
 def test_thresholds_are_fitted_on_calibrated_scores_of_the_validation_split(multi: Run) -> None:
+    expected = task_of(MULTI).calibrate(multi.logits["eval"], multi.truth["eval"]).thresholds
+    assert multi.info.thresholds == pytest.approx(expected, abs=1e-3)
     scores = expit(multi.logits["eval"].astype(float) / multi.info.temperature)
-    assert multi.info.thresholds == pytest.approx(fit_thresholds(scores, multi.truth["eval"]), abs=1e-3)
     assert set(multi.info.thresholds) != {0.5}
     for column in range(2):
         truth = multi.truth["eval"][:, column]
@@ -169,7 +171,7 @@ def test_the_card_and_the_terminal_tell_it(
 
 def test_a_regression_has_no_calibration(tiny_bert_dir: Path, tmp_path: Path) -> None:
     run = Run(tiny_bert_dir, tmp_path, REGRESSION)
-    assert run.info == uncalibrated(run.info)
+    assert run.info.calibration == Calibration()
     assert not [name for name in run.metrics if "calibrat" in name or "temperature" in name]
     assert calibration_fact(run.metrics) is None
 

@@ -9,31 +9,9 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from hf_lora.recipe.compare import Snapshot, clearly_better, keep_the_better, quality
+from hf_lora.recipe.compare import Snapshot, clearly_better, keep_the_better
 from hf_lora.recipe.head_start import install, output_layer, start_head
-from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
 from tests.recipe.test_head_start import prepared
-
-
-def test_quality_by_hand() -> None:
-    logits = np.array([[1.0, -1.0], [0.5, 2.0]])
-    assert quality(logits, np.array([0, 0]), SINGLE).tolist() == [1.0, 0.0]
-    assert quality(logits, np.array([[1, 0], [0, 1]]), MULTI).tolist() == [1.0, 0.5]
-    assert quality(logits[:, :1], np.array([1.0, 2.5]), REGRESSION).tolist() == [0.0, -4.0]
-
-
-def test_quality_counts_as_the_loss_does() -> None:
-    logits = np.array([[1.0, -1.0], [2.0, 0.5], [0.5, 2.0]])
-    references = np.array([0, 1, 1])
-    # Weighted accuracy: 1 * 1 + 4 * 0 + 4 * 1 of 9; its mean over the three is 5 / 9.
-    weighted = quality(logits, references, SINGLE, np.array([1.0, 4.0]))
-    np.testing.assert_allclose(weighted, [1 / 3, 0.0, 4 / 3])
-    several = quality(logits, np.array([[1, 0], [0, 1], [0, 0]]), MULTI, np.array([1.0, 3.0]))
-    np.testing.assert_allclose(several, [1.0, 0.75, 0.0])
-    rare_only = np.array([0, 1])
-    before, after = np.array([[1.0, 0], [1.0, 0]]), np.array([[0, 1.0], [0, 1.0]])
-    one, other = (quality(each, rare_only, SINGLE, np.array([1.0, 9.0])).mean() for each in (before, after))
-    assert one == pytest.approx(0.1) and other == pytest.approx(0.9)
 
 
 def test_what_helps_a_heavy_label_is_not_taken_back(tmp_path: Path, tiny_bert_dir: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,21 +10,12 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, softmax
 from sklearn.metrics import f1_score, log_loss, precision_recall_curve
 
-from hf_lora.adapters.info import AdapterInfo
-from hf_lora.tasks import calibration as module
-from hf_lora.tasks.calibration import (
-    HIGHEST,
-    LOWEST,
-    PRIOR,
-    decision_outputs,
-    fit_temperature,
-    fit_thresholds,
-    fitted,
-    uncalibrated,
-)
+from hf_lora.tasks import MULTI, REGRESSION, SINGLE, task_of
+from hf_lora.tasks.calibration import HIGHEST, LOWEST, PRIOR, Calibration, fit_thresholds, reliability
 
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-MULTI_INFO = AdapterInfo(("a", "b", "c"), MULTI)
+
+def fit_temperature(logits: np.ndarray, references: np.ndarray, problem_type: str) -> float | None:
+    return task_of(problem_type).calibrate(logits, references).temperature
 
 
 def single(
@@ -109,7 +99,7 @@ def test_bounds_and_guards():
     assert fit_temperature(logits / 1e4, references, SINGLE) == pytest.approx(LOWEST)
     assert fit_temperature(np.zeros((30, 4)), references[:30], SINGLE) == 1.0
     # 19 are too few, 20 are not.
-    assert fit_temperature(3 * logits[:19], references[:19], SINGLE) == 1.0
+    assert fit_temperature(3 * logits[:19], references[:19], SINGLE) is None
     assert fit_temperature(3 * logits[:20], references[:20], SINGLE) > 1.5
     assert fit_temperature(np.zeros((30, 1)), np.linspace(0, 1, 30), REGRESSION) is None
 
@@ -130,6 +120,9 @@ def test_any_temperature_is_in_its_range_and_never_worse(seed, labels, examples,
     else:
         references = generator.integers(0, 2, (examples, labels))
     found = fit_temperature(logits, references, problem_type)
+    assert (found is None) == (examples < 20)
+    if found is None:
+        return
     assert LOWEST * 0.999999 <= found <= HIGHEST * 1.000001
 
     def loss(temperature):
@@ -140,12 +133,9 @@ def test_any_temperature_is_in_its_range_and_never_worse(seed, labels, examples,
         return np.logaddexp(0, np.where(references > 0, -logits, logits) / np.float64(temperature)).mean()
 
     assert loss(found) <= loss(1.0) * (1 + 1e-12)
-    info = AdapterInfo(tuple(map(str, range(labels))), problem_type)
-    made = fitted(info, logits, references)
-    assert (made.temperature is None) == (examples < 20)
     if problem_type == SINGLE:
         # Not even by rounding does a temperature change a label.
-        np.testing.assert_array_equal(decision_outputs(logits, made), logits)
+        assert Calibration(found).decision_outputs(logits) is logits
 
 
 def brute_force(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -247,29 +237,33 @@ def test_thresholds_are_inside_the_open_interval():
         assert 0 < threshold < 1
 
 
-def test_fitted_puts_both_where_they_belong():
+def test_a_task_fits_what_it_has():
     logits, references = multi(5, 3.0)
-    made = fitted(replace(MULTI_INFO, temperature=9.0, thresholds=(0.1, 0.1, 0.1)), logits, references)
-    assert made.temperature == fit_temperature(logits, references, MULTI)
+    made = task_of(MULTI).calibrate(logits, references)
+    assert made.temperature is not None
     assert made.thresholds == fit_thresholds(expit(logits.astype(float) / made.temperature), references)
-    assert uncalibrated(made) == MULTI_INFO
-    assert fitted(made, logits[:19], references[:19]) == MULTI_INFO
-    classes, truth = single(6, 3.0)
-    one = fitted(AdapterInfo(("a", "b", "c", "d")), classes, truth)
-    assert (one.temperature, one.thresholds) == (fit_temperature(classes, truth, SINGLE), None)
-    number = AdapterInfo(("stars",), REGRESSION)
-    assert fitted(number, np.zeros((30, 1)), np.linspace(0, 1, 30)) == number
+    assert task_of(MULTI).calibrate(logits[:19], references[:19]) == Calibration()
+    assert task_of(SINGLE).calibrate(*single(6, 3.0)).thresholds is None
+    assert task_of(REGRESSION).calibrate(np.zeros((30, 1)), np.linspace(0, 1, 30)) == Calibration()
 
 
 def test_decision_outputs_are_positive_where_the_calibrated_score_is_above_its_threshold():
     logits, _ = multi(7, 3.0)
-    made = replace(MULTI_INFO, temperature=2.5, thresholds=(0.03, 0.5, 0.9))
+    made = Calibration(2.5, (0.03, 0.5, 0.9))
     scores = expit(logits.astype(float) / 2.5)
-    outputs = decision_outputs(logits, made)
+    outputs = made.decision_outputs(logits)
     np.testing.assert_array_equal(outputs > 0, scores > made.thresholds)
     assert outputs.dtype == logits.dtype
     # By hand: 2.5 * log(0.9 / 0.1) less; and nothing less at one half.
     np.testing.assert_allclose(logits[:, 2] - outputs[:, 2], 2.5 * math.log(9), rtol=1e-5)
     np.testing.assert_array_equal(logits[:, 1], outputs[:, 1])
-    assert decision_outputs(logits, uncalibrated(made)) is logits
-    assert module.scale_of(made) == 2.5 and module.scale_of(MULTI_INFO) == 1.0
+    assert Calibration().decision_outputs(logits) is logits
+    assert made.scale == 2.5 and Calibration().scale == 1.0
+
+
+def test_bins_are_closed_above():
+    found = reliability(np.array([0.0, 0.5, 0.5, 0.51, 1.0]), np.array([0, 1, 0, 1, 1], bool), bins=2)
+    assert [(entry.low, entry.high, entry.count) for entry in found.bins] == [(0.0, 0.5, 3), (0.5, 1.0, 2)]
+    assert found.bins[0].accuracy == pytest.approx(1 / 3) and found.bins[0].confidence == pytest.approx(1 / 3)
+    # 3 of 5 are calibrated exactly; the other 2 are 1 - 0.755 apart.
+    assert found.error == pytest.approx(2 / 5 * 0.245)

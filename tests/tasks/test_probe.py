@@ -8,8 +8,9 @@ from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 
-from hf_lora.recipe.probe import STRENGTHS, fit_probe, mean_loss
-from hf_lora.tasks.labels import MULTI, REGRESSION, SINGLE
+from hf_lora.tasks import MULTI, REGRESSION, SINGLE, task_of
+from hf_lora.tasks.probe import STRENGTHS, fit_probe
+from tests.helpers_tasks import scaled
 
 
 def features(rows: int, width: int = 6, seed: int = 0) -> np.ndarray:
@@ -24,18 +25,11 @@ def classes(x: np.ndarray, labels: int, seed: int = 5) -> np.ndarray:
     return (x @ weight.T + 3 * rng.normal(size=(len(x), labels))).argmax(1)
 
 
-def scaled(x: np.ndarray, like: np.ndarray, center: bool = True) -> np.ndarray:
-    """Moved and scaled as `like` to mean squared norm 1, in fp64."""
-    like = like.astype(np.float64)
-    middle = like.mean(0) if center else 0.0
-    return (x.astype(np.float64) - middle) / np.sqrt(((like - middle) ** 2).sum(1).mean())
-
-
 @pytest.mark.parametrize("labels", [2, 4])
 def test_single_labels_are_logistic_regression(labels: int) -> None:
     x, held = features(120), features(60, seed=1)
     y, held_y = classes(x, labels), classes(held, labels)
-    probe = fit_probe(x, y, (held, held_y), problem_type=SINGLE, labels=labels)
+    probe = fit_probe(x, y, (held, held_y), task=task_of(SINGLE), labels=labels)
     losses = {}
     for strength in STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=5000, tol=1e-10).fit(scaled(x, x), y)
@@ -51,7 +45,7 @@ def test_single_labels_are_logistic_regression(labels: int) -> None:
 
 def test_the_layer_takes_the_features_as_they_are() -> None:
     x = features(50)
-    probe = fit_probe(x, classes(x, 3), None, problem_type=SINGLE, labels=3)
+    probe = fit_probe(x, classes(x, 3), None, task=task_of(SINGLE), labels=3)
     assert probe.strength == 10.0 and probe.loss is None and probe.examples == 50
     np.testing.assert_allclose(probe.logits(x), x.astype(float) @ probe.weight.T + probe.bias)
 
@@ -59,7 +53,7 @@ def test_the_layer_takes_the_features_as_they_are() -> None:
 def test_class_weights_are_weights_of_the_examples() -> None:
     x = features(90)
     y = classes(x, 3)
-    probe = fit_probe(x, y, None, problem_type=SINGLE, labels=3, class_weights=[0.2, 1.0, 4.0])
+    probe = fit_probe(x, y, None, task=task_of(SINGLE), labels=3, class_weights=[0.2, 1.0, 4.0])
     model = LogisticRegression(C=10.0, max_iter=5000, tol=1e-10, class_weight={0: 0.2, 1: 1.0, 2: 4.0})
     model.fit(scaled(x, x), y)
     np.testing.assert_allclose(softmax(probe.logits(x), 1), model.predict_proba(scaled(x, x)), atol=2e-3)
@@ -69,7 +63,7 @@ def test_multi_label_is_one_regression_for_each_label() -> None:
     x = features(100)
     y = np.stack([classes(x, 2, seed) for seed in (1, 2, 3)], 1).astype(np.float32)
     y[:, 2] = 1.0
-    probe = fit_probe(x, y, None, problem_type=MULTI, labels=3)
+    probe = fit_probe(x, y, None, task=task_of(MULTI), labels=3)
     for label in (0, 1):
         model = LogisticRegression(C=10.0, max_iter=5000, tol=1e-10).fit(scaled(x, x), y[:, label])
         np.testing.assert_allclose(
@@ -83,7 +77,7 @@ def test_multi_label_is_one_regression_for_each_label() -> None:
 def test_regression_is_ridge(targets: int) -> None:
     x = features(80)
     y = (x @ np.random.default_rng(2).normal(size=(6, targets)) + 7.0).astype(np.float32)
-    probe = fit_probe(x, y if targets > 1 else y[:, 0], None, problem_type=REGRESSION, labels=targets)
+    probe = fit_probe(x, y if targets > 1 else y[:, 0], None, task=task_of(REGRESSION), labels=targets)
     model = Ridge(alpha=0.1).fit(scaled(x, x), y)
     np.testing.assert_allclose(probe.logits(x), model.predict(scaled(x, x)).reshape(80, targets), atol=1e-6)
 
@@ -91,7 +85,7 @@ def test_regression_is_ridge(targets: int) -> None:
 def test_a_layer_without_bias_has_none() -> None:
     x = features(80)
     y = classes(x, 3)
-    probe = fit_probe(x, y, None, problem_type=SINGLE, labels=3, intercept=False)
+    probe = fit_probe(x, y, None, task=task_of(SINGLE), labels=3, intercept=False)
     np.testing.assert_array_equal(probe.bias, np.zeros(3))
     model = LogisticRegression(C=10.0, max_iter=5000, tol=1e-10, fit_intercept=False)
     model.fit(scaled(x, x, center=False), y)
@@ -103,7 +97,7 @@ def test_a_layer_without_bias_has_none() -> None:
 def test_a_label_without_examples_is_never_the_answer() -> None:
     x = features(60)
     y = classes(x, 2) * 2  # 0 and 2 of four labels
-    probe = fit_probe(x, y, None, problem_type=SINGLE, labels=4)
+    probe = fit_probe(x, y, None, task=task_of(SINGLE), labels=4)
     logits = probe.logits(x)
     assert set(logits.argmax(1)) == {0, 2}
     np.testing.assert_array_equal(probe.weight[[1, 3]], 0.0)
@@ -111,15 +105,17 @@ def test_a_label_without_examples_is_never_the_answer() -> None:
 
 def test_one_class_alone_is_certain() -> None:
     x = features(5)
-    probe = fit_probe(x, np.ones(5, int), None, problem_type=SINGLE, labels=3)
+    probe = fit_probe(x, np.ones(5, int), None, task=task_of(SINGLE), labels=3)
     assert (probe.logits(x).argmax(1) == 1).all()
 
 
 def test_losses_are_those_of_training() -> None:
     logits = np.array([[2.0, 0.0], [0.0, 1.0]])
     single = -(2 - np.log(np.exp(2) + 1) + 0 - np.log(1 + np.exp(1))) / 2
-    assert mean_loss(logits, np.array([0, 0]), SINGLE) == pytest.approx(single)
+    assert task_of(SINGLE).losses(logits, np.array([0, 0])).mean() == pytest.approx(single)
     targets = np.array([[1.0, 0.0], [0.0, 1.0]])
     multi = -(np.log(expit(2)) + np.log(0.5) + np.log(0.5) + np.log(expit(1))) / 4
-    assert mean_loss(logits, targets, MULTI) == pytest.approx(multi)
-    assert mean_loss(np.array([[1.0], [3.0]]), np.array([0.0, 1.0]), REGRESSION) == pytest.approx(2.5)
+    assert task_of(MULTI).losses(logits, targets).mean() == pytest.approx(multi)
+    assert task_of(REGRESSION).losses(np.array([[1.0], [3.0]]), np.array([0.0, 1.0])).mean() == pytest.approx(
+        2.5
+    )
