@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from hf_lora.adapters.info import FORMAT_VERSION, PROBLEM_TYPES, AdapterInfo, BaseModel
+from hf_lora.adapters.info import FORMAT_VERSION, AdapterInfo, BaseModel
+from hf_lora.tasks import TASKS
 
 FULL = AdapterInfo(
     labels=("böse", "gut", "neutral"),
@@ -94,7 +95,7 @@ def test_calibration_is_checked_in_python_too() -> None:
 def test_unknown_problem_type_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown problem type; got 'ranking'") as error:
         AdapterInfo(labels=("a",), problem_type="ranking")
-    assert all(known in str(error.value) for known in PROBLEM_TYPES)
+    assert all(known in str(error.value) for known in TASKS)
 
 
 @pytest.mark.parametrize(
