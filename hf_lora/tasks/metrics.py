@@ -48,15 +48,11 @@ class UndefinedMetricError(ValueError):
 class LocalMetric(evaluate.Metric):
     """A metric that needs no script, and no files unless processes share them.
 
-    function: from the inputs as arrays to the results by name. config_name: the metric's name in `METRICS`.
+    function: from the inputs, as arrays, to a number, or to several by name. config_name: the name in `METRICS`.
     """
 
     def __init__(
-        self,
-        function: Callable[..., dict[str, float]],
-        inputs: list[Features],
-        config_name: str,
-        **options: Any,
+        self, function: Callable[..., Any], inputs: list[Features], config_name: str, **options: Any
     ) -> None:
         self._function, self._inputs = function, inputs
         options.setdefault("keep_in_memory", options.get("num_process", 1) == 1)
@@ -68,7 +64,7 @@ class LocalMetric(evaluate.Metric):
         return tuple(self._feature_names())
 
     def _info(self) -> evaluate.MetricInfo:
-        text = self._function.__doc__ or ""
+        text = getattr(self._function, "func", self._function).__doc__ or ""
         return evaluate.MetricInfo(
             description=text, citation="", inputs_description=text, features=self._inputs
         )
@@ -80,38 +76,22 @@ class LocalMetric(evaluate.Metric):
         return os.path.join(self._data_dir_root, self.name, self.config_name)
 
     def _compute(self, **inputs: Any) -> dict[str, float]:
-        return self._function(**{name: np.asarray(values) for name, values in inputs.items()})
+        result = self._function(**{name: np.asarray(values) for name, values in inputs.items()})
+        return result if isinstance(result, dict) else {self.config_name: float(result)}
 
 
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Share of examples that are right; of a multi-label example every label has to be (subset accuracy)."""
-    from sklearn.metrics import accuracy_score
+def of_classes(predictions: np.ndarray, references: np.ndarray, *, score: str, **options: Any) -> float:
+    """A score of scikit-learn. Averages: "macro" (classes alike), "weighted" (by support) or "micro" (pooled).
 
-    return {"accuracy": float(accuracy_score(references, predictions))}
-
-
-def averaged(
-    predictions: np.ndarray, references: np.ndarray, *, score: str, average: str
-) -> dict[str, float]:
-    """F1, precision or recall of the classes: "macro" (all alike), "weighted" (by support) or "micro" (pooled).
-
-    Classes that occur neither in the references nor in the predictions do not count; a class without predictions
-    has precision 0.
+    Classes that neither occur nor are predicted do not count; a class without predictions has precision 0. Of a
+    multi-label example every label has to be right for its accuracy.
     """
     import sklearn.metrics
 
-    function = getattr(sklearn.metrics, f"{score}_score")
-    return {f"{score}_{average}": float(function(references, predictions, average=average, zero_division=0))}
+    return getattr(sklearn.metrics, score)(references, predictions, **options)
 
 
-def matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Correlation between predicted and true classes, -1 to 1; 0 when either is constant."""
-    from sklearn.metrics import matthews_corrcoef
-
-    return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
-
-
-def roc_auc(prediction_scores: np.ndarray, references: np.ndarray) -> dict[str, float]:
+def roc_auc(prediction_scores: np.ndarray, references: np.ndarray) -> float:
     """Area under the ROC curve; over classes, the mean of each versus the rest.
 
     Scores are `(examples,)` of the positive class, or `(examples, classes)`, where references are class ids
@@ -124,11 +104,11 @@ def roc_auc(prediction_scores: np.ndarray, references: np.ndarray) -> dict[str, 
     constant = np.flatnonzero(np.atleast_1d(references.min(axis=0) == references.max(axis=0)))
     if constant.size:
         raise UndefinedMetricError(f"no or every example has class {', '.join(map(str, constant))}")
-    return {"roc_auc": float(roc_auc_score(references, prediction_scores, average="macro"))}
+    return roc_auc_score(references, prediction_scores, average="macro")
 
 
-def correlation(predictions: np.ndarray, references: np.ndarray, *, name: str) -> dict[str, float]:
-    """Linear or rank correlation between predicted and true scores, -1 to 1.
+def correlation(predictions: np.ndarray, references: np.ndarray, *, kind: str) -> float:
+    """A correlation of scipy between predicted and true numbers, -1 to 1.
 
     Raises UndefinedMetricError for fewer than two examples, or where either side is constant.
     """
@@ -136,7 +116,7 @@ def correlation(predictions: np.ndarray, references: np.ndarray, *, name: str) -
 
     if len(predictions) < 2 or not np.ptp(predictions) or not np.ptp(references):
         raise UndefinedMetricError("expected two or more examples, and predictions and references that vary")
-    return {name: float(getattr(scipy.stats, f"{name}r")(predictions, references).statistic)}
+    return getattr(scipy.stats, kind)(predictions, references).statistic
 
 
 def mean_squared_error(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -146,21 +126,21 @@ def mean_squared_error(predictions: np.ndarray, references: np.ndarray) -> dict[
 
 
 METRICS: Registry[str, Callable[..., LocalMetric]] = Registry("metric")
-_TABLE: tuple[tuple[str, Callable[..., dict[str, float]], list[Features]], ...] = (
-    ("accuracy", accuracy, _CLASSES),
-    *(
-        (f"{score}_{average}", partial(averaged, score=score, average=average), _CLASSES)
-        for average in ("macro", "micro", "weighted")
-        for score in ("f1", "precision", "recall")
-    ),
-    ("matthews_correlation", matthews_correlation, _CLASSES[-1:]),
-    ("roc_auc", roc_auc, _CLASS_SCORES),
-    ("pearson", partial(correlation, name="pearson"), _SCORES),
-    ("spearman", partial(correlation, name="spearman"), _SCORES),
-    ("mse", mean_squared_error, _SCORES),
+_AVERAGED = {
+    f"{name}_{average}": partial(of_classes, score=f"{name}_score", average=average, zero_division=0)
+    for average in ("macro", "micro", "weighted")
+    for name in ("f1", "precision", "recall")
+}
+_TABLE: tuple[tuple[list[Features], dict[str, Callable[..., Any]]], ...] = (
+    (_CLASSES, {"accuracy": partial(of_classes, score="accuracy_score"), **_AVERAGED}),
+    (_CLASSES[-1:], {"matthews_correlation": partial(of_classes, score="matthews_corrcoef")}),
+    (_CLASS_SCORES, {"roc_auc": roc_auc}),
+    (_SCORES, {"pearson": partial(correlation, kind="pearsonr")}),
+    (_SCORES, {"spearman": partial(correlation, kind="spearmanr"), "mse": mean_squared_error}),
 )
-for _name, _function, _inputs in _TABLE:
-    METRICS.register(_name, partial(LocalMetric, _function, _inputs, _name))
+for _inputs, _functions in _TABLE:
+    for _name, _function in _functions.items():
+        METRICS.register(_name, partial(LocalMetric, _function, _inputs, _name))
 
 
 def compute_metrics(

@@ -80,8 +80,8 @@ class Task(ABC):
         return []
 
     def labels_of(self, encoded: Sequence[Any], labels: int) -> list[tuple[int, ...]]:
-        """The ids of each example's labels. An example without any has the id `labels`."""
-        raise NotImplementedError(f"a {self.words} has no labels to draw by")
+        """The ids of each example's labels, empty for a regression. An example without any has the id `labels`."""
+        return []
 
     def working_feature(self, names: Sequence[str]) -> Any:
         """The type of the encoded column while splits are made."""
