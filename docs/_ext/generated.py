@@ -1,0 +1,185 @@
+"""Generated parts of pages: a line `<!-- generated: NAME -->` of a page is replaced by Markdown made from the source.
+
+Options come from their dataclasses, commands from their own --help, model types from the table of architectures,
+benchmark tables from scripts/benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any
+
+import tables
+
+import hf_lora
+from hf_lora.lora.architectures import ARCHITECTURES, ROLES
+
+MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+COMMANDS = {
+    "Use an adapter": ("predict", "evaluate", "info"),
+    "Look into an adapter": ("inspect", "report"),
+    "Share an adapter": ("push", "merge", "export"),
+    "Change adapters": ("resize", "add", "extract"),
+    "Compare settings": ("sweep", "curve"),
+    "Prepare": ("targets",),
+}
+
+
+def option_topics() -> list[tuple[str, list[tuple[str, str, Any, str]]]]:
+    """(topic, [(name, type, default, help)]) of every option of `hf-lora train`."""
+    from hf_lora.recipe.arguments import GROUPS, TRAINING_DEFAULTS
+    from hf_lora.training.arguments import LoRATrainingArguments, TrainingArguments
+
+    stock = {entry.name for entry in fields(TrainingArguments)}
+    topics = [
+        (str(group.__doc__).rstrip("."), [_entry(field) for field in fields(group)]) for group in GROUPS
+    ]
+    training = [
+        _entry(field, TRAINING_DEFAULTS.get(field.name, field.default))
+        for field in fields(LoRATrainingArguments)
+        if field.name not in stock or field.name in ("output_dir", "seed", *TRAINING_DEFAULTS)
+    ]
+    return [*topics, ("Training", training)]
+
+
+def _entry(field: Any, default: Any = MISSING) -> tuple[str, str, Any, str]:
+    kind = getattr(field.type, "__name__", str(field.type)).removesuffix(" | None")
+    return field.name, kind, field.default if default is MISSING else default, field.metadata.get("help", "")
+
+
+def options() -> Iterable[str]:
+    """The options of `hf-lora train` by topic, each with a link of its own."""
+    for topic, entries in option_topics():
+        yield f"\n## {topic}\n\n```{{program}} hf-lora train\n```"
+        for name, kind, default, help_text in entries:
+            shown = "" if default in (None, MISSING) else f"\n\n*Default:* `{default}`"
+            text = " ".join(str(help_text).split())
+            yield f"\n````{{option}} --{name} <{kind}>\n{text}{shown}\n````"
+
+
+def commands() -> Iterable[str]:
+    """What `hf-lora COMMAND --help` prints, for every command but train."""
+    for topic, names in COMMANDS.items():
+        yield f"\n## {topic}\n"
+        for name in names:
+            yield f"### hf-lora {name}\n\n```text\n{help_of(name)}\n```\n"
+
+
+def help_of(command: str) -> str:
+    """The help of a command, 88 columns wide."""
+    from hf_lora.cli.main import main
+
+    os.environ["COLUMNS"] = "90"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return out.getvalue().rstrip()
+
+
+API = {
+    "Train": ("finetune", "FinetuneResult", "FinetuneOptions", "LoRATrainer", "LoRATrainingArguments"),
+    "Predict": ("TextClassifier",),
+    "LoRA in a model": (
+        "LoRAConfig",
+        "load_classifier",
+        "inject_lora",
+        "remove_lora",
+        "merge_lora",
+        "unmerge_lora",
+        "lora_disabled",
+        "lora_layers",
+        "lora_parameters",
+        "head_parameters",
+        "trainable_parameter_count",
+        "start_head",
+        "start_lora",
+    ),
+    "Adapters": ("save_adapter", "load_adapter", "push_adapter"),
+}
+
+
+def api() -> Iterable[str]:
+    """Every public name, by topic; those that no topic names come last."""
+    known = {name for names in API.values() for name in names}
+    others = tuple(name for name in hf_lora.__all__ if name not in known and not name.startswith("__"))
+    for topic, names in {**API, **({"Others": others} if others else {})}.items():
+        yield f"\n## {topic}\n"
+        for name in names:
+            if name in hf_lora.__all__:
+                yield from _documented(name)
+
+
+def _documented(name: str) -> Iterable[str]:
+    kind = "class" if isinstance(getattr(hf_lora, name), type) else "function"
+    # The fields of the one are on the page of options, the methods of the other are Trainer's.
+    inherited = {
+        "LoRATrainingArguments": "(output_dir, **options)",
+        "LoRATrainer": "(model, args, **options)",
+    }
+    yield f"\n### {name}\n"
+    yield f"```{{eval-rst}}\n.. auto{kind}:: hf_lora.{name}{inherited.get(name, '')}"
+    yield "   :members:\n```\n" if kind == "class" and name not in inherited else "```\n"
+
+
+def models() -> Iterable[str]:
+    """The known model types with the module of each role."""
+    yield from tables.markdown(("model type", *ROLES), map(_model_row, sorted(ARCHITECTURES)))
+
+
+def _model_row(model_type: str) -> tuple[str, ...]:
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture.reason:
+        return (f"`{model_type}`", architecture.reason, "", "", "")
+    places = (architecture.projections(role) for role in ROLES)
+    return (f"`{model_type}`", *("<br>".join(f"`{p.suffix}`" for p in found) or "none" for found in places))
+
+
+GENERATORS = {"options": options, "commands": commands, "api": api, "models": models, **tables.TABLES}
+
+
+def expand(text: str) -> str:
+    """The page with its markers replaced. Raises KeyError for an unknown name."""
+    return MARKER.sub(lambda match: "\n".join(GENERATORS[match.group(1)]()), text)
+
+
+PARAMETERS = re.compile(r"([a-z_]+(?:, [a-z_]+)*): (.+)")
+
+
+def with_lists(lines: list[str]) -> list[str]:
+    """A docstring whose lines `name: meaning` are items of a list, as reStructuredText wants them."""
+    found: list[str] = []
+    in_item = False
+    for line in lines:
+        match = PARAMETERS.fullmatch(line)
+        if match:
+            names = ", ".join(f"``{name}``" for name in match.group(1).split(", "))
+            found += ["", f"* {names}: {match.group(2)}"]
+            in_item = True
+        elif in_item and line.startswith("    "):
+            found.append(f"  {line.strip()}")
+        else:
+            found += ["", line] if in_item and line else [line]
+            in_item = False
+    return found
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Called by Sphinx."""
+
+    def replace(app: Any, docname: str, source: list[str]) -> None:
+        if MARKER.search(source[0]):
+            source[0] = expand(source[0])
+            app.env.note_reread()  # its text comes from other files
+
+    def listed(app: Any, what: str, name: str, entry: Any, options: Any, lines: list[str]) -> None:
+        lines[:] = with_lists(lines)
+
+    app.connect("source-read", replace)
+    # Before napoleon.
+    app.connect("autodoc-process-docstring", listed, priority=400)
+    return {"parallel_read_safe": True}
