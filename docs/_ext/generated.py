@@ -15,9 +15,10 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import tables
+from tables import Row
 
 import hf_lora
-from hf_lora.lora.architectures import ARCHITECTURES, ROLES
+from hf_lora.lora.architectures import ARCHITECTURES, Projection
 
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 COMMANDS = {
@@ -127,16 +128,20 @@ def _documented(name: str) -> Iterable[str]:
 
 
 def models() -> Iterable[str]:
-    """The known model types with the module of each role."""
-    yield from tables.markdown(("model type", *ROLES), map(_model_row, sorted(ARCHITECTURES)))
+    """The known model types, those with the same modules in one row."""
+    rows: dict[Row, list[str]] = {}
+    for model_type in sorted(ARCHITECTURES):
+        architecture = ARCHITECTURES.get(model_type)
+        inputs = [place for role in "qkv" for place in architecture.projections(role)]
+        cells = (architecture.reason or _suffixes(inputs), _suffixes(architecture.o) or "none")
+        rows.setdefault(cells, []).append(f"`{model_type}`")
+    header = ("model types", "q, k, v", "o")
+    yield from tables.markdown(header, ((" ".join(types), *cells) for cells, types in rows.items()))
 
 
-def _model_row(model_type: str) -> tuple[str, ...]:
-    architecture = ARCHITECTURES.get(model_type)
-    if architecture.reason:
-        return (f"`{model_type}`", architecture.reason, "", "", "")
-    places = (architecture.projections(role) for role in ROLES)
-    return (f"`{model_type}`", *("<br>".join(f"`{p.suffix}`" for p in found) or "none" for found in places))
+def _suffixes(places: Iterable[Projection]) -> str:
+    """The names of the modules, each once."""
+    return "<br>".join(dict.fromkeys(f"`{place.suffix}`" for place in places))
 
 
 GENERATORS = {"options": options, "commands": commands, "api": api, "models": models, **tables.TABLES}
@@ -147,25 +152,34 @@ def expand(text: str) -> str:
     return MARKER.sub(lambda match: "\n".join(GENERATORS[match.group(1)]()), text)
 
 
-PARAMETERS = re.compile(r"([a-z_]+(?:, [a-z_]+)*): (.+)")
+ITEM = re.compile(r"([a-z_]+(?:, [a-z_]+)*): (.+)")
+NEXT_ITEM = re.compile(r"(?<=[.]) (?=[a-z_]+: )")
 
 
 def with_lists(lines: list[str]) -> list[str]:
-    """A docstring whose lines `name: meaning` are items of a list, as reStructuredText wants them."""
+    """A docstring whose paragraphs `name: meaning` are items of a list, as reStructuredText wants them."""
     found: list[str] = []
-    in_item = False
     for line in lines:
-        match = PARAMETERS.fullmatch(line)
-        if match:
-            names = ", ".join(f"``{name}``" for name in match.group(1).split(", "))
-            found += ["", f"* {names}: {match.group(2)}"]
-            in_item = True
+        in_item = bool(found) and found[-1].startswith("* ")
+        if ITEM.fullmatch(line):
+            found += ["", f"* {line}"]
         elif in_item and line.startswith("    "):
-            found.append(f"  {line.strip()}")
+            found[-1] += f" {line.strip()}"
         else:
             found += ["", line] if in_item and line else [line]
-            in_item = False
-    return found
+    return [part for line in found for part in _items(line)]
+
+
+def _items(line: str) -> list[str]:
+    """An item, with those that follow it in the same paragraph; another line as it is."""
+    if not line.startswith("* "):
+        return [line]
+    items = [ITEM.fullmatch(part) for part in NEXT_ITEM.split(line[2:])]
+    return [
+        f"* {', '.join(f'``{name}``' for name in item.group(1).split(', '))}: {item.group(2)}"
+        for item in items
+        if item is not None
+    ]
 
 
 def setup(app: Any) -> dict[str, Any]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results"
-Row = Iterable[str]
+Row = tuple[str, ...]
 
 
 def markdown(header: Row, rows: Iterable[Row]) -> Iterator[str]:
     """The lines of a Markdown table."""
-    header = list(header)
-    for row in (header, ["---"] * len(header), *rows):
+    for row in (header, ("---",) * len(header), *rows):
         yield f"| {' | '.join(row)} |"
 
 
@@ -73,7 +73,7 @@ def summary() -> Iterator[str]:
                 f"{mean(_runs(sides['peft'], 'accuracy')):.3f}",
                 f"{full[name]['mean']:.3f}",
                 f"{mean(_runs(sides['hf_lora'], 'majority')):.3f}",
-                list(_cost(name, sides))[3],
+                _cost(name, sides)[3],
             )
             for name, sides in results("quality")["runs"].items()
         ),
@@ -219,7 +219,7 @@ TABLES = {
     "checks": checks,
     "machine": machine,
     **{
-        name: lambda name=name: settings_table(name)
+        name: partial(settings_table, name)
         for name in (
             "settings",
             "settings_with_dropout",

@@ -79,15 +79,30 @@ def test_tables_are_the_means_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_docstrings_get_lists() -> None:
-    lines = ["One line.", "", "rank: r,", "    at least 1.", "b, c: more.", "Raises ValueError: no item."]
+    lines = [
+        "One line.",
+        "",
+        "rank: r,",
+        "    at least 1. alpha: more.",
+        "b, c: more.",
+        "Raises ValueError: no item.",
+    ]
     assert generated.with_lists(lines) == [
         "One line.",
         "",
         "",
-        "* ``rank``: r,",
-        "  at least 1.",
+        "* ``rank``: r, at least 1.",
+        "* ``alpha``: more.",
         "",
         "* ``b``, ``c``: more.",
         "",
         "Raises ValueError: no item.",
     ]
+
+
+def test_model_types_with_the_same_modules_share_a_row() -> None:
+    rows = list(generated.models())
+    (bert,) = [row for row in rows if "`bert`" in row]
+    assert "`roberta`" in bert and bert.count("`attention.self.query`") == 1
+    named = [name for row in rows[2:] for name in row.split("|")[1].split()]
+    assert sorted(name.strip("`") for name in named) == sorted(generated.ARCHITECTURES)
