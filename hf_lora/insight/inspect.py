@@ -1,11 +1,13 @@
-"""An adapter module by module: where each update lies in the network, its spectrum, and what it does to W."""
+"""An adapter module by module: each update's place in the network, its spectrum, and its effect on the weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import sqrt
+from math import hypot
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,14 +22,16 @@ from hf_lora.lora.quantized import dequantized, is_quantized
 from hf_lora.lora.targets import block_of, has_suffix
 
 _MAGNITUDE = ".lora_magnitude_vector"
+# The first number in a module's name is that of its block.
+_BLOCK = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 
 DORA = (
-    "this is a DoRA adapter: what is shown is its low-rank part, scaling * B A; the learned norms of the rows, which "
+    "this is a DoRA adapter; only its low-rank part, scaling * B A, is shown; the learned norms of the rows, which "
     "rescale W + scaling * B A, are left out"
 )
 FUSED = (
-    "some weights hold q, k and v together, and which rows are whose is known only with the base model: each such "
-    "update is shown as one"
+    "some weights hold q, k and v together, and only the base model tells their rows apart; each such update is "
+    "shown as one"
 )
 
 
@@ -35,9 +39,8 @@ FUSED = (
 class Update:
     """The update of one weight, or of one role's rows of a fused weight.
 
-    module: the dotted name. role: a letter of "qkvo", several for a fused weight taken whole, None if unknown.
-    rows: of the fused weight, those of the role; None: all.
-    A `(rank, in)`, B `(out, rank)`.
+    module: the dotted name. role: a letter of "qkvo", several for a whole fused weight, None if unknown.
+    rows: the role's rows of a fused weight; None: all rows. A `(rank, in)`, B `(out, rank)`.
     """
 
     module: str
@@ -49,18 +52,18 @@ class Update:
 
     @property
     def layer(self) -> int | None:
-        """The number of the block the module lies in, if it lies in one."""
+        """The number of the module's block; None outside the blocks."""
         return block_of(self.module)
 
     @property
     def stack(self) -> str:
-        """What stands in the name before the number of the block; the whole name without one."""
-        return ".".join(self._parts[0])
+        """The name before the number of the block; the whole name outside the blocks."""
+        return _BLOCK.split(self.module, maxsplit=1)[0]
 
     @property
     def tail(self) -> str:
-        """What stands in the name after the number of the block; the whole name without one."""
-        return ".".join(self._parts[1]) or self.module
+        """The name after the number of the block; the whole name outside the blocks."""
+        return _BLOCK.split(self.module, maxsplit=1)[-1] or self.module
 
     @property
     def role_name(self) -> str:
@@ -69,7 +72,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """The rank it has in the file."""
+        """The rank in the file."""
         return self.A.shape[0]
 
     @cached_property
@@ -83,26 +86,20 @@ class Update:
         return Spectrum(tuple(self.triplets.S.tolist()))
 
     def directions(self, side: str, of: str = "factors") -> Tensor:
-        """The leading directions `(in or out, k)` on a side, "A" (right) or "B" (left).
+        """The leading directions `(in or out, k)` of a side, "A" (right) or "B" (left).
 
-        of: "factors": those of A and of B, as in the paper, which depend on how ΔW is divided between the two;
-            "update": those of ΔW.
+        of: "factors": of A and of B, as in the paper; they depend on how ΔW is divided between the two.
+            "update": of ΔW.
         """
         if of == "update":
             return self.triplets.Vh.T if side == "A" else self.triplets.U
         return spectra.right_directions(self.A) if side == "A" else spectra.left_directions(self.B)
 
-    @property
-    def _parts(self) -> tuple[list[str], list[str]]:
-        parts = self.module.split(".")
-        at = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
-        return parts[:at], parts[at + 1 :]
-
 
 def updates_of(files: AdapterFiles, config: Any = None) -> tuple[list[Update], list[str]]:
-    """The updates of an adapter that was read, by block and role, and sentences about what is not shown.
+    """The updates of an adapter, by block and role, and a note on everything that they leave out.
 
-    config: the base model's configuration, which tells the rows of q, k and v in a fused weight; None: unknown.
+    config: of the base model; it tells the rows of q, k and v in a fused weight apart. None: unknown.
     Raises ValueError for tensors that are no low-rank product.
     """
     notes = []
@@ -118,16 +115,19 @@ def updates_of(files: AdapterFiles, config: Any = None) -> tuple[list[Update], l
     return sorted(updates, key=_order), notes
 
 
+def parameter_counts(files: AdapterFiles) -> tuple[int, int]:
+    """How many values the file has of LoRA, and how many of the head and other tensors."""
+    lora = sum(tensor.numel() for key, tensor in files.tensors.items() if ".lora_" in key)
+    return lora, sum(tensor.numel() for tensor in files.tensors.values()) - lora
+
+
 def role_of(module: str) -> str | None:
-    """The letters of the roles that a module's name means in the architectures that are known; None if in none."""
+    """The letters of the roles that a module's name has in any known architecture; None without one."""
     return "".join(dict.fromkeys(role for role, _ in _places(module, ARCHITECTURES))) or None
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The pretrained weights `(out, in)` under an injected model's adapter, by module; merged or not.
-
-    Of quantized ones, the numbers that they stand for.
-    """
+    """The pretrained weights `(out, in)` under an injected model's adapter, by module; quantized ones dequantized."""
     return {
         name: dequantized(layer).cpu()
         if is_quantized(layer)
@@ -137,27 +137,23 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def amplifications(
-    updates: Iterable[Update], weights: Mapping[str, Tensor], directions: int | None = None
+    updates: Sequence[Update], weights: Mapping[str, Tensor], directions: int | None = None
 ) -> list[Amplification | None]:
     """For each update its amplification of the base weight; None for an update of zero."""
-    found = []
-    for update in updates:
-        weight = weights[update.module]
-        part = weight if update.rows is None else weight[list(update.rows)]
-        found.append(spectra.amplification(update.triplets, part, directions))
-    return found
+    rows = [slice(None) if update.rows is None else list(update.rows) for update in updates]
+    return [
+        spectra.amplification(update.triplets, weights[update.module][own], directions)
+        for update, own in zip(updates, rows, strict=True)
+    ]
 
 
 def _split(module: str, entry: Factors, config: Any) -> list[Update]:
-    """One update, or for a fused weight whose rows are known one for each of its roles."""
+    """One update; for a fused weight with known rows, one of each role."""
     A, B = entry.matrices
-    rows = _rows_of(module, B.shape[0], config)
-    if not rows:
-        return [Update(module, role_of(module), A, B, entry.scaling)]
     parts = []
-    for role, own in rows.items():
+    for role, own in _rows_of(module, B.shape[0], config).items():
         part = B[list(own)]
-        # Each role has columns of B for itself, beside zeros for the others.
+        # Each role uses columns of B of its own; they are zero in the rows of the others.
         used = part.abs().sum(0) > 0
         if used.any():
             parts.append(Update(module, role, A[used], part[:, used], entry.scaling, own))
@@ -165,7 +161,7 @@ def _split(module: str, entry: Factors, config: Any) -> list[Update]:
 
 
 def _rows_of(module: str, out_features: int, config: Any) -> dict[str, tuple[int, ...]]:
-    """The output rows of each role in a fused weight; nothing for other weights, or where it is not known."""
+    """The output rows of each role in a fused weight; empty for other weights and unknown architectures."""
     model_type = getattr(config, "model_type", None)
     places = _places(module, [str(model_type)] if model_type in ARCHITECTURES else [])
     layouts = {role: place.rows for role, place in places if place.rows is not None}
@@ -186,48 +182,39 @@ def _places(module: str, model_types: Iterable[str]) -> list[tuple[str, Projecti
 
 
 def _order(update: Update) -> tuple[Any, ...]:
-    """By block, then q, k, v, o, then by name; what lies in no block comes first."""
+    """Modules outside the blocks first, then by block; in a block q, k, v, o, then by name."""
     role = f"{ROLES}?".index((update.role or "?")[0])
     if update.layer is None:
         return "", 0, role, update.module
     return update.stack, update.layer, role, update.module
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Several updates together: the norm of all, and means over them."""
-
-    name: str
-    count: int
-    norm: float
-    effective_rank: float
-    factor: float | None
-    relative: float | None
-
-
 def summarize(
-    updates: Sequence[Update],
-    amplified: Sequence[Amplification | None],
-    key: Callable[[Update], str],
-) -> list[Summary]:
-    """The updates that have the same `key` taken together, in the order in which the keys first appear.
+    updates: Sequence[Update], amplified: Sequence[Amplification | None], names: Iterable[str]
+) -> list[dict[str, Any]]:
+    """For each of the names, in their order: name, count, norm of all its updates together, and means over them.
 
-    amplified: one for each update; None where it is not known. Updates of zero have no part in its means.
+    amplified, names: an entry for each update. Updates without an amplification have no part in its means.
     """
     groups: dict[str, list[int]] = {}
-    for index, update in enumerate(updates):
-        groups.setdefault(key(update), []).append(index)
+    for index, name in enumerate(names):
+        groups.setdefault(name, []).append(index)
     return [
-        Summary(
-            name=name,
-            count=len(members),
-            norm=sqrt(sum(updates[index].spectrum.norm ** 2 for index in members)),
-            effective_rank=sum(updates[index].spectrum.effective_rank for index in members) / len(members),
-            factor=_mean([amplified[index] for index in members], "factor"),
-            relative=_mean([amplified[index] for index in members], "relative"),
-        )
+        {
+            "name": name,
+            "count": len(members),
+            "norm": hypot(*(updates[index].spectrum.norm for index in members)),
+            "effective_rank": fmean(updates[index].spectrum.effective_rank for index in members),
+            "factor": _mean(getattr(amplified[index], "factor", None) for index in members),
+            "relative": _mean(getattr(amplified[index], "relative", None) for index in members),
+        }
         for name, members in groups.items()
     ]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -239,22 +226,22 @@ class Grid:
     cells: tuple[tuple[int | None, ...], ...]
 
 
-def layer_name(update: Update, several: bool = False) -> str:
-    """What the row of an update is called; `several`: there are blocks of the same number in several stacks."""
-    if update.layer is None:
-        return update.module
-    return f"{update.stack} {update.layer}" if several else str(update.layer)
-
-
-def several_stacks(updates: Iterable[Update]) -> bool:
-    """Whether the blocks stand in more than one stack, as an encoder's and a decoder's do."""
-    return len({update.stack for update in updates if update.layer is not None}) > 1
+def layer_names(updates: Sequence[Update]) -> list[str]:
+    """The layer of each update: its number, after the name of the stack if there are several; or else the module."""
+    several = len({update.stack for update in updates if update.layer is not None}) > 1
+    return [
+        update.module
+        if update.layer is None
+        else f"{update.stack} {update.layer}"
+        if several
+        else str(update.layer)
+        for update in updates
+    ]
 
 
 def grid_of(updates: Sequence[Update]) -> Grid:
     """The updates by layer and role; where a role occurs twice in a block, by the names inside the block."""
-    several = several_stacks(updates)
-    names = [layer_name(update, several) for update in updates]
+    names = layer_names(updates)
     roles = [update.role_name for update in updates]
     if len(set(zip(names, roles, strict=True))) < len(updates):
         roles = [f"{update.tail} {update.role}" if update.rows else update.tail for update in updates]
@@ -265,9 +252,9 @@ def grid_of(updates: Sequence[Update]) -> Grid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How similar the subspaces of two updates of the same weight are: phi(i, j) `(n, m)` of each side.
+    """The similarity phi(i, j) `(n, m)` of the subspaces of two updates of one weight.
 
-    right: of A, in the space of the inputs `(in,)`. left: of B, in the space of the outputs `(out,)`.
+    right: of A, in the space of the inputs. left: of B, in the space of the outputs.
     """
 
     update: Update
@@ -276,7 +263,7 @@ class Comparison:
 
     @property
     def sides(self) -> dict[str, dict[str, Any]]:
-        """By side: phi of the first directions, of as many as both have, its mean for random ones, and all of it."""
+        """By side: `first` phi(1, 1), `all` phi(k, k) for all directions, `all_random` its mean for random ones, `phi`."""
         sizes = {"A": (self.right, self.update.A.shape[1]), "B": (self.left, len(self.update.B))}
         sides = {}
         for side, (phi, dimension) in sizes.items():
@@ -314,9 +301,3 @@ def compare(first: Iterable[Update], second: Iterable[Update], of: str = "factor
             f"the two adapters adapt no module in common; got {sorted({name for name, _ in others})[:3]} in the other"
         )
     return found
-
-
-def _mean(amplified: Iterable[Amplification | None], what: str) -> float | None:
-    values = [getattr(entry, what) for entry in amplified if entry is not None]
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None

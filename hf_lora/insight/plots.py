@@ -1,24 +1,28 @@
-"""Pictures of `hf-lora inspect`: what each update does, by layer and role, and how similar two adapters are."""
+"""Pictures: the heat maps of `hf-lora inspect --plot`, and the charts of a report. Needs matplotlib."""
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hf_lora._files import writing
 from hf_lora.insight.inspect import Comparison, Grid
+from hf_lora.insight.judgement import Calibration
+from hf_lora.insight.report import History
 
-# Cells beyond these are too small for their numbers.
+ACCENT, MUTED, INK, GRID, BAD = "#1d5fa8", "#98a2b3", "#344054", "#e4e7ec", "#c8553d"
+# Larger grids have cells too small for numbers.
 _MOST_ROWS, _MOST_RANKS = 40, 16
 _MOST_COMPARED = 4
+_MOST_DOTS = 5000
 
 
 class Panel(NamedTuple):
@@ -31,13 +35,13 @@ class Panel(NamedTuple):
 def plot_inspection(
     title: str, grid: Grid, panels: Sequence[Panel], compared: Sequence[Comparison], path: Path
 ) -> None:
-    """Draw the panels side by side, and under them phi for some of the compared updates; writes a PNG."""
+    """Draw the panels side by side, and below them phi of some compared updates; write the file."""
     columns = max(len(panels), min(len(compared), _MOST_COMPARED))
     above = 1.4 + 0.34 * max(3, len(grid.rows))
     heights = [above, 2.9, 2.9] if compared else [above]
     width = max(3.1, 0.9 * len(grid.columns) + 1.2) * columns
-    figure = plt.figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
     parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
     axes = parts[0].subplots(1, len(panels), squeeze=False)[0]
     for place, panel in zip(axes, panels, strict=True):
@@ -46,24 +50,89 @@ def plot_inspection(
         _draw_similarities(part, side, _strongest(compared))
     with writing(path):
         figure.savefig(path, dpi=150)
-    plt.close(figure)
+
+
+def loss_chart(history: History) -> str:
+    """The losses by step, as the address of an SVG."""
+    figure, axes = _chart(1000, 280, "step", "loss")
+    for name, points, style in (
+        ("training loss", history.training, {"color": ACCENT}),
+        ("validation loss", history.validation, {"color": BAD, "linestyle": "--", "marker": "o"}),
+    ):
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, labelcolor=INK)
+    return _address(figure)
+
+
+def reliability_chart(calibration: Calibration) -> str:
+    """Accuracy by confidence: a bar for each bin, darker with more predictions; red: the distance to confidence."""
+    figure, axes = _chart(340, 340, "confidence", "accuracy")
+    most = max((entry.count for entry in calibration.bins), default=1)
+    for entry in calibration.bins:
+        strength = 0.3 + 0.7 * entry.count / most
+        width = entry.high - entry.low
+        axes.bar(entry.low, entry.accuracy, width, align="edge", color=ACCENT, alpha=strength, ec="white")
+        axes.plot([entry.confidence] * 2, [entry.accuracy, entry.confidence], color=BAD)
+    axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    return _address(figure)
+
+
+def prediction_chart(points: Sequence[tuple[float, float]]) -> str:
+    """Predicted by true value; on the dashed diagonal they are equal."""
+    figure, axes = _chart(380, 380, "true value", "predicted")
+    some = np.array(points)[:: -(-len(points) // _MOST_DOTS)]
+    axes.axline((some.min(), some.min()), slope=1, color=INK, linestyle="--", linewidth=1)
+    axes.scatter(*some.T, s=14, color=ACCENT, alpha=0.5, linewidths=0)
+    return _address(figure)
+
+
+def spectrum_chart(lines: Sequence[Sequence[float]], top: float) -> str:
+    """Singular values by index, up to `top`: a line for each layer, from light to dark."""
+    figure, axes = _chart(236, 200, "index", "value")
+    colours = matplotlib.colormaps["Blues"](np.linspace(0.35, 1, len(lines)))
+    for values, colour in zip(lines, colours, strict=True):
+        axes.plot(range(1, 1 + len(values)), values, color=colour, marker="o" if len(values) == 1 else "")
+    axes.set_ylim(0, 1.05 * top)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    return _address(figure)
+
+
+def _chart(width: int, height: int, x_name: str, y_name: str) -> tuple[Figure, Any]:
+    """A figure of this size in pixels of a page, and its axes."""
+    figure = Figure(figsize=(width / 96, height / 96), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_name, color=INK, fontsize=9)
+    axes.set_ylabel(y_name, color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    return figure, axes
+
+
+def _address(figure: Figure) -> str:
+    """The figure as the `data:` address of an SVG: the same for the same figure, since it has no date."""
+    stream = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "hf_lora", "svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{b64encode(stream.getvalue()).decode()}"
 
 
 def _draw_panel(axes: Any, grid: Grid, panel: Panel) -> None:
-    def number(index: int | None) -> float:
-        value = None if index is None else panel.values[index]
-        return float("nan") if value is None else value
-
-    values = np.array([[number(index) for index in row] for row in grid.cells])
-    finite = values[np.isfinite(values)]
-    image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0, vmax=finite.max(initial=1e-12))
+    cells = [[None if index is None else panel.values[index] for index in row] for row in grid.cells]
+    values = np.array(cells, float)
+    image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0, vmax=np.nanmax([*values.flat, 1e-12]))
     if len(grid.rows) <= _MOST_ROWS:
         _write_numbers(axes, image, values, size=8)
     long = max(map(len, grid.columns)) > 8
-    axes.set_xticks(
-        range(len(grid.columns)), grid.columns, rotation=35 if long else 0, ha="right" if long else "center"
-    )
-    axes.set_yticks(range(len(grid.rows)), grid.rows)
+    turn = {"rotation": 35, "ha": "right"} if long else {}
+    axes.set_xticks(range(len(grid.columns)), grid.columns, parse_math=False, **turn)
+    axes.set_yticks(range(len(grid.rows)), grid.rows, parse_math=False)
     if all(name.isdigit() for name in grid.rows):
         axes.set_ylabel("layer")
     axes.set_title(panel.title, fontsize=10)
@@ -75,29 +144,25 @@ def _draw_similarities(part: Any, side: str, compared: Sequence[Comparison]) -> 
     factor, space = {"right": ("A", "inputs"), "left": ("B", "outputs")}[side]
     part.suptitle(f"subspace similarity φ(i, j) of {factor}, in the space of the {space}", fontsize=10)
     axes = part.subplots(1, len(compared), squeeze=False)[0]
+    image = None
     for place, comparison in zip(axes, compared, strict=True):
-        values = getattr(comparison, side).numpy()
-        update = comparison.update
-        place.set_title(
-            update.role_name if update.layer is None else f"layer {update.layer}, {update.role_name}",
-            fontsize=9,
-        )
+        values, update = getattr(comparison, side).numpy(), comparison.update
+        title = update.role_name if update.layer is None else f"layer {update.layer}, {update.role_name}"
+        place.set_title(title, fontsize=9, parse_math=False)
         if not values.size:
             place.text(0.5, 0.5, "an update of zero\nhas no directions", ha="center", va="center", fontsize=8)
-            place.set_xticks([])
-            place.set_yticks([])
+            place.set(xticks=[], yticks=[])
             continue
-        image = place.imshow(values, cmap="magma", vmin=0, vmax=1, aspect="equal", origin="upper")
+        image = place.imshow(values, cmap="magma", vmin=0, vmax=1)
         if max(values.shape) <= _MOST_RANKS:
             _write_numbers(place, image, values, size=6)
         for ticks, count in ((place.set_yticks, values.shape[0]), (place.set_xticks, values.shape[1])):
-            step = max(1, count // 8)
-            ticks(range(0, count, step), [str(index + 1) for index in range(0, count, step)], fontsize=7)
+            shown = range(0, count, max(1, count // 8))
+            ticks(shown, [str(index + 1) for index in shown], fontsize=7)
         place.set_xlabel("j, of the other adapter", fontsize=8)
         place.set_ylabel("i, of this adapter", fontsize=8)
         _bare(place)
-    if any(place.images for place in axes):
-        image = next(place.images[0] for place in axes if place.images)
+    if image is not None:
         part.colorbar(image, ax=list(axes), shrink=0.85, aspect=25).outline.set_visible(False)
 
 
@@ -106,21 +171,9 @@ def _write_numbers(axes: Any, image: Any, values: np.ndarray, size: int) -> None
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            axes.text(
-                column,
-                row,
-                _short(value),
-                ha="center",
-                va="center",
-                fontsize=size,
-                color="white" if dark else "black",
-            )
-
-
-def _short(value: float) -> str:
-    """Three digits, without a zero before the point."""
-    text = f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
-    return text.removeprefix("0") if text.startswith("0.") and text != "0.00" else text
+            text = f"{value:.2f}".removeprefix("0") if abs(value) < 10 else f"{value:.0f}"
+            style = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if dark else "black"}
+            axes.text(column, row, text, **style)
 
 
 def _bare(axes: Any) -> None:
@@ -129,11 +182,9 @@ def _bare(axes: Any) -> None:
 
 
 def _strongest(compared: Sequence[Comparison]) -> list[Comparison]:
-    """For each role the pair whose update is the largest, in the order of the network."""
+    """The pair with the largest update of each role, in the order of the network."""
     best: dict[str, Comparison] = {}
-    for entry in compared:
-        name = entry.update.role_name
-        if name not in best or entry.update.spectrum.norm > best[name].update.spectrum.norm:
-            best[name] = entry
-    chosen = sorted(best.values(), key=lambda entry: -entry.update.spectrum.norm)[:_MOST_COMPARED]
-    return [entry for entry in compared if any(entry is other for other in chosen)]
+    for entry in sorted(compared, key=lambda entry: -entry.update.spectrum.norm):
+        best.setdefault(entry.update.role_name, entry)
+    chosen = list(map(id, list(best.values())[:_MOST_COMPARED]))
+    return [entry for entry in compared if id(entry) in chosen]

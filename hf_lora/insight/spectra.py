@@ -1,6 +1,6 @@
-"""What the singular values and directions of low-rank updates tell (Hu et al. 2021, arXiv:2106.09685, section 7).
+"""Singular values and directions of low-rank updates (Hu et al. 2021, arXiv:2106.09685, section 7).
 
-ΔW = scaling * B A is `(out, in)`. It is never formed: QR of the thin factors leaves a small matrix to decompose.
+ΔW = scaling * B A `(out, in)` is never formed: QR of the thin factors leaves a small matrix to decompose.
 Everything is in double precision, on the CPU.
 """
 
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What the rounding of a few operations in double precision can do, relative to the sizes of the factors.
+# Singular values below this share of the factors' sizes are rounding errors.
 _ROUNDING = 8 * torch.finfo(torch.float64).eps
 
 
 class Triplets(NamedTuple):
-    """The singular triplets of an update that are not rounding: U `(out, k)`, S `(k,)` falling, Vh `(k, in)`."""
+    """The singular triplets of an update without rounding errors: U `(out, k)`, S `(k,)` falling, Vh `(k, in)`."""
 
     U: Tensor
     S: Tensor
@@ -31,14 +31,14 @@ def triplets(A: Tensor, B: Tensor, scaling: float) -> Triplets:
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(scaling * R_B @ R_A.T)
-    # Updates that cancel leave rounding, which has singular values too.
+    # Updates that cancel leave rounding errors, which have singular values too.
     rank = _rank(S, abs(scaling) * (A.norm() * B.norm()).item())
     return Triplets(Q_B @ U[:, :rank], S[:rank], Vh[:rank] @ Q_A.T)
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of an update, the largest first, without those that are rounding; () for zero."""
+    """The singular values of an update, the largest first, without rounding errors; () for an update of zero."""
 
     values: tuple[float, ...]
 
@@ -62,7 +62,7 @@ class Spectrum:
         return (self.norm / self.values[0]) ** 2 if self.values else 0.0
 
     def energy(self, rank: int) -> float:
-        """The share of the squared singular values that the best approximation of this rank keeps."""
+        """The share of the squared singular values that the best approximation of this rank keeps; 1 for zero."""
         kept = sum(value**2 for value in self.values[:rank])
         return kept / self.norm**2 if self.values else 1.0
 
@@ -74,12 +74,12 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Amplification:
-    """How an update relates to its weight W (table 7 of the LoRA paper), by Frobenius norms.
+    """How an update relates to its weight W (table 7 of the LoRA paper). All are Frobenius norms.
 
     update, weight: of ΔW and of W.
-    in_update: of U' W V for U and V the leading `directions` singular directions of ΔW.
-    in_weight: the same for the leading ones of W itself, the largest that it can be.
-    in_random: the same for random directions, the root of its mean square.
+    in_update: of U' W V, where U and V are the leading `directions` singular directions of ΔW.
+    in_weight: of U' W V for the leading directions of W itself, which is the largest possible value.
+    in_random: of U' W V for random directions, as a root mean square.
     """
 
     directions: int
@@ -91,7 +91,7 @@ class Amplification:
 
     @property
     def factor(self) -> float | None:
-        """||ΔW|| / ||U' W V||: what the update adds over what W has in its directions; None if that is nothing."""
+        """||ΔW|| / ||U' W V||: what the update adds, over what W has in these directions; None where W has nothing."""
         return self.update / self.in_update if self.in_update else None
 
     @property
@@ -101,10 +101,7 @@ class Amplification:
 
 
 def amplification(update: Triplets, weight: Tensor, directions: int | None = None) -> Amplification | None:
-    """The amplification of `weight` `(out, in)` by an update; None for an update of zero.
-
-    directions: how many leading ones; None, or more than there are: all.
-    """
+    """The amplification of `weight` `(out, in)` in the leading `directions` (default: all); None for a zero update."""
     if not len(update.S):
         return None
     W = weight.double()

@@ -10,9 +10,9 @@ from typing import Any
 
 from hf_lora._files import writing
 from hf_lora._text import printable
-from hf_lora.insight.charts import ACCENT, BAD, GRID, INK, MUTED
 from hf_lora.recipe.learning_curve import LORA, Curve, Point, Scores
 
+ACCENT, MUTED, INK, GRID, BAD = "#1d5fa8", "#98a2b3", "#344054", "#e4e7ec", "#c8553d"
 FORMATS = (".png", ".svg", ".pdf")
 _STYLES: dict[str, dict[str, Any]] = {
     LORA: {"color": ACCENT, "marker": "o", "linewidth": 2.2, "markersize": 6, "zorder": 4},
