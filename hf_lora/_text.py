@@ -1,7 +1,9 @@
-"""Text from files of others, made fit for a terminal and a page."""
+"""Texts for a terminal and a page."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from unicodedata import category
 
 # Control and format characters, lone surrogates, line and paragraph separators.
@@ -17,3 +19,16 @@ def printable(text: str) -> str:
         character.encode("unicode_escape").decode() if category(character) in _UNSEEN else character
         for character in text
     )
+
+
+def in_words(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values for people: three digits of a float, lists with commas, nothing for None."""
+    rows = []
+    for name, value in facts.items():
+        if isinstance(value, list | tuple):
+            value = ", ".join(map(str, value))
+        elif isinstance(value, int | float):
+            value = f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+        if value is not None:
+            rows.append((name.replace("_", " "), str(value)))
+    return rows

@@ -115,12 +115,6 @@ def updates_of(files: AdapterFiles, config: Any = None) -> tuple[list[Update], l
     return sorted(updates, key=_order), notes
 
 
-def parameter_counts(files: AdapterFiles) -> tuple[int, int]:
-    """How many values the file has of LoRA, and how many of the head and other tensors."""
-    lora = sum(tensor.numel() for key, tensor in files.tensors.items() if ".lora_" in key)
-    return lora, sum(tensor.numel() for tensor in files.tensors.values()) - lora
-
-
 def role_of(module: str) -> str | None:
     """The letters of the roles that a module's name has in any known architecture; None without one."""
     return "".join(dict.fromkeys(role for role, _ in _places(module, ARCHITECTURES))) or None
@@ -229,14 +223,8 @@ class Grid:
 def layer_names(updates: Sequence[Update]) -> list[str]:
     """The layer of each update: its number, after the name of the stack if there are several; or else the module."""
     several = len({update.stack for update in updates if update.layer is not None}) > 1
-    return [
-        update.module
-        if update.layer is None
-        else f"{update.stack} {update.layer}"
-        if several
-        else str(update.layer)
-        for update in updates
-    ]
+    layers = [f"{update.stack if several else ''} {update.layer}".strip() for update in updates]
+    return [u.module if u.layer is None else layer for u, layer in zip(updates, layers, strict=True)]
 
 
 def grid_of(updates: Sequence[Update]) -> Grid:
@@ -263,18 +251,18 @@ class Comparison:
 
     @property
     def sides(self) -> dict[str, dict[str, Any]]:
-        """By side: `first` phi(1, 1), `all` phi(k, k) for all directions, `all_random` its mean for random ones, `phi`."""
+        """By side: `first`, phi(1, 1); `all`, phi for all directions; `all_random`, its mean for random ones; `phi`."""
         sizes = {"A": (self.right, self.update.A.shape[1]), "B": (self.left, len(self.update.B))}
-        sides = {}
-        for side, (phi, dimension) in sizes.items():
-            k = min(phi.shape)
-            sides[side] = {
-                "first": phi[0, 0].item() if k else None,
-                "all": phi[k - 1, k - 1].item() if k else None,
-                "all_random": spectra.random_similarity(k, k, dimension) if k else None,
+        return {
+            side: {
+                "first": phi[0, 0].item() if phi.numel() else None,
+                "all": phi[k - 1, k - 1].item() if phi.numel() else None,
+                "all_random": spectra.random_similarity(k, k, dimension) if phi.numel() else None,
                 "phi": phi.tolist(),
             }
-        return sides
+            for side, (phi, dimension) in sizes.items()
+            for k in [min(phi.shape)]
+        }
 
 
 def compare(first: Iterable[Update], second: Iterable[Update], of: str = "factors") -> list[Comparison]:
@@ -283,21 +271,19 @@ def compare(first: Iterable[Update], second: Iterable[Update], of: str = "factor
     Raises ValueError if they have none in common, or of different sizes.
     """
     others = {(update.module, update.rows): update for update in second}
-    found = []
-    for update in first:
-        other = others.get((update.module, update.rows))
-        if other is None:
-            continue
-        shapes = [(len(entry.B), entry.A.shape[1]) for entry in (update, other)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the updates of {update.module!r} have different sizes; got {shapes[1]} in the other adapter; "
-                f"expected {shapes[0]}"
-            )
-        sides = [(update.directions(side, of), other.directions(side, of)) for side in "AB"]
-        found.append(Comparison(update, *(spectra.subspace_similarity(*pair) for pair in sides)))
-    if not found:
+    pairs = [(update, others[key]) for update in first if (key := (update.module, update.rows)) in others]
+    if not pairs:
         raise ValueError(
             f"the two adapters adapt no module in common; got {sorted({name for name, _ in others})[:3]} in the other"
         )
+    found = []
+    for update, other in pairs:
+        expected, got = ((len(entry.B), entry.A.shape[1]) for entry in (update, other))
+        if got != expected:
+            raise ValueError(
+                f"the updates of {update.module!r} have different sizes; got {got} in the other adapter; "
+                f"expected {expected}"
+            )
+        sides = [(update.directions(side, of), other.directions(side, of)) for side in "AB"]
+        found.append(Comparison(update, *(spectra.subspace_similarity(*pair) for pair in sides)))
     return found

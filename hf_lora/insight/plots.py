@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hf_lora._files import writing
-from hf_lora.insight.inspect import Comparison, Grid
+from hf_lora.insight.inspect import Comparison, Grid, Update, grid_of
 from hf_lora.insight.judgement import Calibration
 from hf_lora.insight.report import History
+from hf_lora.insight.spectra import Amplification
 
 ACCENT, MUTED, INK, GRID, BAD = "#1d5fa8", "#98a2b3", "#344054", "#e4e7ec", "#c8553d"
 # Larger grids have cells too small for numbers.
@@ -25,27 +26,33 @@ _MOST_COMPARED = 4
 _MOST_DOTS = 5000
 
 
-class Panel(NamedTuple):
-    """One heat map: a number, or None, for each update."""
-
-    title: str
-    values: Sequence[float | None]
-
-
 def plot_inspection(
-    title: str, grid: Grid, panels: Sequence[Panel], compared: Sequence[Comparison], path: Path
+    title: str,
+    updates: Sequence[Update],
+    amplified: Sequence[Amplification | None],
+    compared: Sequence[Comparison],
+    path: Path,
 ) -> None:
-    """Draw the panels side by side, and below them phi of some compared updates; write the file."""
-    columns = max(len(panels), min(len(compared), _MOST_COMPARED))
+    """Draw heat maps side by side, and below them phi of some compared updates; write the file."""
+    grid, spectra = grid_of(updates), [update.spectrum for update in updates]
+    relative = [getattr(entry, "relative", None) for entry in amplified]
+    panels: dict[str, list[float | None]] = {
+        "norm of ΔW": [spectrum.norm for spectrum in spectra],
+        "norm of ΔW, in % of that of W": [value and 100 * value for value in relative],
+        "effective rank of ΔW": [spectrum.effective_rank for spectrum in spectra],
+        "amplification factor": [getattr(entry, "factor", None) for entry in amplified],
+    }
+    drawn = {name: values for name, values in panels.items() if any(value is not None for value in values)}
+    columns = max(len(drawn), min(len(compared), _MOST_COMPARED))
     above = 1.4 + 0.34 * max(3, len(grid.rows))
     heights = [above, 2.9, 2.9] if compared else [above]
     width = max(3.1, 0.9 * len(grid.columns) + 1.2) * columns
     figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
-    parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
-    axes = parts[0].subplots(1, len(panels), squeeze=False)[0]
-    for place, panel in zip(axes, panels, strict=True):
-        _draw_panel(place, grid, panel)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = parts[0].subplots(1, len(drawn), squeeze=False)[0]
+    for place, (name, values) in zip(axes, drawn.items(), strict=True):
+        _draw_panel(place, grid, name, values)
     for part, side in zip(parts[1:], ("right", "left"), strict=False):
         _draw_similarities(part, side, _strongest(compared))
     with writing(path):
@@ -123,8 +130,8 @@ def _address(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{b64encode(stream.getvalue()).decode()}"
 
 
-def _draw_panel(axes: Any, grid: Grid, panel: Panel) -> None:
-    cells = [[None if index is None else panel.values[index] for index in row] for row in grid.cells]
+def _draw_panel(axes: Any, grid: Grid, title: str, numbers: Sequence[float | None]) -> None:
+    cells = [[None if index is None else numbers[index] for index in row] for row in grid.cells]
     values = np.array(cells, float)
     image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0, vmax=np.nanmax([*values.flat, 1e-12]))
     if len(grid.rows) <= _MOST_ROWS:
@@ -135,7 +142,7 @@ def _draw_panel(axes: Any, grid: Grid, panel: Panel) -> None:
     axes.set_yticks(range(len(grid.rows)), grid.rows, parse_math=False)
     if all(name.isdigit() for name in grid.rows):
         axes.set_ylabel("layer")
-    axes.set_title(panel.title, fontsize=10)
+    axes.set_title(title, fontsize=10)
     _bare(axes)
     axes.figure.colorbar(image, ax=axes, shrink=0.85, aspect=25).outline.set_visible(False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from hf_lora._files import MAX_JSON_BYTES, is_number, parse_object, read_bytes
+from hf_lora._text import in_words
 from hf_lora.adapters.directory import TENSORS, AdapterFiles
-from hf_lora.insight.inspect import Grid, Update, amplifications, grid_of, parameter_counts, updates_of
+from hf_lora.adapters.peft_format import PREFIX
+from hf_lora.insight.inspect import Grid, Update, amplifications, grid_of, updates_of
 from hf_lora.insight.judgement import Judgement
 from hf_lora.insight.spectra import Amplification
 from hf_lora.tasks.labels import REGRESSION
@@ -23,6 +26,16 @@ METRICS, TRAINER_STATE = "metrics.json", "trainer_state.json"
 _MOST_POINTS = 1000
 # Greater numbers in somebody's files are not shown.
 _ABSURD = 10**15
+# Facts of the training run, and their names in metrics.json.
+_TRAINING = {
+    "training_seconds": "train_runtime",
+    "steps": "global_step",
+    "epochs": "epochs",
+    "retrained_on_examples": "refit_examples",
+}
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?", re.DOTALL)
+# The names of baselines that a problem type has of its own.
+_OWN_BASELINES: dict[str | None, dict[str, str]] = {REGRESSION: {"majority": "mean predictor"}}
 _SPLITS = {"eval": "validation", "test": "test"}
 
 
@@ -110,43 +123,64 @@ def collect(
     )
 
 
+def describe(files: AdapterFiles) -> dict[str, Any]:
+    """Identity and sizes of an adapter, and the norm of each update, from its files alone."""
+    own, config, norms = files.info, files.config, delta_norms(files)
+    lora = sum(tensor.numel() for key, tensor in files.tensors.items() if ".lora_" in key)
+    known = ("labels", "problem_type", "pooling", "max_length", "temperature", "thresholds")
+    return {
+        "directory": str(files.directory),
+        "base_model": files.base_name,
+        "base_revision": own.base_model.revision if own else files.peft_config.get("revision"),
+        "fingerprint": own.base_model.fingerprint if own else None,
+        **{name: getattr(own, name, None) for name in known},
+        **{name: getattr(config, name) for name in ("rank", "alpha", "variant", "scaling")},
+        "projections": own.projections if own else None,
+        "target_modules": config.target_modules,
+        "modules": len(norms),
+        "lora_parameters": lora,
+        "other_parameters": sum(tensor.numel() for tensor in files.tensors.values()) - lora,
+        "bytes": (files.directory / TENSORS).stat().st_size,
+        "metrics": dict(own.metrics) if own else {},
+        "delta_norms": norms,
+    }
+
+
+def delta_norms(files: AdapterFiles) -> dict[str, float]:
+    """The Frobenius norm of scaling * B A by module: the root of trace((B'B)(AA')), for any PEFT adapter."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in files.tensors.items():
+        if match := _FACTOR.fullmatch(key):
+            factors.setdefault(match[1], {})[match[2]] = tensor.double().flatten(1)
+    norms = {}
+    for module, pair in sorted(factors.items()):
+        # PEFT's file has the A of a grouped convolution once for each group, beside zeros.
+        B, A = pair["B"], pair["A"][: pair["B"].shape[1]]
+        gram = ((B.T @ B) * (A @ A.T)).sum()
+        norms[module] = files.config.scaling_of(module) * gram.clamp(min=0).sqrt().item()
+    return norms
+
+
 def _facts(
     files: AdapterFiles, updates: Sequence[Update], recorded: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    info, config = files.info, files.config
-    lora, other = parameter_counts(files)
-    layers = sorted({update.layer for update in updates if update.layer is not None})
-    roles = ", ".join(dict.fromkeys(update.role_name for update in updates))
-    revision = info.base_model.revision if info else files.peft_config.get("revision")
-    names = ("train_runtime", "global_step", "epochs", "refit_examples")
-    seconds, steps, epochs, retrained = (
-        value if _can_show(value) else None for value in map(recorded.get, names)
-    )
-    rows = {
-        "base model": f"{files.base_name or 'not named'}{f' at {revision}' if revision else ''}",
-        "task": info.problem_type.replace("_", " ") if info else "not recorded",
-        "labels": ", ".join(info.labels) if info else "not recorded",
-        "longest input": info and info.max_length and f"{info.max_length} tokens",
-        "adapted": f"{len({update.module for update in updates})} modules: {roles}",
-        "layers": layers and f"{layers[0]} to {layers[-1]} ({len(layers)})",
-        "rank, alpha": f"{config.rank}, {config.alpha:g}; {config.scaling} scaling",
-        "dropout": f"{config.dropout:g}",
-        "variant": config.variant,
-        "parameters": f"{lora:,} of LoRA, {other:,} of the head and other tensors",
-        "file": f"{(files.directory / TENSORS).stat().st_size:,} bytes",
-        "training": f"{seconds:,.0f} s, {steps:,} steps" if None not in (seconds, steps) else "",
-        "epochs": f"{epochs:g}" if epochs is not None else "",
-        "retraining": f"on all {retrained:,} examples" if retrained is not None else "",
-        "written by": info and info.hf_lora_version and f"hf_lora {info.hf_lora_version}",
-    }
-    return [(name, str(value)) for name, value in rows.items() if value]
+    """The facts of `describe` that are fit for a page, and those of the training run."""
+    facts = describe(files)
+    for name in ("directory", "metrics", "delta_norms"):
+        del facts[name]
+    facts["roles"] = list(dict.fromkeys(update.role_name for update in updates))
+    facts["dropout"] = files.config.dropout
+    for title, name in _TRAINING.items():
+        if _can_show(recorded.get(name)):
+            facts[title] = recorded[name]
+    return in_words({**facts, "hf_lora": files.info.hf_lora_version if files.info else None})
 
 
 def _results(
     recorded: Mapping[str, Any], problem_type: str | None
 ) -> list[tuple[str, dict[str, float | None]]]:
     """Metrics of the training run by column; a column without any number is left out."""
-    baselines = BASELINES | ({"majority": "mean predictor"} if problem_type == REGRESSION else {})
+    baselines = BASELINES | _OWN_BASELINES.get(problem_type, {})
     columns = {
         "with adapter": "",
         "encoder without adapter": "_disabled",
@@ -169,8 +203,9 @@ def _results(
 
 def _share(recorded: Mapping[str, Any]) -> tuple[int, int] | None:
     trained, total = (recorded.get(f"{which}_parameters") for which in ("trainable", "total"))
-    counts = isinstance(trained, int) and isinstance(total, int) and 0 <= trained and 0 < total
-    return (trained, total) if counts and max(trained, total) < _ABSURD else None
+    if not all(isinstance(count, int) and 0 <= count < _ABSURD for count in (trained, total)):
+        return None
+    return (int(trained or 0), int(total)) if total else None
 
 
 def _read_object(folder: Path, name: str, missing: list[str]) -> dict[str, Any]:

@@ -1,0 +1,277 @@
+"""`hf-lora resize`, `add` and `extract`: adapters made from other adapters, and from a full fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from math import hypot
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_lora.cli.shared import ADAPTER, add_command, new_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_lora.adapters.arithmetic import Truncation
+    from hf_lora.adapters.directory import AdapterFiles
+    from hf_lora.adapters.extract import Change, Extraction
+    from hf_lora.adapters.values import Adapter
+
+_COST = ("module", "old rank", "new rank", "kept energy", "relative error")
+
+
+def register(commands: Any) -> None:
+    """Add the commands."""
+    words = "write an adapter at a lower rank, the best approximation"
+    parser = add_command(commands, resize, words, *ADAPTER, "output_dir", "json")
+    _add_budget(parser, required=True)
+
+    words = "write the weighted sum, or the average, of adapters of one base"
+    parser = add_command(commands, add, words, "output_dir", "json")
+    parser.add_argument("--adapters", required=True, nargs="+", help="adapter directories or Hub ids")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, help="a number for each adapter, also negative (default: 1 each)"
+    )
+    parser.add_argument("--average", action="store_true", help="divide the weights by their sum")
+    _add_budget(parser, required=False)
+
+    words = "write what a full fine-tuning changed as an adapter"
+    parser = add_command(commands, extract, words, "output_dir", "json")
+    parser.add_argument("--base", required=True, help="the pretrained model: Hub id or directory")
+    parser.add_argument("--base_revision", help="branch, tag or commit of the pretrained model")
+    parser.add_argument("--finetuned", required=True, help="the fine-tuned classifier: Hub id or directory")
+    parser.add_argument("--finetuned_revision", help="branch, tag or commit of the fine-tuned classifier")
+    _add_budget(parser, required=True)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--all_linear", action="store_true", help="every linear layer outside the head (the default)"
+    )
+    which.add_argument("--projections", help="only these attention projections: letters of qkvo")
+    parser.add_argument(
+        "--keep_vectors",
+        action=BooleanOptionalAction,
+        default=True,
+        help="carry changed biases and LayerNorms exactly (default: yes)",
+    )
+
+
+def _add_budget(parser: ArgumentParser, *, required: bool) -> None:
+    budget = parser.add_mutually_exclusive_group(required=required)
+    budget.add_argument("--rank", type=int, help="the highest rank of a module")
+    budget.add_argument(
+        "--energy",
+        type=float,
+        help="the share of the squared singular values that each module keeps, such as 0.9",
+    )
+
+
+def resize(options: Namespace) -> None:
+    """An adapter at a lower rank, and what that cost by module."""
+    from hf_lora.adapters import arithmetic, directory, hub, values
+    from hf_lora.cli.tables import print_table
+
+    output = new_directory(options.output_dir)
+    arithmetic.check_budget(options.rank, options.energy)
+    files = directory.read_adapter(hub.adapter_directory(options.adapter, revision=options.revision))
+    old = values.Adapter.from_files(files)
+    new, cost = arithmetic.resize(old, options.rank, options.energy)
+    _write(output, new, [files])
+    report = {**_sizes(output, new), "old_lora_parameters": old.lora_parameters}
+    if options.json:
+        print(json.dumps({**report, "modules": {name: asdict(entry) for name, entry in cost.items()}}))
+        return
+    print_table(f"{options.adapter} at a lower rank", _COST, _cost_rows(cost))
+    print(f"{_sizes_in_words(report)}; before: {old.lora_parameters:,} LoRA parameters")
+
+
+def add(options: Namespace) -> None:
+    """The weighted sum of adapters, or with `average` their average."""
+    from hf_lora.adapters import arithmetic, directory, hub, values
+    from hf_lora.cli.tables import print_table
+
+    output = new_directory(options.output_dir)
+    weights = options.weights or [1.0] * len(options.adapters)
+    if len(weights) != len(options.adapters):
+        raise ValueError(
+            f"expected one weight for each adapter; got {len(weights)} for {len(options.adapters)}"
+        )
+    is_cut = (options.rank, options.energy) != (None, None)
+    if is_cut:
+        arithmetic.check_budget(options.rank, options.energy)
+    sources = [directory.read_adapter(hub.adapter_directory(adapter)) for adapter in options.adapters]
+    arithmetic.check_combinable(sources)
+    new = arithmetic.combine(
+        [values.Adapter.from_files(files) for files in sources], weights, average=options.average
+    )
+    cost: Mapping[str, Truncation] = {}
+    if is_cut:
+        new, cost = arithmetic.resize(new, options.rank, options.energy)
+    _write(output, new, sources)
+    shares = arithmetic.head_shares(weights) if new.whole or options.average else []
+    report = {
+        **_sizes(output, new),
+        "adapters": list(options.adapters),
+        "weights": shares if options.average else list(weights),
+        "whole_tensor_weights": shares if new.whole else [],
+    }
+    if options.json:
+        modules = {name: {"rank": entry.rank} for name, entry in new.factors.items()}
+        costs = {name: asdict(entry) for name, entry in cost.items()}
+        print(json.dumps({**report, "modules": costs or modules}))
+        return
+    columns = [options.adapters, report["weights"], *([shares] if new.whole else [])]
+    names = ("adapter", "weight of its updates", "weight of its head")[: len(columns)]
+    print_table("adapters", names, zip(*columns, strict=True))
+    if cost:
+        print_table("their sum at a lower rank", _COST, _cost_rows(cost))
+    else:
+        print_table("their sum", ("module", "rank"), [(name, f.rank) for name, f in new.factors.items()])
+    if new.whole:
+        print(f"head: the weighted mean of {len(sources)} heads ({len(new.whole)} whole tensors)")
+    print(_sizes_in_words(report))
+
+
+def extract(options: Namespace) -> None:
+    """What a full fine-tuning changed as an adapter of its base model, and what of it is left out."""
+    from hf_lora.adapters.arithmetic import check_budget
+    from hf_lora.adapters.directory import save_adapter
+    from hf_lora.adapters.extract import extract_adapter, inject_extraction, linear_modules
+    from hf_lora.adapters.info import AdapterInfo, BaseModel
+    from hf_lora.cli.tables import print_table
+    from hf_lora.lora.head import find_head, fresh_modules
+    from hf_lora.models.loading import load_base, load_tokenizer
+
+    output = new_directory(options.output_dir)
+    check_budget(options.rank, options.energy)
+    tuned, labels, problem_type = _finetuned(options)
+    base, missing = load_base(options.base, labels, problem_type=problem_type, revision=options.base_revision)
+    if base.config.model_type != tuned.config.model_type:
+        raise ValueError(
+            f"the fine-tuned model is not one of this base; got a {tuned.config.model_type} in "
+            f"{options.finetuned!r}; expected a {base.config.model_type} as {options.base!r}"
+        )
+    head = (*find_head(base), *fresh_modules(base, missing))
+    extraction = extract_adapter(
+        dict(base.named_parameters()),
+        dict(tuned.named_parameters()),
+        modules=linear_modules(base, projections=options.projections, head=head),
+        rank=options.rank,
+        energy=options.energy,
+        head=head,
+        keep_vectors=options.keep_vectors,
+    )
+    revision = options.base_revision or getattr(base.config, "_commit_hash", None)
+    base_model = BaseModel(options.base, revision)
+    info = AdapterInfo(tuple(labels), problem_type, base_model=base_model, projections=options.projections)
+    inject_extraction(base, extraction, info)
+    # A fine-tuned checkpoint without a tokenizer was trained with the base's.
+    source, at = options.base, options.base_revision
+    if (Path(options.finetuned) / "tokenizer_config.json").is_file():
+        source, at = options.finetuned, None
+    save_adapter(base, output, tokenizer=load_tokenizer(source, revision=at))
+    report = {**_sizes(output, extraction.adapter), **_extraction_report(extraction)}
+    if options.json:
+        print(json.dumps(report))
+        return
+    columns = ("module", "rank", "kept energy", "relative error", "relative change")
+    rows = [(name, *values.values()) for name, values in report["modules"].items()]
+    print_table(f"{options.finetuned} on {options.base}", columns, rows)
+    _print_changes("carried exactly", extraction.carried)
+    _print_changes("LEFT OUT: changed by the fine-tuning, and not in the adapter", extraction.left_out)
+    if extraction.left_out and options.projections:
+        print("without --projections the other linear layers are extracted too")
+    print(f"{100 * report['kept_energy']:.1f}% of all changes outside the head are in the adapter")
+    print(_sizes_in_words(report))
+
+
+def _write(output: Path, new: Adapter, sources: Sequence[AdapterFiles]) -> None:
+    """Write a computed adapter, beside copies of the first source's other files, such as the tokenizer."""
+    from hf_lora.adapters import directory, hub, info, values
+
+    # Written anew; and the card has the metrics of the adapter that was read.
+    own = (directory.CONFIG, directory.TENSORS, info.FILE, "README.md")
+    folder, patterns = sources[0].directory, set(hub.ADAPTER_FILES) - set(own)
+    copies = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    values.write_adapter(output, values.contents(new, sources), copies=sorted(copies))
+
+
+def _sizes(output: Path, adapter: Adapter) -> dict[str, Any]:
+    from hf_lora.adapters.directory import TENSORS
+
+    size = (output / TENSORS).stat().st_size
+    return {"output_dir": str(output), "lora_parameters": adapter.lora_parameters, "bytes": size}
+
+
+def _sizes_in_words(report: Mapping[str, Any]) -> str:
+    return (
+        f"{report['lora_parameters']:,} LoRA parameters, {report['bytes']:,} bytes in {report['output_dir']}"
+    )
+
+
+def _cost_rows(cost: Mapping[str, Truncation]) -> Iterable[tuple[Any, ...]]:
+    return [(name, *asdict(entry).values()) for name, entry in cost.items()]
+
+
+def _finetuned(options: Namespace) -> tuple[PreTrainedModel, list[str], str]:
+    """The fine-tuned classifier, its labels in order, and its problem type."""
+    from transformers import AutoConfig
+
+    from hf_lora.models.bundled import resolve_base
+    from hf_lora.models.loading import load_base
+    from hf_lora.tasks.labels import REGRESSION, SINGLE
+
+    revision = options.finetuned_revision
+    config = AutoConfig.from_pretrained(resolve_base(options.finetuned, revision=revision), revision=revision)
+    labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    problem_type = config.problem_type or (REGRESSION if len(labels) == 1 else SINGLE)
+    model, missing = load_base(options.finetuned, labels, problem_type=problem_type, revision=revision)
+    if missing:
+        raise ValueError(
+            f"{options.finetuned!r} is no fine-tuned classifier; it has no weights for {sorted(missing)[0]!r}; "
+            "expected a checkpoint with its classification head"
+        )
+    return model, labels, problem_type
+
+
+def _extraction_report(extraction: Extraction) -> dict[str, Any]:
+    kept = sum(
+        extraction.covered[name].moved ** 2 * entry.kept_energy
+        for name, entry in extraction.truncations.items()
+    )
+    kept += sum(change.moved**2 for change in extraction.carried.values())
+    groups = (extraction.covered, extraction.carried, extraction.left_out)
+    total = sum(change.moved**2 for group in groups for change in group.values())
+    return {
+        "kept_energy": kept / total if total else 1.0,
+        "modules": {
+            name: {
+                "rank": entry.new_rank,
+                "kept_energy": entry.kept_energy,
+                "relative_error": entry.relative_error,
+                "relative_change": extraction.covered[name].relative,
+            }
+            for name, entry in extraction.truncations.items()
+        },
+        "carried": {name: change.relative for name, change in extraction.carried.items()},
+        "left_out": {name: change.relative for name, change in extraction.left_out.items()},
+    }
+
+
+def _print_changes(title: str, changes: Mapping[str, Change]) -> None:
+    """Changes of tensors as a table; tensors of the same name in all blocks share a row."""
+    from hf_lora.adapters.extract import Change
+    from hf_lora.cli.tables import print_table
+
+    groups: dict[str, list[Change]] = {}
+    for name, change in changes.items():
+        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(change)
+    rows = []
+    for name, group in groups.items():
+        moved, size = (hypot(*(getattr(change, what) for change in group)) for what in ("moved", "size"))
+        rows.append((name, len(group), Change(moved, size).relative))
+    if rows:
+        print_table(title, ("tensor", "tensors", "relative change"), rows)

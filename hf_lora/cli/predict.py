@@ -1,0 +1,92 @@
+"""`hf-lora evaluate` and `hf-lora predict`: metrics on labelled texts, and labels for texts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from hf_lora.cli.shared import CLASSIFIER, INPUT, LABELLED, SPEED, add_command, classifier_of, judged
+
+if TYPE_CHECKING:
+    from hf_lora.serving.classifier import Text, TextClassifier
+
+
+def register(commands: Any) -> None:
+    """Add the commands."""
+    words = "measure an adapter, and the encoder without it, on labelled texts"
+    add_command(commands, evaluate, words, *CLASSIFIER, *LABELLED, *SPEED, "json")
+    parser = add_command(commands, predict, "classify texts; writes JSON lines", *CLASSIFIER, *INPUT, *SPEED)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts (default: those of --input_file)")
+    parser.add_argument(
+        "--input_file",
+        help="txt (one text a line), csv, tsv, jsonl or parquet, of any size (default: standard input)",
+    )
+    parser.add_argument("--output_file", help="file to write (default: standard output)")
+
+
+def evaluate(options: Namespace) -> None:
+    """Metrics and errors by class, with the adapter and for the encoder without it."""
+    from hf_lora.cli.tables import print_class_errors, print_table
+
+    classifier, data, judgement = judged(options)
+    print(classifier.setting, file=sys.stderr)
+    report: dict[str, Any] = {
+        "adapter": str(options.adapter),
+        "examples": judgement.examples,
+        "truncated": data.report.truncated["test"],
+        "metrics": judgement.metrics,
+        "metrics_disabled": judgement.metrics_disabled,
+    }
+    if judgement.confusion:
+        report["classes"] = judgement.classes
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    rows = [(name, value, judgement.metrics_disabled.get(name)) for name, value in judgement.metrics.items()]
+    print_table(f"{judgement.examples} examples", ("metric", "with adapter", "encoder without adapter"), rows)
+    if judgement.confusion:
+        print_class_errors(judgement.classes, "in the output of --json")
+
+
+def predict(options: Namespace) -> None:
+    """One JSON object a line for each text, in order, while the texts are being read."""
+    from tqdm import tqdm
+
+    from hf_lora._files import whole_file
+
+    classifier = classifier_of(options, precision=options.precision)
+    texts = texts_of(options, classifier)
+    if options.output_file is None:
+        _write(classifier, texts, sys.stdout, options.batch_size)
+        return
+    with whole_file(Path(options.output_file)) as stream:
+        _write(classifier, tqdm(texts, unit=" texts", disable=None), stream, options.batch_size)
+
+
+def texts_of(options: Namespace, classifier: TextClassifier) -> Iterator[Text]:
+    """The texts of the command line, or else of the file, or else of standard input."""
+    from hf_lora.data import iter_texts
+
+    if options.texts:
+        yield from options.texts
+        return
+    text, pair = options.text_column, options.text_pair_column
+    if not text:
+        trained_on = (*classifier.info.text_columns, None, None)
+        text, pair = trained_on[0], pair or trained_on[1]
+    source = options.input_file or sys.stdin
+    for row in iter_texts(source, text_column=text, text_pair_column=pair, encoding=options.encoding):
+        yield row[0] if len(row) == 1 else row
+
+
+def _write(classifier: TextClassifier, texts: Iterable[Text], stream: TextIO, batch_size: int | None) -> None:
+    for number, result in enumerate(classifier.predict_stream(texts, batch_size=batch_size)):
+        if number == 0:
+            # After the first text was read: a mistake in the texts is told in one line.
+            print(classifier.setting, file=sys.stderr)
+        stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+        stream.flush()

@@ -1,0 +1,133 @@
+"""What several commands share: options, and the classifier and labelled data that they name.
+
+Light, so that `--help` is quick: heavy modules are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_lora.data import ClassificationData
+    from hf_lora.insight.judgement import Judgement
+    from hf_lora.serving.classifier import Text, TextClassifier
+
+_TRUE = "store_true"
+# The options by name; each means the same in every command that has it.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adapter": {"required": True, "help": "adapter directory or Hub id"},
+    "revision": {"help": "branch, tag or commit of the adapter on the Hub"},
+    "base": {"help": "Hub id or directory of the base model (default: the one that the adapter names)"},
+    "skip_base_check": {"action": _TRUE, "help": "accept a base model with other weights than in training"},
+    "test_file": {"help": "file or folder with texts and labels"},
+    "dataset_name": {"help": "Hub data set with a test split, instead of --test_file"},
+    "dataset_config_name": {"help": "configuration of the Hub data set"},
+    "text_column": {"help": "column of the text (default: as in training)"},
+    "text_pair_column": {"help": "column of the second text of a pair"},
+    "label_column": {"help": "column of the label"},
+    "encoding": {"default": "utf-8", "help": "character encoding of the file (default: utf-8)"},
+    "max_test_samples": {"type": int, "help": "use only the first N examples"},
+    "batch_size": {
+        "type": int,
+        "help": "texts in a batch (default: as many as make 2,048 tokens; 16,384 on a GPU)",
+    },
+    "precision": {
+        "choices": ("auto", "fp32", "bf16"),
+        "default": "auto",
+        "help": "of the encoder; auto: bf16 where the hardware computes in it, else fp32 (default: auto)",
+    },
+    "output_dir": {"required": True, "help": "new directory to write; must not exist"},
+    "json": {"action": _TRUE, "help": "print one JSON object instead of tables"},
+}
+ADAPTER = ("adapter", "revision")
+CLASSIFIER = (*ADAPTER, "base", "skip_base_check")
+INPUT = ("text_column", "text_pair_column", "encoding")
+LABELLED = ("test_file", "dataset_name", "dataset_config_name", "label_column", "max_test_samples", *INPUT)
+SPEED = ("batch_size", "precision")
+
+
+def add_command(commands: Any, run: Callable[[Namespace], None], help: str, *options: str) -> ArgumentParser:
+    """Add the parser of a command, called like the function that runs it, with some of `OPTIONS`."""
+    parser: ArgumentParser = commands.add_parser(run.__name__, help=help, description=f"{help}.")
+    parser.set_defaults(run=run)
+    add_options(parser, *options)
+    return parser
+
+
+def add_options(parser: Any, *names: str) -> None:
+    """Add some of `OPTIONS` to a parser or a group of one."""
+    for name in names:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
+
+
+class Labelled(NamedTuple):
+    """Labelled texts, and their labels as class ids, rows of 0 and 1, or numbers."""
+
+    data: ClassificationData
+    texts: list[Text]
+    references: np.ndarray
+
+
+def classifier_of(options: Namespace, **settings: Any) -> TextClassifier:
+    """The classifier that the options name; settings: of `TextClassifier.from_pretrained`."""
+    from hf_lora.serving.classifier import TextClassifier
+
+    return TextClassifier.from_pretrained(
+        options.adapter,
+        revision=options.revision,
+        base=options.base,
+        check_base=not options.skip_base_check,
+        **settings,
+    )
+
+
+def labelled_data(options: Namespace, classifier: TextClassifier) -> Labelled:
+    """The labelled texts that the options name, with the classifier's length, and labels in its order."""
+    from hf_lora.data import DataConfig, prepare_test
+
+    info = classifier.info
+    columns = [options.text_column, options.text_pair_column]
+    if columns == [None, None] and info.text_columns:
+        columns = [*info.text_columns, None][:2]
+    config = DataConfig(
+        dataset_name=options.dataset_name,
+        dataset_config_name=options.dataset_config_name,
+        test_file=options.test_file,
+        text_column=columns[0],
+        text_pair_column=columns[1],
+        label_column=options.label_column,
+        max_length=info.max_length or min(DataConfig.max_length, classifier.tokenizer.model_max_length),
+        encoding=options.encoding,
+        max_test_samples=options.max_test_samples,
+    )
+    data = prepare_test(config, classifier.tokenizer, info.labels, info.problem_type)
+    rows = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
+    texts = [row[0] if len(row) == 1 else row for row in rows]
+    return Labelled(data, texts, data.splits["test"].with_format("numpy")["labels"][:])
+
+
+def judged(options: Namespace, *, mistakes: int = 0) -> tuple[TextClassifier, ClassificationData, Judgement]:
+    """The classifier and labelled data that the options name, and its results with the adapter and without it."""
+    from hf_lora.insight.judgement import judge
+    from hf_lora.lora.inject import lora_disabled
+
+    classifier = classifier_of(options, precision=options.precision)
+    data, texts, references = labelled_data(options, classifier)
+    enabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
+    with lora_disabled(classifier.model):
+        disabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
+    shown = [text if isinstance(text, str) else " / ".join(text) for text in texts]
+    results = judge(classifier.info, shown, references, enabled, disabled, mistakes=mistakes)
+    return classifier, data, results
+
+
+def new_directory(path: str) -> Path:
+    """The path of a directory to write. Raises ValueError if it exists."""
+    if Path(path).exists():
+        raise ValueError(f"output_dir exists; got {path!r}; expected a new directory")
+    return Path(path)
