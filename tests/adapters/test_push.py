@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -31,8 +30,7 @@ from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.hub import adapter_contents, push_adapter
 from hf_lora.adapters.info import FILE
 from hf_lora.adapters.peft_format import adapter_tensors
-from hf_lora.cli import hub_commands
-from hf_lora.cli.adapter_arguments import add_adapter_commands
+from hf_lora.cli import main as cli
 from hf_lora.training.checkpoints import checkpoints, problem
 from tests.training.test_trainer import arguments, assert_same_tensors, dataset, injected
 
@@ -336,11 +334,7 @@ def test_a_base_model_that_others_cannot_have_is_told(
 
 
 def run(*argv: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_adapter_commands(parser.add_subparsers(dest="command", required=True))
-    options = parser.parse_args(["push", *(str(part) for part in argv)])
-    assert options.module == hub_commands.__name__
-    return hub_commands.push(options)
+    return cli.main(["push", *map(str, argv)])
 
 
 def test_the_command_tells_what_it_sent_and_when_there_was_nothing_to_send(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers_commands import cells
 
 from hf_lora.cli.tables import print_class_errors, print_table
 
@@ -10,10 +11,6 @@ def printed(
 ) -> list[str]:
     print_table(title, columns, rows)
     return capsys.readouterr().out.splitlines()
-
-
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")]
 
 
 def test_cells_are_formatted_by_type(capsys: pytest.CaptureFixture[str]) -> None:

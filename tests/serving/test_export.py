@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, randomize, tiny_classifier, tiny_tokenizer
+from conftest import randomize, tiny_classifier, tiny_tokenizer
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_lora import LoRAConfig, TextClassifier, inject_lora, merge_lora
 from hf_lora.adapters.info import FILE, AdapterInfo
-from hf_lora.cli import export_commands
-from hf_lora.cli.export_arguments import MODULE, add_export_commands
 from hf_lora.lora.inject import lora_layers
 from hf_lora.serving import export
 from hf_lora.serving.export import PROBES, TOLERANCE, Export, export_onnx
@@ -352,89 +350,3 @@ def test_what_is_no_export_is_not_loaded(
     shutil.copy(exported("bert").done.directory / MODEL, tmp_path)
     with pytest.raises(ValueError, match=r"without hf_lora\.json"):
         load_onnx(tmp_path)
-
-
-def command(*argv: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_export_commands(parser.add_subparsers(dest="command", required=True))
-    options = parser.parse_args(["export", *map(str, argv)])
-    assert options.module == MODULE == export_commands.__name__
-    return getattr(export_commands, options.command)(options)
-
-
-def test_the_command_measures_on_labelled_data(
-    adapter_dir: Path, tiny_csv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    given = ("--adapter", adapter_dir, "--output_dir", output, "--test_file", tiny_csv, "--int8", "--json")
-    assert command(*given) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["output_dir"] == str(output) and report["texts"] == 48
-    assert report["inputs"] == [*BOTH]  # what its tokenizer gives
-    rows = [line.rsplit(",", 1) for line in tiny_csv.read_text().splitlines()[1:]]
-    texts, labels = [row[0] for row in rows], np.array([LABELS.index(row[1]) for row in rows])
-    classifiers = {
-        "torch": TextClassifier.from_pretrained(adapter_dir, precision="fp32"),
-        **{name: load_onnx(output, file=name) for name in (MODEL, MODEL_INT8)},
-    }
-    for name, classifier in classifiers.items():
-        right = classifier.logits(texts).argmax(-1).numpy() == labels
-        assert report["metrics"][name]["accuracy"] == pytest.approx(right.mean())
-    for name in (MODEL, MODEL_INT8):
-        assert report["files"][name]["bytes"] == (output / name).stat().st_size
-
-
-def test_the_command_prints_differences_on_probes(
-    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    zeros = torch.zeros(len(PROBES), 2)
-    compared = {
-        MODEL: export.Compared(90_900_000, 2.1e-6, 5.4e-7, 0),
-        MODEL_INT8: export.Compared(23_000_000, 0.31, 0.056, 1),
-    }
-    done = Export(tmp_path / "out", ("input_ids",), compared, {"torch": zeros})
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        export_commands, "export_onnx", lambda classifier, output, **options: calls.append(options) or done
-    )
-    assert command("--adapter", adapter_dir, "--output_dir", tmp_path / "out", "--int8") == 0
-    assert calls == [{"int8": True, "texts": None}]
-    out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "│" in line]
-    assert rows == [
-        [MODEL, "90.9", "2.1e-06", "5.4e-07", "0"],
-        [MODEL_INT8, "23.0", "0.31", "0.056", "1"],
-    ]
-    assert "on 13 probe texts" in out
-    assert "inputs: input_ids\n" in out
-    assert "pass --test_file" in out
-
-
-def test_a_mistake_in_the_data_is_told_before_the_work(
-    adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export_commands, "export_onnx", None)
-    with pytest.raises((ValueError, OSError), match=r"nothing\.csv"):
-        command("--adapter", adapter_dir, "--output_dir", tmp_path / "out", "--test_file", "nothing.csv")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_merged_format_is_a_plain_checkpoint(
-    adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "merged"
-    given = ("--adapter", adapter_dir, "--output_dir", output, "--format", "safetensors-merged")
-    assert command(*given, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["texts"] == len(PROBES) and report["label_flips"] == 0
-    model = AutoModelForSequenceClassification.from_pretrained(output).eval()
-    assert not [name for name, _ in model.named_parameters() if "lora" in name]
-    encoded = AutoTokenizer.from_pretrained(output)("the film was good", return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**encoded).logits
-    expected = TextClassifier.from_pretrained(adapter_dir, precision="fp32").logits(["the film was good"])
-    assert_close(logits, expected, atol=1e-5, rtol=0)
-    for flag in (["--int8"], ["--test_file", "x.csv"], ["--dataset_name", "x"]):
-        with pytest.raises(ValueError, match=rf"{flag[0]} does nothing in this format"):
-            command(*given[:2], "--output_dir", tmp_path / "other", *given[4:], *flag)
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
