@@ -99,7 +99,7 @@ def prediction_chart(points: Sequence[tuple[float, float]]) -> str:
 
 def spectrum_chart(lines: Sequence[Sequence[float]], top: float) -> str:
     """Singular values by index, up to `top`: a line for each layer, from light to dark."""
-    figure, axes = _chart(236, 200, "index", "value")
+    figure, axes = _chart(230, 200, "index", "value")
     colours = matplotlib.colormaps["Blues"](np.linspace(0.35, 1, len(lines)))
     for values, colour in zip(lines, colours, strict=True):
         axes.plot(range(1, 1 + len(values)), values, color=colour, marker="o" if len(values) == 1 else "")

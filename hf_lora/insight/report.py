@@ -173,7 +173,9 @@ def _facts(
     for title, name in _TRAINING.items():
         if _can_show(recorded.get(name)):
             facts[title] = recorded[name]
-    return in_words({**facts, "hf_lora": files.info.hf_lora_version if files.info else None})
+    if files.info and files.info.hf_lora_version:
+        facts["written_by"] = f"hf_lora {files.info.hf_lora_version}"
+    return in_words(facts)
 
 
 def _results(
