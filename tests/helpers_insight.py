@@ -8,11 +8,11 @@ import numpy as np
 
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.insight.judgement import Judgement, judge
+from hf_lora.tasks import MULTI, REGRESSION
 
 LABELS = ("arts & <b>crafts</b>", "sports", "tech|x")
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 INFO, MULTI_INFO = AdapterInfo(LABELS), AdapterInfo(LABELS, MULTI)
-REGRESSION_INFO = AdapterInfo(("score",), "regression")
+REGRESSION_INFO = AdapterInfo(("score",), REGRESSION)
 HOSTILE = '<script>fetch("http://192.0.2.1/x")</script><img src=http://192.0.2.1/y.png>\u202e[31m'
 
 

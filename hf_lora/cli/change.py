@@ -222,12 +222,12 @@ def _finetuned(options: Namespace) -> tuple[PreTrainedModel, list[str], str]:
 
     from hf_lora.models.bundled import resolve_base
     from hf_lora.models.loading import load_base
-    from hf_lora.tasks.labels import REGRESSION, SINGLE
+    from hf_lora.tasks import task_of
 
     revision = options.finetuned_revision
     config = AutoConfig.from_pretrained(resolve_base(options.finetuned, revision=revision), revision=revision)
     labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    problem_type = config.problem_type or (REGRESSION if len(labels) == 1 else SINGLE)
+    problem_type = task_of(config.problem_type, len(labels)).name
     model, missing = load_base(options.finetuned, labels, problem_type=problem_type, revision=revision)
     if missing:
         raise ValueError(

@@ -179,7 +179,7 @@ def inspect(options: Namespace) -> None:
 def _updates(options: Namespace) -> tuple[list[Update], list[Amplification | None], Any, list[str]]:
     """The updates, their amplifications, the base's configuration, and notes; without a base model the first alone."""
     from hf_lora.insight.inspect import amplifications, base_weights, updates_of
-    from hf_lora.models.loading import load_trained
+    from hf_lora.serving.classifier import load_trained
 
     files = _read(options.adapter, options.revision)
     try:

@@ -92,8 +92,8 @@ def merge(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     """Base and adapter in another format: a graph, how far it is from torch, and what int8 costs."""
     from hf_lora.cli.tables import print_table
-    from hf_lora.insight.judgement import measurer
     from hf_lora.serving.export import PROBES, export_onnx
+    from hf_lora.tasks.mistakes import measurer
 
     if options.format == MERGED:
         unused = [name for name in ("int8", "test_file", "dataset_name") if getattr(options, name)]
@@ -109,7 +109,8 @@ def export(options: Namespace) -> None:
     done = export_onnx(classifier, options.output_dir, int8=options.int8, texts=given and given.texts)
     metrics = {}
     if given:
-        measure = measurer(classifier.info)
+        info = classifier.info
+        measure = measurer(info.task, info.labels, info.calibration)
         metrics = {name: measure(part.numpy(), given.references) for name, part in done.logits.items()}
     count = len(done.logits["torch"])
     if options.json:

@@ -15,9 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_lora._files import writing
 from hf_lora.insight.inspect import Comparison, Grid, Update, grid_of
-from hf_lora.insight.judgement import Calibration
 from hf_lora.insight.report import History
 from hf_lora.insight.spectra import Amplification
+from hf_lora.tasks.calibration import Reliability
 
 ACCENT, MUTED, INK, GRID, BAD = "#1d5fa8", "#98a2b3", "#344054", "#e4e7ec", "#c8553d"
 # Larger grids have cells too small for numbers.
@@ -74,11 +74,11 @@ def loss_chart(history: History) -> str:
     return _address(figure)
 
 
-def reliability_chart(calibration: Calibration) -> str:
+def reliability_chart(reliability: Reliability) -> str:
     """Accuracy by confidence: a bar for each bin, darker with more predictions; red: the distance to confidence."""
     figure, axes = _chart(340, 340, "confidence", "accuracy")
-    most = max((entry.count for entry in calibration.bins), default=1)
-    for entry in calibration.bins:
+    most = max((entry.count for entry in reliability.bins), default=1)
+    for entry in reliability.bins:
         strength = 0.3 + 0.7 * entry.count / most
         width = entry.high - entry.low
         axes.bar(entry.low, entry.accuracy, width, align="edge", color=ACCENT, alpha=strength, ec="white")

@@ -17,8 +17,8 @@ from hf_lora.adapters.peft_format import PREFIX
 from hf_lora.insight.inspect import Grid, Update, amplifications, grid_of, updates_of
 from hf_lora.insight.judgement import Judgement
 from hf_lora.insight.spectra import Amplification
-from hf_lora.tasks.labels import REGRESSION
-from hf_lora.tasks.metric_classes import BASELINES
+from hf_lora.tasks import Task, task_of
+from hf_lora.tasks.metrics import BASELINES
 from hf_lora.training.checkpoints import checkpoints
 
 METRICS, TRAINER_STATE = "metrics.json", "trainer_state.json"
@@ -34,8 +34,6 @@ _TRAINING = {
     "retrained_on_examples": "refit_examples",
 }
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?", re.DOTALL)
-# The names of baselines that a problem type has of its own.
-_OWN_BASELINES: dict[str | None, dict[str, str]] = {REGRESSION: {"majority": "mean predictor"}}
 _SPLITS = {"eval": "validation", "test": "test"}
 
 
@@ -81,6 +79,11 @@ class Report:
     measured: Measured | None
     share: tuple[int, int] | None
     missing: list[str]
+
+    @property
+    def task(self) -> Task:
+        """The task of the problem type; single labels where it is not known."""
+        return task_of(self.problem_type)
 
 
 def collect(
@@ -182,7 +185,7 @@ def _results(
     recorded: Mapping[str, Any], problem_type: str | None
 ) -> list[tuple[str, dict[str, float | None]]]:
     """Metrics of the training run by column; a column without any number is left out."""
-    baselines = BASELINES | _OWN_BASELINES.get(problem_type, {})
+    baselines = BASELINES | {"majority": task_of(problem_type).baseline}
     columns = {
         "with adapter": "",
         "encoder without adapter": "_disabled",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers_insight import INFO, LABELS, MULTI, MULTI_INFO, REGRESSION_INFO, judged, outputs
+from helpers_insight import INFO, LABELS, MULTI_INFO, REGRESSION_INFO, judged, outputs
 from sklearn import metrics as sk
 
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.insight.judgement import calibration, calibration_of, judge, measurer
+from hf_lora.insight.judgement import judge
+from hf_lora.tasks import MULTI, REGRESSION, task_of
+from hf_lora.tasks.calibration import Calibration
+from hf_lora.tasks.mistakes import measurer
 
 
 def test_single_label_results_are_those_of_sklearn():
@@ -49,14 +52,6 @@ def test_calibration_is_its_definition():
     assert made.calibration is not None and made.calibration.error == pytest.approx(error)
     assert made.calibration.accuracy == pytest.approx(correct.mean())
     assert sum(entry.count for entry in made.calibration.bins) == 60
-
-
-def test_bins_are_closed_above():
-    found = calibration(np.array([0.0, 0.5, 0.5, 0.51, 1.0]), np.array([0, 1, 0, 1, 1], bool), bins=2)
-    assert [(entry.low, entry.high, entry.count) for entry in found.bins] == [(0.0, 0.5, 3), (0.5, 1.0, 2)]
-    assert found.bins[0].accuracy == pytest.approx(1 / 3) and found.bins[0].confidence == pytest.approx(1 / 3)
-    # 3 of 5 are calibrated exactly; the other 2 are 1 - 0.755 apart.
-    assert found.error == pytest.approx(2 / 5 * 0.245)
 
 
 def test_multi_label():
@@ -121,8 +116,8 @@ def test_thresholds_decide_and_leave_probabilities_alone():
             error += inside.sum() / 120 * abs(right[inside].mean() - likelier[inside].mean())
     assert made.calibration.error == pytest.approx(error)
     assert made.metrics["calibration_error"] == pytest.approx(error)
-    assert measurer(info)(logits, truth) == made.metrics
-    assert calibration_of(REGRESSION_INFO, logits[:, :1], truth[:, 0]) is None
+    assert measurer(info.task, LABELS, info.calibration)(logits, truth) == made.metrics
+    assert task_of(REGRESSION).reliability(logits[:, :1], truth[:, 0], Calibration()) is None
 
 
 def test_regression():

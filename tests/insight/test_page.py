@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_insight import HOSTILE, LABELS, MULTI_INFO, REGRESSION_INFO, SINGLE, Page, judged, outputs
+from helpers_insight import HOSTILE, LABELS, MULTI_INFO, REGRESSION_INFO, Page, judged, outputs
 from sklearn import metrics as sk
 
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.insight.judgement import Judgement, judge
 from hf_lora.insight.page import render
 from hf_lora.insight.report import Measured, collect
+from hf_lora.tasks import SINGLE
 
 
 def page_of(adapter_dir: Path, made: Judgement | None, **known: Any) -> str:
@@ -177,6 +178,7 @@ def opened(chromium: str, text: str, folder: Path) -> tuple[str, str]:
     return run.stdout, (folder / "net.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_browser_shows_it_and_asks_nobody(
     chromium: str, adapter_dir: Path, tmp_path: Path, asked: tuple[int, list[str]]
 ):

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from hf_lora.insight import plots
-from hf_lora.insight.judgement import calibration
 from hf_lora.insight.report import History
+from hf_lora.tasks.calibration import reliability
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -48,7 +48,7 @@ def test_losses_are_lines_through_their_points():
 
 
 def test_a_reliability_chart_has_a_bar_for_each_bin():
-    found = calibration(np.array([0.2, 0.6, 0.6, 0.9]), np.array([0, 1, 0, 1], bool), bins=4)
+    found = reliability(np.array([0.2, 0.6, 0.6, 0.9]), np.array([0, 1, 0, 1], bool), bins=4)
     svg = drawn(plots.reliability_chart(found))
     bars = [path for path in svg.iter(f"{SVG}path") if f"fill: {plots.ACCENT}" in path.get("style", "")]
     strengths = [re.findall(r"opacity: (\S+?);", bar.get("style", "")) for bar in bars]

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import BAD, GOOD, LABELS, WORDS, write_texts
+from helpers_cli import head_on_base, read_texts, scored
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import AutoModel
@@ -26,7 +27,6 @@ from hf_lora import LoRAConfig, TextClassifier
 from hf_lora.cli import main as cli
 from hf_lora.recipe.arguments import LoRAArguments
 from hf_lora.recipe.finetune import lora_config, run_training
-from tests.cli.test_commands import head_on_base, read_texts, scored
 from tests.serving.test_classifier import peft_logits, plain_logits
 
 Train = Callable[..., dict[str, Any]]

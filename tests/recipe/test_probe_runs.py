@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_texts
+from helpers_cli import read_texts
 from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.dummy import DummyClassifier
@@ -20,7 +21,6 @@ from hf_lora import TextClassifier
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.cli import main as cli
 from hf_lora.recipe.finetune import run_training
-from tests.cli.test_commands import read_texts
 
 
 @pytest.fixture(scope="module")

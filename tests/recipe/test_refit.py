@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import LABELS, write_texts
 from datasets import concatenate_datasets
+from helpers_cli import read_texts
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +29,6 @@ from hf_lora.recipe.head_start import frozen_features, install, output_layer, st
 from hf_lora.recipe.refit import refit
 from hf_lora.training.gradient_init import choose_start, start_lora
 from hf_lora.training.preemption import EXIT_CODE, Preempted
-from tests.cli.test_commands import read_texts
 from tests.recipe.test_head_start import prepared, regressions_loss
 from tests.training.test_preemption import Terminate
 
