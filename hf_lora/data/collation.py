@@ -13,10 +13,9 @@ from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedToken
 
 
 class QuickPadding(DataCollatorWithPadding):
-    """DataCollatorWithPadding for rows of Python lists; the same tensors, and any other row goes to it.
+    """DataCollatorWithPadding for rows of Python lists: the same tensors; any other row goes to it.
 
-    DataCollatorWithPadding walks through every row of every column in Python and through the whole batch
-    again to make tensors: 1.8 ms for 16 rows of 64 to 128 tokens, where this takes 0.1 ms.
+    DataCollatorWithPadding takes 1.8 ms for 16 rows of 64 to 128 tokens, this 0.1 ms.
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> BatchEncoding:
@@ -50,17 +49,13 @@ def quick_collator(collator: Any) -> Any:
 
     A tokenizer with a padding of its own (LUKE's entities, LED's global attention) keeps it.
     """
-    if type(collator) is not DataCollatorWithPadding or collator != DataCollatorWithPadding(
-        collator.tokenizer
-    ):
+    plain = DataCollatorWithPadding
+    if type(collator) is not plain or collator != plain(collator.tokenizer):
         return collator
-    tokenizer = collator.tokenizer
-    base = PreTrainedTokenizerBase
-    own_padding = not isinstance(tokenizer, base) or (type(tokenizer).pad, type(tokenizer)._pad) != (
-        base.pad,
-        base._pad,
-    )
-    return collator if own_padding or tokenizer.pad_token_id is None else QuickPadding(tokenizer)
+    tokenizer, base = collator.tokenizer, PreTrainedTokenizerBase
+    kind: Any = type(tokenizer)
+    is_usual = isinstance(tokenizer, base) and kind.pad is base.pad and kind._pad is base._pad
+    return QuickPadding(tokenizer) if is_usual and tokenizer.pad_token_id is not None else collator
 
 
 def filled_places(lengths: np.ndarray, width: int, side: str) -> np.ndarray:

@@ -81,11 +81,10 @@ class DataConfig:
         return DEFAULT_SEED if self.seed is None else self.seed
 
     def __post_init__(self) -> None:
-        self._check_source()
-        self._check_columns()
+        self._check_names()
         self._check_values()
 
-    def _check_source(self) -> None:
+    def _check_names(self) -> None:
         if self.dataset_name and self.train_file:
             raise ValueError(
                 f"two training sets: {self.dataset_name!r} and {self.train_file!r}; expected one"
@@ -93,8 +92,6 @@ class DataConfig:
         for name in ("dataset_config_name", "dataset_revision"):
             if getattr(self, name) and not self.dataset_name:
                 raise ValueError(f"{name} needs a dataset_name; got {getattr(self, name)!r}")
-
-    def _check_columns(self) -> None:
         if self.text_pair_column and not self.text_column:
             raise ValueError(f"text_pair_column needs a text_column; got {self.text_pair_column!r} alone")
         named = [name for name in (self.text_column, self.text_pair_column, self.label_column) if name]

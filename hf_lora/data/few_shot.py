@@ -21,9 +21,8 @@ def few_shot(
 ) -> tuple[dict[str, datasets.Dataset], tuple[str, ...]]:
     """Return the splits with `config.few_shot` examples of each label in training, and warnings.
 
-    A validation split that is there stays whole; where there is none it is held out of the few. Both parts of a
-    smaller draw are in those of a larger one with the same seed. Multi-label examples without any label count as
-    those of one more label.
+    A validation split stays whole; where there is none it is held out of the few. Both parts of a smaller draw are in
+    those of a larger one with the same seed. Multi-label examples without a label count as one more label.
 
     Raises:
         ValueError: a regression, which has no labels to draw by, or nothing is left to hold out.
@@ -46,17 +45,18 @@ def few_shot(
             f"few_shot {config.few_shot} leaves nothing to hold out for validation, since one example of each label "
             "stays in training; expected 2 or more, or a validation_file"
         )
-    parts: dict[bool, list[int]] = {False: [], True: []}
-    for row, held_out in zip(drawn, is_held_out, strict=True):
-        parts[held_out].append(row)
-    return {**splits, "train": train.select(parts[False]), "validation": train.select(parts[True])}, warnings
+    kept, held_out = (
+        train.select([row for row, held in zip(drawn, is_held_out, strict=True) if held is part])
+        for part in (False, True)
+    )
+    return {**splits, "train": kept, "validation": held_out}, warnings
 
 
 def draw(carried: Sequence[Sequence[int]], shots: int, seed: int) -> list[int]:
     """Rows in the order they are drawn: each label that a row carries gets `shots` rows, or all it has.
 
-    carried: the labels of each row. In round n every label, the rarest first, is brought to n rows; so the draw of
-    a smaller number is the beginning of this one.
+    carried: the labels of each row. In round n every label, the rarest first, is brought to n rows. So a smaller draw
+    is the beginning of a larger one.
     """
     waiting: dict[int, list[int]] = {}
     for row in np.random.default_rng(seed).permutation(len(carried)).tolist():
@@ -78,9 +78,9 @@ def draw(carried: Sequence[Sequence[int]], shots: int, seed: int) -> list[int]:
 def divide(carried: Sequence[Sequence[int]], fraction: float) -> list[bool]:
     """Whether each row, in the order drawn, is held out.
 
-    A row goes by the one of its labels that has the fewest rows before it: of n rows of a label, `fraction` times
-    n are held out, at least one, but none before each of its labels has a row in training. What is decided of a
-    row depends on those before it alone, so that a longer draw does not change it.
+    Of n rows of a label `fraction` times n are held out, at least one, but none before each of its labels has a row in
+    training. A row with several labels goes by the one with the fewest rows before it. The decision depends on the
+    rows before it alone, so that a longer draw does not change it.
     """
     kept: Counter[int] = Counter()
     held: Counter[int] = Counter()

@@ -1,4 +1,4 @@
-"""Reading labelled examples whole: from a file, a saved dataset, or a folder of documents."""
+"""Read labelled examples whole: from a file, a saved dataset, or a folder of documents."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from hf_lora.data.records import FORMATS, codec_for, format_of, read_records
 
 BADLY_ENCODED = "__badly_encoded__"  # marks the documents of a folder that were read in FALLBACK_ENCODING
 FALLBACK_ENCODING = "cp1252"
-
-_LABELLED_SUFFIXES = tuple(suffix for suffix, entry in FORMATS.items() if entry.builder)
 
 
 def read_path(path: str, *, encoding: str, cache_dir: str | None) -> datasets.Dataset | datasets.DatasetDict:
@@ -38,16 +36,15 @@ def read_path(path: str, *, encoding: str, cache_dir: str | None) -> datasets.Da
 def _read_file(path: Path, encoding: str, cache_dir: str | None) -> datasets.Dataset:
     file_format = format_of(path)
     if file_format.builder is None:
-        raise ValueError(
-            f"{path}: plain text has no labels; expected {', '.join(_LABELLED_SUFFIXES)} or a folder"
-        )
+        labelled = ", ".join(suffix for suffix, entry in FORMATS.items() if entry.builder)
+        raise ValueError(f"{path}: plain text has no labels; expected {labelled} or a folder")
     records = read_records(path, encoding)
     _, first = next(records, (0, None))
     if first is None:
         raise ValueError(f"{path} is empty; expected at least one example")
     if file_format.written_by_hand:
-        # pandas takes a row with too many fields for one with an index, and pyarrow knows no line numbers:
-        # walking through the file once finds every mistake before either sees it.
+        # Find mistakes first: pandas takes a row with too many fields for one with an index, and pyarrow has no line
+        # numbers.
         for _ in records:
             pass
     try:
@@ -56,7 +53,7 @@ def _read_file(path: Path, encoding: str, cache_dir: str | None) -> datasets.Dat
             data_files={"train": [glob.escape(str(path.resolve()))]},
             split="train",
             cache_dir=cache_dir,
-            **file_format.options(tuple(first), encoding),
+            **file_format.options(list(first), encoding),
         )
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]

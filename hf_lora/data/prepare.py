@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_lora.data.columns import choose_label_column, choose_text_columns, require_column
+from hf_lora.data.columns import choose_columns, require_column
 from hf_lora.data.config import DataConfig
 from hf_lora.data.few_shot import few_shot
 from hf_lora.data.files import BADLY_ENCODED
-from hf_lora.data.report import DataReport, SplitCounts, count_empty, leakage_warnings, length_counts
+from hf_lora.data.report import DataReport
 from hf_lora.data.splits import (
     ENCODED,
     SPLIT_NAMES,
@@ -58,12 +58,6 @@ class ClassificationData:
         return task_of(self.problem_type)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    texts: tuple[str, ...]
-    label: str
-
-
 @without_progress_bars()
 def prepare_data(
     config: DataConfig,
@@ -78,22 +72,20 @@ def prepare_data(
     label for single-label problems. A test split whose labels are all hidden (-1) is left out with a warning.
 
     tables: data in memory by split, as `load_splits` takes them.
-    test_seed: where there is neither a validation nor a test split, a test split is held out first, with this
-    seed, of all the training data: one for runs whose training data differ.
+    test_seed: where there is neither a validation nor a test split, a test split is held out first, with this seed.
+        Runs with other training data then share one test split.
 
     Raises:
         ValueError: a mistake in the files, columns, labels or sizes; one line that says where.
     """
-    tables = tables or {}
     raw = load_splits(config, tables)
     if "train" not in raw:
         raise ValueError("there is no training split; give a train_file or a dataset_name that has one")
-    columns = _choose_columns(raw["train"], config, "the train split")
-    _check_max_length(config.max_length, tokenizer, pair=len(columns.texts) > 1)
-    raw, warnings = without_hidden_test(
-        raw, columns.label, was_asked_for=bool(config.test_file) or "test" in tables
-    )
-    scheme = learn_labels(raw["train"], columns.label, config.problem_type)
+    columns = choose_columns(raw["train"].column_names, config, "the train split")
+    _check_max_length(config.max_length, tokenizer, pair=len(columns) > 2)
+    asked_for = bool(config.test_file) or "test" in (tables or {})
+    raw, warnings = without_hidden_test(raw, columns[-1], asked_for=asked_for)
+    scheme = learn_labels(raw["train"], columns[-1], config.problem_type)
     splits = {split: _encode(dataset, columns, scheme, split) for split, dataset in raw.items()}
     if test_seed is not None and not {"validation", "test"} & set(splits):
         train, test, _ = hold_out(splits["train"], scheme, replace(config, seed=test_seed))
@@ -104,11 +96,9 @@ def prepare_data(
     if config.few_shot is not None:
         splits, more = few_shot(splits, scheme, config)
     elif held_out:
-        train, validation, more = hold_out(splits["train"], scheme, config)
-        splits = {**splits, "train": train, "validation": validation}
-    warnings += more
+        splits["train"], splits["validation"], more = hold_out(splits["train"], scheme, config)
     ordered = {split: splits[split] for split in SPLIT_NAMES if split in splits}
-    data = _finish(ordered, columns, scheme, config, tokenizer, warnings)
+    data = _finish(ordered, columns, scheme, config, tokenizer, (*warnings, *more))
     return replace(data, held_out=held_out)
 
 
@@ -135,21 +125,15 @@ def prepare_test(
     raw = load_splits(config, tables)
     if "test" not in raw:
         raise ValueError(f"there is no test split; got {', '.join(raw)}; give a test_file")
-    columns = _choose_columns(raw["test"], config, "the test split")
-    _check_max_length(config.max_length, tokenizer, pair=len(columns.texts) > 1)
-    if "-1" not in labels and are_hidden(raw["test"], columns.label):
+    columns = choose_columns(raw["test"].column_names, config, "the test split")
+    _check_max_length(config.max_length, tokenizer, pair=len(columns) > 2)
+    if "-1" not in labels and are_hidden(raw["test"], columns[-1]):
         raise ValueError(
             "every label of the test split is -1: they are hidden; give a test_file that has labels"
         )
     scheme = LabelScheme(task_of(problem_type), tuple(labels))
     splits = {"test": _encode(raw["test"], columns, scheme, "test")}
     return _finish(splits, columns, scheme, config, tokenizer, ())
-
-
-def _choose_columns(dataset: datasets.Dataset, config: DataConfig, source: str) -> _Columns:
-    label = choose_label_column(dataset.column_names, config.label_column, source)
-    others = [name for name in dataset.column_names if name != label]
-    return _Columns(choose_text_columns(others, config.text_column, config.text_pair_column, source), label)
 
 
 def _check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, *, pair: bool) -> None:
@@ -163,16 +147,15 @@ def _check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, *, pa
 
 
 def _encode(
-    dataset: datasets.Dataset, columns: _Columns, scheme: LabelScheme, split: str
+    dataset: datasets.Dataset, columns: Sequence[str], scheme: LabelScheme, split: str
 ) -> datasets.Dataset:
     """Keep the columns that matter, texts as strings, and add the encoded labels."""
-    for name in (*columns.texts, columns.label):
+    *texts, label = columns
+    for name in columns:
         require_column(dataset.column_names, name, f"the {split} split")
-    encoded = scheme.encode(read_labels(dataset, columns.label), split)
-    marks = [BADLY_ENCODED] if BADLY_ENCODED in dataset.column_names else []
-    kept = _with_string_texts(
-        dataset.select_columns([*columns.texts, columns.label, *marks]), columns.texts, split
-    )
+    encoded = scheme.encode(read_labels(dataset, label), split)
+    marks = [name for name in (BADLY_ENCODED,) if name in dataset.column_names]
+    kept = _with_string_texts(dataset.select_columns([*columns, *marks]), texts, split)
     return kept.add_column(ENCODED, encoded, feature=scheme.task.working_feature(scheme.names))
 
 
@@ -182,17 +165,15 @@ def _with_string_texts(
     """Turn nulls into empty texts and numbers into their digits; leave columns of strings as they are."""
     changing = [name for name in text_columns if not _is_all_strings(dataset, name)]
     for name in changing:
-        examples = (value for value in dataset[name] if value is not None)
-        if not isinstance(value := next(examples, ""), (str, int, float)):
+        value = next((value for value in dataset[name] if value is not None), "")
+        if not isinstance(value, str | int | float):
             raise ValueError(
                 f"column {name!r} of the {split} split holds {type(value).__name__} values, not text"
             )
     if not changing:
         return dataset
     features = datasets.Features({**dataset.features, **dict.fromkeys(changing, datasets.Value("string"))})
-    return dataset.map(
-        _stringify, batched=True, fn_kwargs={"columns": changing}, features=features, desc="Reading texts"
-    )
+    return dataset.map(_stringify, batched=True, fn_kwargs={"columns": changing}, features=features)
 
 
 def _is_all_strings(dataset: datasets.Dataset, column: str) -> bool:
@@ -206,26 +187,21 @@ def _stringify(batch: dict[str, list[Any]], columns: Sequence[str]) -> dict[str,
 
 def _finish(
     encoded: dict[str, datasets.Dataset],
-    columns: _Columns,
+    columns: tuple[str, ...],
     scheme: LabelScheme,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     warnings: tuple[str, ...],
 ) -> ClassificationData:
     """Cut the splits to size, tokenize and count them."""
+    text_columns, max_length = columns[:-1], config.max_length
     kept = {split: subset(dataset, split, config) for split, dataset in encoded.items()}
     tokenized = {
-        split: _tokenize(dataset, columns.texts, tokenizer, config.max_length, split)
-        for split, dataset in kept.items()
+        split: _tokenize(dataset, text_columns, tokenizer, max_length) for split, dataset in kept.items()
     }
-    texts = datasets.DatasetDict(
-        {split: dataset.select_columns([*columns.texts, columns.label]) for split, dataset in kept.items()}
-    )
-    counts = {
-        split: _count(kept[split], tokenized[split], columns.texts, scheme, config.max_length)
-        for split in kept
-    }
-    report = DataReport.from_counts(counts, (*warnings, *leakage_warnings(texts, columns.texts)))
+    lengths = {split: np.asarray(dataset[_LENGTH][:]) for split, dataset in tokenized.items()}
+    label_counts = {split: scheme.count(dataset[ENCODED][:]) for split, dataset in kept.items()}
+    report = DataReport.of(kept, text_columns, lengths, max_length, label_counts, warnings)
     for warning in report.warnings:
         logger.warning(warning)
     splits = {
@@ -236,11 +212,13 @@ def _finish(
     }
     return ClassificationData(
         splits=datasets.DatasetDict(splits),
-        texts=texts,
+        texts=datasets.DatasetDict(
+            {split: part.select_columns(list(columns)) for split, part in kept.items()}
+        ),
         labels=scheme.names,
         problem_type=scheme.task.name,
-        text_columns=columns.texts,
-        max_length=config.max_length,
+        text_columns=text_columns,
+        max_length=max_length,
         report=report,
     )
 
@@ -250,7 +228,6 @@ def _tokenize(
     text_columns: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    split: str,
 ) -> datasets.Dataset:
     # The last call's truncation is part of a fast tokenizer, and so of the key that `map` caches under.
     tokenizer("", truncation=False)
@@ -259,7 +236,6 @@ def _tokenize(
         batched=True,
         fn_kwargs={"tokenizer": tokenizer, "text_columns": text_columns, "max_length": max_length},
         remove_columns=[name for name in dataset.column_names if name != ENCODED],
-        desc=f"Tokenizing {split}",
     )
 
 
@@ -278,28 +254,8 @@ def _tokenize_batch(
     lengths = [len(ids) for ids in outputs["input_ids"]]
     long = [row for row, length in enumerate(lengths) if length > max_length]
     if long:
-        cut = tokenizer(
-            *([column[row] for row in long] for column in texts), truncation=True, max_length=max_length
-        )
-        for name, values in cut.items():
+        too_long = ([column[row] for row in long] for column in texts)
+        for name, values in tokenizer(*too_long, truncation=True, max_length=max_length).items():
             for row, value in zip(long, values, strict=True):
                 outputs[name][row] = value
     return {**outputs, _LENGTH: lengths}
-
-
-def _count(
-    kept: datasets.Dataset,
-    tokenized: datasets.Dataset,
-    text_columns: tuple[str, ...],
-    scheme: LabelScheme,
-    max_length: int,
-) -> SplitCounts:
-    truncated, longest = length_counts(np.asarray(tokenized[_LENGTH][:]), max_length)
-    return SplitCounts(
-        examples=len(kept),
-        truncated=truncated,
-        empty_texts=count_empty(kept, text_columns),
-        longest=longest,
-        badly_encoded=sum(kept[BADLY_ENCODED]) if BADLY_ENCODED in kept.column_names else 0,
-        labels=scheme.count(kept[ENCODED][:]),
-    )

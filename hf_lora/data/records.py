@@ -1,11 +1,11 @@
-"""Reading texts record by record: one table of formats, and errors that name the file and the line."""
+"""Read files record by record; errors name the file and the line."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -67,11 +67,8 @@ def read_records(path: Path, encoding: str) -> Iterator[Record]:
         yield from format_of(path).records(path, codec_for(encoding))
     except UnicodeDecodeError as error:
         line = _first_undecodable_line(path, encoding)
-        _fail(
-            path,
-            line,
-            f"not valid {encoding} ({error.reason}); try --encoding latin-1, or save the file as UTF-8",
-        )
+        hint = "try --encoding latin-1, or save the file as UTF-8"
+        _fail(path, line, f"not valid {encoding} ({error.reason}); {hint}")
 
 
 def _csv_records(path: Path, encoding: str, *, delimiter: str) -> Iterator[Record]:
@@ -84,12 +81,9 @@ def _csv_records(path: Path, encoding: str, *, delimiter: str) -> Iterator[Recor
                 _fail(path, header_line, f"the header names the column {name!r} more than once")
         for line, fields in rows:
             if len(fields) != len(names):
-                _fail(
-                    path,
-                    line,
-                    f"{len(fields)} fields; expected {len(names)} ({', '.join(names)}); "
-                    "put double quotes around a text that holds the separator",
-                )
+                expected = f"{len(names)} ({', '.join(names)})"
+                hint = "put double quotes around a text that holds the separator"
+                _fail(path, line, f"{len(fields)} fields; expected {expected}; {hint}")
             yield line, dict(zip(names, fields, strict=True))
 
 
@@ -120,15 +114,15 @@ def _json_records(path: Path, encoding: str) -> Iterator[Record]:
     with path.open(encoding=encoding) as file:
         first = next((line for line in file if line.strip()), "")
         if first.lstrip().startswith("["):
-            examples = _parse_json(first + file.read(), path, 1)
-            yield from (
-                (number, _require_object(value, path, number)) for number, value in enumerate(examples, 1)
-            )
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _require_object(_parse_json(line.rstrip(), path, number), path, number)
+            numbered: Iterable[tuple[int, Any]] = enumerate(_parse_json(first + file.read(), path, 1), 1)
+        else:
+            file.seek(0)
+            lines = ((number, line.rstrip()) for number, line in enumerate(file, 1))
+            numbered = ((number, _parse_json(line, path, number)) for number, line in lines if line)
+        for number, value in numbered:
+            if not isinstance(value, dict):
+                _fail(path, number, 'not a JSON object; expected one like {"text": "...", "label": "..."}')
+            yield number, value
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
@@ -142,12 +136,6 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
 
 def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
-
-
-def _require_object(value: Any, path: Path, line: int) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        _fail(path, line, 'not a JSON object; expected one like {"text": "...", "label": "..."}')
-    return value
 
 
 def _parquet_records(path: Path, encoding: str) -> Iterator[Record]:
@@ -171,9 +159,8 @@ def _stream_records(stream: TextIO) -> Iterator[Record]:
         for line, record in _text_per_line(stream):
             yield line, record
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the input, after line {line}: not valid {error.encoding} ({error.reason})"
-        ) from None
+        problem = f"not valid {error.encoding} ({error.reason})"
+        raise ValueError(f"the input, after line {line}: {problem}") from None
 
 
 def _text_per_line(lines: Iterable[str]) -> Iterator[Record]:
@@ -182,43 +169,34 @@ def _text_per_line(lines: Iterable[str]) -> Iterator[Record]:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How one kind of file is read: whole by a builder of `datasets`, or record by record."""
+    """How one kind of file is read: record by record, or whole by a builder of `datasets`."""
 
     records: Callable[[Path, str], Iterator[Record]]
-    builder: str | None = None  # None: the format has no place for labels
-    options: Callable[[tuple[str, ...], str], dict[str, Any]] = lambda columns, encoding: {}
+    builder: str | None = None
+    """None: the format has no place for labels."""
+    delimiter: str = ","
     written_by_hand: bool = True
 
+    def options(self, columns: Sequence[str], encoding: str) -> dict[str, Any]:
+        """What the builder is told; CSV columns are all strings."""
+        if self.builder != "csv":
+            return {"encoding": encoding} if self.builder == "json" else {}
+        return {
+            "sep": self.delimiter,
+            "encoding": codec_for(encoding),
+            "header": 0,
+            "column_names": list(columns),
+            "features": datasets.Features(dict.fromkeys(columns, datasets.Value("string"))),
+            "keep_default_na": False,
+            "na_filter": False,
+        }
 
-def _csv_options(columns: tuple[str, ...], encoding: str, *, delimiter: str) -> dict[str, Any]:
-    return {
-        "sep": delimiter,
-        "encoding": codec_for(encoding),
-        "header": 0,
-        "column_names": list(columns),
-        "features": datasets.Features({name: datasets.Value("string") for name in columns}),
-        "keep_default_na": False,
-        "na_filter": False,
-    }
-
-
-def _json_options(columns: tuple[str, ...], encoding: str) -> dict[str, Any]:
-    return {"encoding": encoding}
-
-
-def _delimited(delimiter: str) -> FileFormat:
-    return FileFormat(
-        partial(_csv_records, delimiter=delimiter), "csv", partial(_csv_options, delimiter=delimiter)
-    )
-
-
-_JSON = FileFormat(_json_records, "json", _json_options)
 
 FORMATS: dict[str, FileFormat] = {
-    ".csv": _delimited(","),
-    ".tsv": _delimited("\t"),
-    ".json": _JSON,
-    ".jsonl": _JSON,
+    ".csv": FileFormat(partial(_csv_records, delimiter=","), "csv"),
+    ".tsv": FileFormat(partial(_csv_records, delimiter="\t"), "csv", delimiter="\t"),
+    ".json": FileFormat(_json_records, "json"),
+    ".jsonl": FileFormat(_json_records, "json"),
     ".parquet": FileFormat(_parquet_records, "parquet", written_by_hand=False),
     ".txt": FileFormat(_line_records),
 }

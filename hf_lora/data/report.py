@@ -1,37 +1,25 @@
-"""What was counted while the data was prepared: a report to print, to store and to warn with."""
+"""What was counted while the data was prepared: to print, to store and to warn with."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
-from hf_lora.data.files import FALLBACK_ENCODING
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """The facts of one split; lengths are in tokens, special tokens included, before truncation."""
-
-    examples: int
-    truncated: int
-    empty_texts: int
-    longest: int
-    badly_encoded: int
-    labels: dict[str, int]
+from hf_lora.data.files import BADLY_ENCODED, FALLBACK_ENCODING
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counted facts by split name, and the warnings that follow from them.
+    """Counts by the name of the split, and the warnings that follow from them.
 
-    `truncated` examples are longer than the maximum length, `longest` is the length in tokens of the longest
-    example, `empty_texts` counts examples with a text that is null or blank, `badly_encoded` documents that
-    had to be read in another encoding, and `label_counts` examples by label (none for a regression).
+    `truncated`: examples longer than the maximum length. `longest`: tokens of the longest example before it was cut,
+    special tokens included. `empty_texts`: examples with a blank text. `badly_encoded`: documents that had to be read
+    in another encoding. `label_counts`: examples by label, none for a regression.
     """
 
     examples: dict[str, int]
@@ -43,14 +31,32 @@ class DataReport:
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def from_counts(cls, counts: dict[str, SplitCounts], warnings: tuple[str, ...]) -> DataReport:
-        """Transpose the counts of each split, and add the warnings that they call for."""
-        by_fact = {
-            field.name: {split: getattr(count, field.name) for split, count in counts.items()}
-            for field in dataclasses.fields(SplitCounts)
-        }
-        label_counts = by_fact.pop("labels")
-        return cls(**by_fact, label_counts=label_counts, warnings=(*warnings, *_count_warnings(counts)))
+    def of(
+        cls,
+        splits: Mapping[str, datasets.Dataset],
+        text_columns: tuple[str, ...],
+        lengths: Mapping[str, np.ndarray],
+        max_length: int,
+        label_counts: dict[str, dict[str, int]],
+        warnings: tuple[str, ...],
+    ) -> DataReport:
+        """Count the texts of each split; `lengths` are in tokens, before they were cut to `max_length`."""
+        report = cls(
+            examples={split: len(dataset) for split, dataset in splits.items()},
+            truncated={split: int((tokens > max_length).sum()) for split, tokens in lengths.items()},
+            empty_texts={
+                split: sum(any(not text.strip() for text in row) for row in _rows(dataset, text_columns))
+                for split, dataset in splits.items()
+            },
+            longest={split: int(tokens.max(initial=0)) for split, tokens in lengths.items()},
+            badly_encoded={
+                split: sum(dataset[BADLY_ENCODED]) if BADLY_ENCODED in dataset.column_names else 0
+                for split, dataset in splits.items()
+            },
+            label_counts=label_counts,
+        )
+        found = (*warnings, *_leaks(splits, text_columns), *report._count_warnings())
+        return dataclasses.replace(report, warnings=found)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, ready for JSON."""
@@ -69,45 +75,26 @@ class DataReport:
             if sizes := self.label_counts[split].values():
                 yield f"{split} labels: {len(sizes):,}, of {min(sizes):,} to {max(sizes):,} examples"
 
-
-def count_empty(texts: datasets.Dataset, text_columns: tuple[str, ...]) -> int:
-    """Return how many rows have a blank text in any of the columns."""
-    return sum(any(not text.strip() for text in row) for row in _rows(texts, text_columns))
-
-
-def leakage_warnings(texts: datasets.DatasetDict, text_columns: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a warning for each other split that repeats texts of the training split."""
-    if "train" not in texts:
-        return ()
-    train = {hash(row) for row in _rows(texts["train"], text_columns)}
-    repeated = {
-        split: sum(hash(row) in train for row in _rows(dataset, text_columns))
-        for split, dataset in texts.items()
-        if split != "train"
-    }
-    return tuple(
-        f"{split}: {count:,} of {len(texts[split]):,} examples have a text that is also in train"
-        for split, count in repeated.items()
-        if count
-    )
+    def _count_warnings(self) -> Iterator[str]:
+        for split, examples in self.examples.items():
+            if empty := self.empty_texts[split]:
+                yield f"{split}: {empty:,} of {examples:,} examples have an empty text"
+            if badly_encoded := self.badly_encoded[split]:
+                yield f"{split}: {badly_encoded:,} of {examples:,} files were read as {FALLBACK_ENCODING}"
+            counts = self.label_counts[split]
+            absent = [name for name, count in counts.items() if not count]
+            if split == "train" and absent:
+                yield f"train: {len(absent):,} of {len(counts):,} labels have no example: {absent[:5]}"
 
 
-def length_counts(lengths: np.ndarray, max_length: int) -> tuple[int, int]:
-    """Return how many of the lengths exceed `max_length`, and the greatest length."""
-    return int((lengths > max_length).sum()), int(lengths.max(initial=0))
+def _leaks(splits: Mapping[str, datasets.Dataset], text_columns: tuple[str, ...]) -> Iterator[str]:
+    """A warning for each split that repeats texts of the training split."""
+    train = {hash(row) for row in _rows(splits["train"], text_columns)} if "train" in splits else set()
+    for split, dataset in splits.items():
+        count = sum(hash(row) in train for row in _rows(dataset, text_columns))
+        if count and split != "train":
+            yield f"{split}: {count:,} of {len(dataset):,} examples have a text that is also in train"
 
 
-def _rows(texts: datasets.Dataset, text_columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    return zip(*(texts[column] for column in text_columns), strict=True)
-
-
-def _count_warnings(counts: dict[str, SplitCounts]) -> Iterator[str]:
-    for split, count in counts.items():
-        of_all = f"of {count.examples:,}"
-        absent = [name for name, examples in count.labels.items() if not examples]
-        if count.empty_texts:
-            yield f"{split}: {count.empty_texts:,} {of_all} examples have an empty text"
-        if count.badly_encoded:
-            yield f"{split}: {count.badly_encoded:,} {of_all} files were read as {FALLBACK_ENCODING}"
-        if split == "train" and absent:
-            yield f"train: {len(absent):,} of {len(count.labels):,} labels have no example: {absent[:5]}"
+def _rows(dataset: datasets.Dataset, text_columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    return zip(*(dataset[column] for column in text_columns), strict=True)

@@ -55,16 +55,14 @@ def load_splits(config: DataConfig, tables: Mapping[str, Any] | None = None) -> 
         ValueError: a file, table or data set cannot be read, has no examples, or has no split of the expected name.
     """
     sources = _sources(config, tables or {})
-    train = sources.pop("train", None)
-    if train is None and not config.dataset_name and "test" not in sources:
+    if config.dataset_name:
+        found = _load_from_hub(config)
+    elif "train" in sources:
+        found = _read(sources.pop("train"), "train", config)
+    elif "test" in sources:
+        found = datasets.DatasetDict()
+    else:
         raise ValueError("no data given; expected a dataset_name, a train_file or a test_file")
-    found = (
-        _load_from_hub(config)
-        if config.dataset_name
-        else {}
-        if train is None
-        else _read(train, "train", config)
-    )
     splits = _known_splits(found) if isinstance(found, dict) else datasets.DatasetDict(train=found)
     for split, source in sources.items():
         splits[split] = _one_split(_read(source, split, config), split, source)
@@ -111,10 +109,14 @@ def _read(source: Any, split: str, config: DataConfig) -> datasets.Dataset | dat
 
 
 def _known_splits(found: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
-    names = {
-        split: next((name for name in names if name in found), None) for split, names in SPLIT_NAMES.items()
+    # Backwards, so that the best of the names wins.
+    known = {
+        split: found[name]
+        for split, names in SPLIT_NAMES.items()
+        for name in reversed(names)
+        if name in found
     }
-    return datasets.DatasetDict({split: found[name] for split, name in names.items() if name is not None})
+    return datasets.DatasetDict(known)
 
 
 def _one_split(found: datasets.Dataset | datasets.DatasetDict, split: str, source: Any) -> datasets.Dataset:
@@ -130,11 +132,11 @@ def _one_split(found: datasets.Dataset | datasets.DatasetDict, split: str, sourc
 
 
 def without_hidden_test(
-    raw: datasets.DatasetDict, label: str, *, was_asked_for: bool
+    raw: datasets.DatasetDict, label: str, *, asked_for: bool
 ) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
     """Return the splits without a test split whose labels are all hidden, unless it was asked for, and a warning."""
     test = raw.get("test")
-    if test is None or was_asked_for or label not in test.column_names or not are_hidden(test, label):
+    if test is None or asked_for or label not in test.column_names or not are_hidden(test, label):
         return raw, ()
     kept = datasets.DatasetDict({split: dataset for split, dataset in raw.items() if split != "test"})
     return kept, (f"test: all {len(test):,} labels are hidden (-1); the split is left out",)
@@ -166,20 +168,17 @@ def hold_out(
         return *_split(dataset, config, fraction, stratify_by_column=None), ()
     encoded = np.asarray(dataset[ENCODED][:])
     counts = np.bincount(encoded, minlength=len(scheme.names))
-    is_single = counts[encoded] == 1
-    splittable_labels = int((counts > 1).sum())
-    fraction = held_out_fraction(config, int((~is_single).sum()), splittable_labels)
-    _check_hold_out(int((~is_single).sum()), splittable_labels, fraction)
-    splittable = dataset.select(np.flatnonzero(~is_single)) if is_single.any() else dataset
+    single, several = (np.flatnonzero(of_one) for of_one in (counts[encoded] == 1, counts[encoded] > 1))
+    labels = int((counts > 1).sum())
+    fraction = held_out_fraction(config, len(several), labels)
+    _check_hold_out(len(several), labels, fraction)
+    splittable = dataset.select(several) if len(single) else dataset
     train, validation = _split(splittable, config, fraction, stratify_by_column=ENCODED)
-    if not is_single.any():
+    if not len(single):
         return train, validation, ()
     names = ", ".join(repr(scheme.names[index]) for index in np.flatnonzero(counts == 1)[:5])
-    warning = (
-        f"train: {int(is_single.sum()):,} labels have a single example, not held out for validation: {names}"
-    )
-    singles = dataset.select(np.flatnonzero(is_single))
-    return datasets.concatenate_datasets([train, singles]), validation, (warning,)
+    warning = f"train: {len(single):,} labels have a single example, not held out for validation: {names}"
+    return datasets.concatenate_datasets([train, dataset.select(single)]), validation, (warning,)
 
 
 def _split(
@@ -192,24 +191,20 @@ def _split(
     return parts["train"], parts["test"]
 
 
-def _check_hold_out(examples: int, classes: int, fraction: float) -> None:
+def _check_hold_out(examples: int, labels: int, fraction: float) -> None:
     held_out = math.ceil(fraction * examples)
-    if min(held_out, examples - held_out) < max(classes, 1):
+    if min(held_out, examples - held_out) < max(labels, 1):
         raise ValueError(
             f"validation_fraction {fraction} splits {examples:,} examples into {examples - held_out:,} and "
-            f"{held_out:,}; expected one or more for each of {classes:,} labels in both; change the "
+            f"{held_out:,}; expected one or more for each of {labels:,} labels in both; change the "
             "fraction or give a validation_file"
         )
 
 
 def subset(dataset: datasets.Dataset, split: str, config: DataConfig) -> datasets.Dataset:
     """Return the first examples up to the split's limit; those of the training split after a shuffle."""
-    limits = {
-        "train": config.max_train_samples,
-        "validation": config.max_eval_samples,
-        "test": config.max_test_samples,
-    }
-    limit = limits[split]
+    name = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_test_samples"}[split]
+    limit = getattr(config, name)
     if limit is None or limit >= len(dataset):
         return dataset
     return (dataset.shuffle(seed=config.split_seed) if split == "train" else dataset).select(range(limit))
