@@ -8,7 +8,6 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -23,7 +22,7 @@ PROBE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class BundledModel:
-    """Where a package keeps a model's files, and the sha256 of the weights as published on the Hub."""
+    """The folder in a package that has a model's files, and the sha256 of the weights as published on the Hub."""
 
     package: str
     folder: str
@@ -75,8 +74,7 @@ def bundled_folder(name: str) -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations))) / entry.folder
-    with (folder / entry.weights).open("rb") as stream:
-        digest = _sha256(stream)
+    digest = hashlib.sha256((folder / entry.weights).read_bytes()).hexdigest()
     if digest != entry.sha256:
         raise ValueError(
             f"the copy of {name!r} in the package {entry.package} is not the published one; got sha256 {digest}; "
@@ -88,13 +86,6 @@ def bundled_folder(name: str) -> Path | None:
 @cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _sha256(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _in_cache(name: str, cache_dir: str | None) -> bool:

@@ -1,9 +1,7 @@
-"""Attention for training on a CPU, registered with transformers under the name in `NAME`.
+"""Fast training on a CPU: attention, dropout masks, memory and threads.
 
-torch's scaled_dot_product_attention has no fast path on a CPU with dropout, and in bf16 its flash kernel
-spends most of its time in the backward. Plain batched products are quicker there: this function keeps the
-probabilities and one byte an element for the dropout mask, and takes scale factors up in the products.
-Whatever it is not made for goes on to transformers' own sdpa function.
+torch's scaled_dot_product_attention has no fast path on a CPU with dropout, and in bf16 its flash kernel is slow in the
+backward. Plain batched products are quicker there. What they are not made for goes to transformers' own function.
 """
 
 from __future__ import annotations
@@ -25,7 +23,10 @@ from transformers.masking_utils import sdpa_mask
 from hf_lora.lora.functional import FastDropout, drop, drop_again
 from hf_lora.models._transformers_private import runs_sdpa, softmax_backward
 
+# Under this name `attention` is registered with transformers.
 NAME = "hf_lora"
+# Numbers of mallopt's options in glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # What changes the function that is computed; where one is given, sdpa is asked.
 _OTHER_FUNCTIONS = ("position_bias", "cache", "softcap", "s_aux")
 
@@ -119,17 +120,12 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-# Numbers of mallopt's options in glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
 @contextmanager
 def fast_training(model: nn.Module) -> Iterator[None]:
     """Inside, a model on a CPU trains with quick dropout masks and attention; the mathematics is the same.
 
-    Every plain `nn.Dropout` draws its mask as `hf_lora.lora.functional` does. Attention that is left to torch's choice
-    ("sdpa", transformers' default) is computed by `hf_lora.models.cpu`; another that was asked for stays. On
-    other devices nothing changes.
+    Every plain `nn.Dropout` draws its mask as `hf_lora.lora.functional` does. `attention` replaces "sdpa", which is
+    transformers' default; another implementation that was asked for stays. On other devices nothing changes.
     """
     if next(model.parameters()).device.type != "cpu":
         yield
@@ -151,10 +147,9 @@ def fast_training(model: nn.Module) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep memory that is freed: every step asks for the same sizes again.
+    """Tell glibc to keep freed memory, of which every step asks for the same sizes again.
 
-    Otherwise each step gives large activations back to the system, which then hands them out page by page,
-    zeroed. Does nothing where the C library has no `mallopt`.
+    The system would hand it out page by page, zeroed. Does nothing where the C library has no `mallopt`.
     """
     if sys.platform != "linux":
         return
@@ -165,7 +160,7 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(local_processes: int) -> None:
-    """Share the host's cores among its training processes, where each would else take all or, under torchrun, one."""
+    """Share the host's cores among its training processes: each would take all or, under torchrun, one."""
     if local_processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))

@@ -16,9 +16,8 @@ _PREFIX = "sha256-sampled-bf16:"
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A digest of names, shapes and up to 4,096 evenly spaced values of every tensor, rounded to bf16.
 
-    Rounding makes the digest the same whether a model is loaded in fp32 or in bf16. Sampling keeps it in
-    milliseconds (hashing all of BERT-base takes a quarter of a second): other checkpoints, and fine-tuned
-    ones, differ in nearly every value; a change of single values between the samples is not seen.
+    It is the same for a model in fp32 and in bf16, and takes milliseconds. Other checkpoints, and fine-tuned ones,
+    differ in nearly every value; a change of single values between the samples is not seen.
     Raises ValueError for tensors without values (meta device).
     """
     if meta := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
@@ -34,9 +33,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def _samples(tensors: Sequence[Tensor]) -> list[memoryview]:
     """The sampled values of each tensor, as the bytes of bf16 numbers.
 
-    Those of one device are fetched at once: a model has hundreds of tensors, and a GPU would be waited for at
-    each. They are rounded one by one, which is too little work to be shared among threads: on a busy machine
-    sharing costs more than all the rest.
+    Those of one device are fetched at once, since a GPU would be waited for at each of hundreds of tensors. They are
+    rounded one by one: sharing so little work among threads costs more than the work on a busy machine.
     """
     devices: dict[torch.device, dict[int, Tensor]] = {}
     for index, tensor in enumerate(tensors):

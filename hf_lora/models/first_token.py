@@ -1,9 +1,8 @@
-"""Spare the last block what the classifier does not read.
+"""Compute the last block for the first token alone, where the classifier reads no other.
 
-BERT and its relatives classify by the state of the first token. In their last block attention needs the keys and
-values of every token, but what follows, the output projection and the feed-forward layers, is of use for
-the first token alone: leaving out the others changes neither logits nor gradients, and saves an eighth of
-the arithmetic of six blocks. Whether a model is of that kind is not looked up but tried.
+BERT and its relatives classify by the state of the first token. In their last block attention needs the keys and values
+of every token, but the output projection and the feed-forward layers only the first: leaving out the others changes
+neither logits nor gradients, and saves an eighth of the arithmetic of six blocks. Each model is tried, not looked up.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,21 +24,17 @@ _ROWS, _TOKENS = 3, 7
 
 @contextmanager
 def first_token_only(model: nn.Module) -> Iterator[str | None]:
-    """Inside, the last block computes its output for the first token alone, if the classifier reads no other.
+    """Inside, the last block leaves out all tokens but the first, if the logits stay the same.
 
-    Yields the dotted name of the module from which on the other tokens are left out: the one that joins attention
-    and residual in the last block. None where the model has no such module or its logits would be others;
-    nothing is changed then. The last hidden state is `(batch, 1, width)` inside.
+    Yields the dotted name of the module from which on they are left out, which joins attention and residual in the last
+    block; None where nothing is changed. The last hidden state is `(batch, 1, width)` inside.
     """
     name = _join_to_cut(model)
     if name is None:
         yield None
         return
-    hook = model.get_submodule(name).register_forward_pre_hook(_first_token)
-    try:
+    with model.get_submodule(name).register_forward_pre_hook(_first_token):
         yield name
-    finally:
-        hook.remove()
 
 
 def _join_to_cut(model: nn.Module) -> str | None:
@@ -49,29 +44,21 @@ def _join_to_cut(model: nn.Module) -> str | None:
         return None
     with torch.no_grad(), evaluating(model):
         joins: list[str] = []
-        hooks = [
-            module.register_forward_pre_hook(partial(_note_join, joins, name))
-            for name, module in model.named_modules()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                hooks.enter_context(module.register_forward_pre_hook(partial(_note_join, joins, name)))
             expected = _logits(model, inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         block = re.match(r".*\.\d+(?=\.)", joins[-1]) if joins else None
-        name = next((join for join in joins if block and join.startswith(f"{block.group()}.")), None)
-        if expected is None or name is None:
+        found = next((join for join in joins if block and join.startswith(f"{block.group()}.")), None)
+        if expected is None or found is None:
             return None
-        hook = model.get_submodule(name).register_forward_pre_hook(_first_token)
-        try:
+        with model.get_submodule(found).register_forward_pre_hook(_first_token):
             got = _logits(model, inputs)
-        finally:
-            hook.remove()
     if got is None or got.shape != expected.shape:
         return None
     # Products of other shapes round otherwise; another token read would change the first digits.
     tolerance = torch.finfo(next(model.parameters()).dtype).eps ** (2 / 3)
-    return name if relative_difference(got, expected) <= tolerance else None
+    return found if relative_difference(got, expected) <= tolerance else None
 
 
 def _probe(model: nn.Module) -> dict[str, Tensor] | None:

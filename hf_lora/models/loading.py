@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,6 @@ from hf_lora.models.bundled import resolve_base
 from hf_lora.models.pooling import HEAD, NATIVE, PooledClassifier, check_pooling
 
 PRECISIONS = ("auto", "fp32", "bf16")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the frozen weights; LoRA and head are fp32 in either."""
-        return _DTYPES[self.name]
+        return torch.bfloat16 if self.name == "bf16" else torch.float32
 
     def __str__(self) -> str:
         return f"precision: {self.name} ({self.reason})"
@@ -53,8 +52,7 @@ def choose_precision(
 ) -> Precision:
     """The precision of the frozen weights on `device` (None: the GPU where there is one).
 
-    "auto" is bf16 where the hardware multiplies it natively, else fp32. LoRA and head need no lower
-    precision: they are small, and their updates are too fine for bf16.
+    "auto" is bf16 where the hardware multiplies it natively, else fp32.
     autocast: whether every product is cast anyway, as `--bf16` and `--fp16` ask for.
     sharded: whether parameters are sharded over processes (FSDP, ZeRO-3), which wants one type for all.
     Raises ValueError for another word than those in `PRECISIONS`.
@@ -72,22 +70,18 @@ def choose_precision(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.device(device).type
-    instruction = _NATIVE[kind]() if kind in _NATIVE else None
+    instruction = _native_instruction(kind)
     if instruction is None:
         return Precision("fp32", f"this {kind.upper()} does not multiply bf16 natively")
     return Precision("bf16", f"this {kind.upper()} multiplies bf16 natively: {instruction}")
 
 
-def _cpu_instruction() -> str | None:
-    capabilities = torch.cpu.get_capabilities()
+def _native_instruction(kind: str) -> str | None:
+    """What multiplies bf16 on this kind of device, or None."""
+    if kind == "cuda":
+        return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
     return next((name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)), None)
-
-
-def _cuda_instruction() -> str | None:
-    return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-
-
-_NATIVE: dict[str, Callable[[], str | None]] = {"cpu": _cpu_instruction, "cuda": _cuda_instruction}
 
 
 def load_tokenizer(base: str, *, revision: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
@@ -106,7 +100,7 @@ def load_base(
     dtype: torch.dtype | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The pretrained classifier without LoRA, and the names of the parameters the checkpoint did not have.
+    """The pretrained classifier without LoRA, and the names of the parameters that the checkpoint does not have.
 
     Those and the head are fp32 whatever `dtype` is. A checkpoint's own head is kept if it has the same shape.
     """
@@ -174,8 +168,8 @@ def _quiet_loading() -> Iterator[None]:
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the encoder of an injected model to `dtype`, merged or not; LoRA and the head outside it are fp32.
 
-    Tables of angles, which need their precision, keep their type: buffers that no checkpoint holds, of modules
-    without parameters. So it is with `from_pretrained(dtype=...)` too.
+    As in `from_pretrained(dtype=...)`, tables of angles keep their precision: buffers that no checkpoint holds, of
+    modules without parameters.
     """
     prefix = base_prefix(model)
     head = [name for name in injection(model).head if not belongs_to(name, [prefix])]

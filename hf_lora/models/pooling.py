@@ -1,8 +1,7 @@
-"""A classifier that pools an encoder's token states itself: their mean, in one layer or in three, or the first token.
+"""Classifiers that pool the states of an encoder's tokens: their mean, in one layer or in three, or the first token.
 
-transformers' own heads read what their architecture was published with, for BERT the pooler's output of the first
-token. An encoder that was trained with mean pooling, as sentence encoders are, says more in the mean; and what its
-last layer was trained to leave out, such as the tone of a text, is still there in those below.
+An encoder that was trained with mean pooling, as sentence encoders are, says more in the mean than in the first token.
+What its last layer was trained to leave out, such as the tone of a text, is still there in the layers below.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ HEAD = "pooled_head"
 
 @dataclass(frozen=True)
 class Pooling:
-    """How states become one vector.
+    """How states become one vector; `words` says it for people.
 
-    words: what that is, for people. of_tokens: from states `(batch, length, width)` and mask `(batch, length)` to
-    `(batch, width)`, in fp32. depths: the layers whose vectors are put together, as shares of the encoder's layers.
-    of_last: of several layers the name of the same pooling of the last one alone.
+    of_tokens: from states `(batch, length, width)` and mask `(batch, length)` to `(batch, width)`, in fp32. depths: the
+    layers that are read, as shares of the encoder's layers. of_last: the same pooling of the last layer alone.
     """
 
     words: str
@@ -79,10 +77,9 @@ class PooledHead(nn.Linear):
 
 
 class PooledClassifier(AnyAttention):
-    """The encoder of a pretrained classifier, under its own name, with a pooling and a linear head in place of its own.
+    """The encoder of a transformers classifier, under its own name, with a pooling and a linear head.
 
-    model: a transformers classifier, whose encoder is taken over and whose head is left behind, with the
-        encoder's pooler if it has one. pooling: a name of `POOLINGS`.
+    model: its encoder is taken over; its head and the encoder's pooler are left behind. pooling: a name of `POOLINGS`.
     Raises ValueError for a model whose encoder gives no states of tokens.
     """
 
@@ -93,19 +90,20 @@ class PooledClassifier(AnyAttention):
         self.pool = POOLINGS.get(pooling)
         self.pooling = pooling
         self.native_class = type(model)
-        prefix = model.base_model_prefix
+        config, prefix = model.config, model.base_model_prefix
         encoder: Any = getattr(model, prefix, None)
-        if encoder is None or encoder is not model.base_model or _unpoolable(model):
+        # The last states of a decoder behind an encoder, or of an image, are not those of the input's tokens.
+        other = getattr(config, "is_encoder_decoder", False) or model.main_input_name != "input_ids"
+        if encoder is None or encoder is not model.base_model or other:
             raise ValueError(
                 f"a {type(model).__name__} has no encoder whose tokens could be pooled; got pooling={pooling!r}; "
                 f"expected {NATIVE!r} for this model"
             )
-        self.layers = layers_read(pooling, model.config.num_hidden_layers)
+        self.layers = layers_read(pooling, config.num_hidden_layers)
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
             encoder.pooler = None  # read by nothing any more
         self.base_model_prefix = prefix
         setattr(self, prefix, encoder)
-        config = model.config
         given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
         dropout = next((value for value in given if value is not None), 0.1)
         head = PooledHead(config.hidden_size * len(self.layers), config.num_labels, dropout)
@@ -215,19 +213,11 @@ def check_pooling(pooling: str) -> None:
         POOLINGS.get(pooling)
 
 
-def _unpoolable(model: PreTrainedModel) -> bool:
-    """Models whose last states are not those of the input's tokens: of a decoder behind an encoder, of an image."""
-    config = model.config
-    return bool(getattr(config, "is_encoder_decoder", False)) or model.main_input_name != "input_ids"
-
-
 AUTO = "auto"
-
-# More make the fit on three layers long and the head large.
+# With more, the fit on three layers is long and the head large.
 MOST_LABELS = 64
-
 # Where sentence-transformers writes how a model was pooled in training.
-_FOLDER, _FILE = "1_Pooling", "config.json"
+_FILE = "1_Pooling/config.json"
 # Its keys that mean a pooling of ours: older files have a flag for each, newer ones a name.
 _FLAGS = {"pooling_mode_mean_tokens": MEAN, "pooling_mode_cls_token": CLS}
 _NAMES = {"mean": MEAN, "cls": CLS}
@@ -255,9 +245,9 @@ def choose_pooling(
 ) -> PoolingChoice:
     """The pooling for a base model, a Hub id or a directory; `requested`: a pooling, or "auto".
 
-    labels: their number; a checkpoint that has a trained head for as many keeps it under "auto".
+    Auto keeps a checkpoint's trained head for as many `labels`. Otherwise it takes the pooling that the files of a
+    sentence encoder name, a mean in three layers, and for other models their own head.
     last_only: why auto may not read several layers, in words.
-    Auto takes what a sentence encoder's own files name, a mean in three layers, and the model's own head for any other.
     Raises ValueError for an unknown name.
     """
     if requested != AUTO:
@@ -270,7 +260,7 @@ def choose_pooling(
     declared = declared_pooling(source, revision=revision, **hub)
     if declared is None:
         return PoolingChoice(NATIVE, "the model's own head; its files name no pooling")
-    named = f"by the {_FOLDER}/{_FILE} of this sentence encoder"
+    named = f"by the {_FILE} of this sentence encoder"
     if declared != MEAN:
         return PoolingChoice(declared, named)
     if labels is not None and labels > MOST_LABELS:
@@ -292,7 +282,7 @@ def declared_pooling(source: str, *, revision: str | None = None, **hub: Any) ->
 
     source: as `resolve_base` gives it.
     """
-    found = optional_file(source, f"{_FOLDER}/{_FILE}", revision=revision, **hub)
+    found = optional_file(source, _FILE, revision=revision, **hub)
     if found is None:
         return None
     values = parse_object(read_bytes(found.parent, found.name, limit=MAX_JSON_BYTES), str(found))

@@ -1,13 +1,12 @@
-"""The frozen prefix: what a model computes before its first trained block, run alone or gone around.
+"""Run what a model computes before its first trained block, or go around it.
 
-With `layers` restricted to the top blocks, the blocks below compute the same for an example in every epoch. They
-need no autograd, and their output can be kept: `hf_lora.training.prefix_cache` does that.
+The blocks below compute the same for an example in every epoch: `hf_lora.training.prefix_cache` keeps their output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,8 +24,7 @@ _TF32 = 2.0**-10
 class FrozenPrefix:
     """The part of a model before its first trained block: embeddings and frozen blocks.
 
-    The blocks are the `nn.ModuleList` that the adapted modules lie in, whatever it is called. Nothing stays on the
-    model between calls, also after an exception.
+    The blocks are the `nn.ModuleList` that the adapted modules lie in. Nothing stays on the model between calls.
     Raises ValueError for a model without LoRA, without one such list, or whose first block is trained.
     """
 
@@ -82,11 +80,8 @@ class FrozenPrefix:
             return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
 
         hook = self.blocks[self.depth].register_forward_pre_hook(substitute, with_kwargs=True)
-        try:
-            with self._around(range(self.depth)):
-                yield
-        finally:
-            hook.remove()
+        with hook, self._around(range(self.depth)):
+            yield
 
     @contextmanager
     def _captured(self) -> Iterator[list[Tensor]]:
@@ -97,11 +92,8 @@ class FrozenPrefix:
             found.append(_hidden(args, kwargs))
             self.tolerance = _tolerance(found[-1])
 
-        hook = self.blocks[self.depth].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        with self.blocks[self.depth].register_forward_pre_hook(keep, with_kwargs=True):
             yield found
-        finally:
-            hook.remove()
 
     @contextmanager
     def _returns_noted(self) -> Iterator[None]:
@@ -110,12 +102,10 @@ class FrozenPrefix:
         def note(index: int, _: nn.Module, args: Any, output: Any) -> None:
             self._returned[index] = None if isinstance(output, Tensor) else len(output)
 
-        hooks = [block.register_forward_hook(partial(note, i)) for i, block in enumerate(self.blocks)]
-        try:
+        with ExitStack() as hooks:
+            for index, block in enumerate(self.blocks):
+                hooks.enter_context(block.register_forward_hook(partial(note, index)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def _around(self, indices: Iterable[int]) -> Iterator[None]:
@@ -151,9 +141,9 @@ class FrozenPrefix:
         return found[0]
 
     def _check_frozen(self, states: Tensor) -> None:
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not states.requires_grad:
             return
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         ones = torch.ones_like(states)
         gradients = torch.autograd.grad(states, list(trained.values()), ones, allow_unused=True)
         used = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
@@ -166,14 +156,13 @@ class FrozenPrefix:
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost `nn.ModuleList`s that the adapted modules lie in, by dotted name."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found: dict[str, nn.ModuleList] = {}
     for target in injection(model).targets:
-        parts = target.module.split(".")
-        names = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-        lists = ((name, model.get_submodule(name)) for name in names)
-        outermost = next(((name, m) for name, m in lists if isinstance(m, nn.ModuleList)), None)
+        # Outer modules come before inner ones.
+        outermost = next((name for name in lists if target.module.startswith(f"{name}.")), None)
         if outermost is not None:
-            found.setdefault(*outermost)
+            found[outermost] = lists[outermost]
     return found
 
 
@@ -228,8 +217,7 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def _tolerance(states: Tensor) -> float:
     """The relative difference that rounding explains: two thirds of the digits of the type computed in must agree.
 
-    Blocks round away one digit or two; another position or a missing input changes the first ones. Called inside
-    the forward, which is where autocast is on.
+    Call it inside the forward, where autocast is on.
     """
     kind = states.device.type
     resolutions = [torch.finfo(states.dtype).eps]

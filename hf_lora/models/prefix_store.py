@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,17 +14,9 @@ CACHE_MODES = ("no", "auto", "memory", "disk")
 _MB = 1 << 20
 
 
-class _Array(Protocol):
+class _MemoryArray:
     """Rows `(width,)` of one type, written and read by number."""
 
-    def read(self, start: int, stop: int) -> Tensor: ...
-
-    def write(self, start: int, rows: Tensor) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _MemoryArray:
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, directory: str | Path) -> None:
         # The system gives the pages as they are written, so that what is not used costs nothing.
         self._rows: Tensor = torch.empty(shape, dtype=dtype)
@@ -78,12 +68,6 @@ class _DiskArray:
         self._file.close()
 
 
-_PLACES: dict[str, Callable[[tuple[int, int], torch.dtype, str | Path], _Array]] = {
-    "memory": _MemoryArray,
-    "disk": _DiskArray,
-}
-
-
 class StateStore:
     """The states of many examples, one after the other in an array `(tokens, width)`.
 
@@ -102,7 +86,8 @@ class StateStore:
                 f"the frozen prefix's cache does not fit in memory; got {_mb(size)} for {tokens:,} tokens; expected at "
                 f"most {_mb(limit)}; use cache_frozen_prefix=disk, or a larger frozen_prefix_cache_gb"
             )
-        self._array = _PLACES[self.place]((tokens, width), dtype, directory)
+        array: type[_MemoryArray | _DiskArray] = _MemoryArray if self.place == "memory" else _DiskArray
+        self._array = array((tokens, width), dtype, directory)
         self._tokens, self._used = tokens, 0
         self._slots: dict[bytes, tuple[int, int]] = {}
 

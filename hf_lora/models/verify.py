@@ -1,4 +1,4 @@
-"""What the probes of a model share: evaluation mode for a while, and how far two results are apart."""
+"""Check on a small batch that every adapted layer acts on the output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from hf_lora.lora.inject import lora_layers
 from hf_lora.lora.layer import LoRALayer
+from hf_lora.models._transformers_private import buffers_of
 from hf_lora.tasks import task_of
+
+LENGTH = 8
+_B_STD = 0.02
+# The second probe of a suspect looks for gradients that fp16 rounded to zero.
+_STRONGER = 4096.0
 
 
 @contextmanager
@@ -36,21 +42,15 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
     return distance if distance == 0 else distance / max(float(expected.norm()), 1e-30)
 
 
-LENGTH = 8
-_B_STD = 0.02
-# The second probe of a suspect looks for gradients that fp16 rounded to zero.
-_STRONGER = 4096.0
-
-
 @dataclass(frozen=True)
 class VerificationReport:
-    """What the probe measured; that there is a report at all means that every adapted layer acts."""
+    """What the probe measured. Where a layer does not act there is an error and no report."""
 
     gradients: Mapping[str, float]
     """The largest absolute gradient of B, by the name of the layer, for a random projection of the logits."""
     forwards: int
     unused: tuple[str, ...] = ()
-    """With `allow_unused`: the layers that the model itself does not use."""
+    """The layers that the model does not use, with `allow_unused`."""
 
     def __str__(self) -> str:
         total = len(self.gradients)
@@ -64,11 +64,11 @@ def verify_injection(
     """Check on one small batch that every adapted layer moves the output and gets a gradient.
 
     batch: what the model takes, such as `probe_batch(model)`: input_ids `(batch, length)` and labels.
-    allow_unused: report, and do not refuse, layers whose pretrained weight has no effect on the logits either,
-        as in the last block of Longformer, LUKE or LiLT. They cost memory and do no harm.
+    allow_unused: report, and do not refuse, layers whose pretrained weight has no effect either, as in the last block
+        of Longformer, LUKE or LiLT.
     The model is afterwards as it was, bit for bit: weights, gradients, buffers, modes and random state.
-    Raises ValueError if an adapter has no effect, naming it and why; if the model has no LoRA, is merged or
-    disabled; if its output on the batch is not finite.
+    Raises ValueError for a layer without effect, with the reason; for a model without LoRA, or merged or disabled; for
+    logits that are not finite.
     """
     layers = lora_layers(model)
     wrong = [name for name, layer in layers.items() if layer.merged or not layer.enabled]
@@ -82,15 +82,11 @@ def verify_injection(
         return _probe(model, layers, batch, allow_unused)
 
 
-# Why one backward pass finds every dead layer. Let f be a random projection of the logits: it depends on a
-# B if and only if they do, but for projections of probability zero. f is analytic in all A and B together,
-# as matrix products, softmax, layer norms and GELU are. If it depends on one B at all, its gradient there
-# is zero on a set of measure zero only, which random A and B miss. If not (the layer is not called, or its
-# output is dropped, detached or multiplied by zero), the gradient is exactly zero or None. A is random too,
-# since it may be zero. ReLU is analytic in pieces only and fp16 flushes small numbers to zero, so a suspect
-# is probed again elsewhere with a larger projection. Comparing outputs with one B zeroed at a time costs a
-# forward a layer and errs where bf16 swallows a small change; all it finds besides are straight-through
-# estimators, which send gradients past their own value.
+# Why one backward pass finds every dead layer: let f be a random projection of the logits. f is analytic in all A and
+# B together, as matrix products, softmax, layer norms and GELU are. If it depends on a B at all, its gradient there is
+# zero on a set of measure zero only, which random A and B miss. If not (the layer is not called, or its output is
+# dropped, detached or multiplied by zero), the gradient is exactly zero or None. ReLU is analytic in pieces only and
+# fp16 flushes small numbers to zero, so a suspect is probed again elsewhere with a larger projection.
 def _probe(
     model: nn.Module, layers: Mapping[str, LoRALayer], batch: Mapping[str, Any], allow_unused: bool
 ) -> VerificationReport:
@@ -109,14 +105,15 @@ def _probe(
         model(**batch)
     problems: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        if not any(acting[name]):
+        acts = acting[name]
+        if not any(acts):
             weight = weights.get(name)
             bypassed = id(layer) not in called if weight is None else bool(weight.any())
             problems.setdefault("bypassed" if bypassed else "unused", []).append(name)
-        elif not all(acting[name]):
-            numbers = ", ".join(str(index + 1) for index, acts in enumerate(acting[name]) if not acts)
-            problems.setdefault("parts", []).append(f"{name} (part {numbers} of {len(acting[name])})")
-        elif id(layer) in called and id(layer) not in called_without_gradients:
+        elif not all(acts):
+            numbers = ", ".join(str(number) for number, act in enumerate(acts, 1) if not act)
+            problems.setdefault("parts", []).append(f"{name} (part {numbers} of {len(acts)})")
+        elif id(layer) in called - called_without_gradients:
             problems.setdefault("evaluation", []).append(name)
     unused = tuple(problems.pop("unused", ())) if allow_unused else ()
     if len(unused) == len(layers):
@@ -147,14 +144,15 @@ def _gradients(
     suspects: Iterable[str],
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], set[int]]:
-    """For a random projection of the logits: the gradient of B by layer, and of the suspects' frozen weights.
+    """The gradient of a random projection of the logits by each B and by the suspects' frozen weights.
 
     And the ids of the layers whose forward was called. Quantized weights get no gradient and are left out.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
-        _randomize(layer.lora_A, 1 / math.sqrt(layer.lora_A[0].numel()), generator)
-        _randomize(layer.lora_B, _B_STD, generator)
+        stds = {layer.lora_A: 1 / math.sqrt(layer.lora_A[0].numel()), layer.lora_B: _B_STD}
+        for factor, std in stds.items():
+            factor.data.copy_(std * torch.randn(factor.shape, generator=generator))
         layer.lora_B.requires_grad_(True)
     weights = {name: layers[name].frozen_weight for name in suspects}
     weights = {name: w.requires_grad_(True) for name, w in weights.items() if type(w) is nn.Parameter}
@@ -180,53 +178,37 @@ def _acting(layer: LoRALayer, gradient: Tensor) -> list[bool]:
     return [bool(((part != 0) & part.isfinite()).any()) for part in gradient.split(rows)]
 
 
-@torch.no_grad()
-def _randomize(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
-    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
-
-
 def _logits(output: Any) -> Tensor:
     """The logits of a model's output; of an output without, its first floating-point tensor."""
     if isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
-    parts = (
-        output.values() if isinstance(output, Mapping) else [output] if isinstance(output, Tensor) else output
+    parts = output.values() if isinstance(output, Mapping) else output
+    for part in [parts] if isinstance(parts, Tensor) else parts:
+        if isinstance(part, Tensor) and part.is_floating_point():
+            return part
+    raise ValueError(
+        f"cannot verify the adapter; got {type(output).__name__}; expected an output with logits"
     )
-    found = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
-    if not found:
-        raise ValueError(
-            f"cannot verify the adapter; got {type(output).__name__}; expected an output with logits"
-        )
-    return found[0]
 
 
 @contextmanager
 def _recorded(layers: Mapping[str, LoRALayer]) -> Iterator[set[int]]:
     """Inside, collects the ids of the layers whose forward is called."""
     wanted, called = {id(layer) for layer in layers.values()}, set[int]()
-
-    def record(module: nn.Module, *_: Any) -> None:
-        if id(module) in wanted:
-            called.add(id(module))
-
     # A global hook: torch's fused kernels step aside for a module that has hooks of its own.
-    handle = register_module_forward_hook(record)
-    try:
+    with register_module_forward_hook(
+        lambda module, *_: called.add(id(module)) if id(module) in wanted else None
+    ):
         yield called
-    finally:
-        handle.remove()
 
 
 @contextmanager
 def _as_it_was(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
     """Inside, the model is in evaluation mode; after, everything the probe may touch is as before."""
-    modules = list(model.modules())
-    buffers = [
-        {
-            name: (buffer, None if buffer is None else buffer.clone())
-            for name, buffer in module._buffers.items()
-        }
-        for module in modules
+    buffers = [buffers_of(module) for module in model.modules()]
+    kept = [
+        {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in own.items()}
+        for own in buffers
     ]
     layers = list(layers)
     values = [(p, p.detach().clone()) for layer in layers for p in (layer.lora_A, layer.lora_B)]
@@ -242,10 +224,10 @@ def _as_it_was(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
                 parameter.copy_(value)
             for tensor, required in zip(touched, required_grad, strict=True):
                 tensor.requires_grad_(required)
-            for module, before in zip(modules, buffers, strict=True):
-                module._buffers.clear()
+            for own, before in zip(buffers, kept, strict=True):
+                own.clear()
                 for name, (buffer, content) in before.items():
-                    module._buffers[name] = buffer
+                    own[name] = buffer
                     if buffer is not None and content is not None and not torch.equal(buffer, content):
                         buffer.copy_(content)
 
@@ -257,10 +239,9 @@ def _on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]
 def probe_batch(model: nn.Module, tokenizer: Any = None) -> dict[str, Tensor]:
     """Two short sequences of different tokens, or two noisy images, with labels: for `verify_injection`.
 
-    Returns input_ids and attention_mask `(2, length)`, or pixel_values `(2, channels, height, width)`, and
-    labels as `config.problem_type` and `config.num_labels` have them, on the device of the model.
-    tokenizer: names the special tokens where the config does not. A sequence ends with the end (or
-        separator) token, where BART and T5 read their class.
+    Returns input_ids and attention_mask `(2, length)`, or pixel_values `(2, channels, height, width)`, and labels for
+    the configuration's problem type, on the device of the model.
+    tokenizer: names the special tokens where the configuration does not.
     Raises ValueError for models of neither text nor images.
     """
     config: Any = getattr(model, "config", None)
@@ -279,10 +260,10 @@ def probe_batch(model: nn.Module, tokenizer: Any = None) -> dict[str, Tensor]:
 def _tokens(config: Any, tokenizer: Any) -> dict[str, Tensor]:
     named: dict[str, int] = {}
     for name in ("pad", "unk", "mask", "bos", "cls", "sep", "eos", "decoder_start"):
-        values = (getattr(source, f"{name}_token_id", None) for source in (tokenizer, config))
-        value = next((value for value in values if value is not None), None)
-        if value is not None:
-            named[name] = int(value[0] if isinstance(value, list | tuple) else value)
+        for source in (config, tokenizer):
+            value = getattr(source, f"{name}_token_id", None)
+            if value is not None:
+                named[name] = int(value[0] if isinstance(value, list | tuple) else value)
     special = {*named.values(), *getattr(tokenizer, "all_special_ids", ())}
     # All tokens differ: among equal keys and values, attention does not depend on the queries.
     usable = [index for index in range(config.get_text_config().vocab_size) if index not in special]
@@ -292,7 +273,7 @@ def _tokens(config: Any, tokenizer: Any) -> dict[str, Tensor]:
     if first is not None and first != last:
         ids[:, 0] = first
     if last is not None:
-        ids[:, -1] = last
+        ids[:, -1] = last  # where BART and T5 read their class
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

@@ -25,10 +25,9 @@ from hf_lora.models.loading import Precision, cast_frozen, choose_precision, loa
 Text = str | Sequence[str]
 """A text, or a pair (first, second) for models of text pairs."""
 
-# Texts held at a time when a stream is classified: enough to sort by length to good effect.
+# Texts of a stream that are held, and sorted by length, at a time.
 WINDOW = 2048
-# Tokens of a batch, padding included: with more, activations grow and the speed does not. On a CPU it even
-# falls, as the activations of a layer leave the caches.
+# Tokens of a batch, padding included. With more, activations grow and leave a CPU's caches.
 CPU_TOKENS, TOKENS = 2048, 16_384
 
 
@@ -68,10 +67,10 @@ class TextClassifier:
 
         base: another place of the base model. check_base: refuse one with other weights than trained on.
         device: default: the GPU where there is one.
-        merge: put the updates into the weights, computed in fp32, so that the model runs as fast as a plain
-            one; `lora_disabled` goes on working.
-        precision: of the encoder, "fp32", "bf16", or "auto": bf16 where the device multiplies it natively. The
-            head is fp32. None: the types the base is stored in.
+        merge: put the updates into the weights, in fp32: the model runs as fast as a plain one, and `lora_disabled`
+            goes on working.
+        precision: of the encoder, "fp32", "bf16", or "auto": bf16 where the device multiplies it natively; None: the
+            types the base is stored in. The head is fp32.
         A quantized base runs as it is, neither merged nor cast.
         Raises ValueError if there is no such adapter or anything in it does not fit.
         """
@@ -116,11 +115,10 @@ class TextClassifier:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """The prediction for one text, or a list of them for a list of texts (or of text pairs), in order.
 
-        Each is `{"text", "label", "score", "scores"}`: the best label with its probability and all by
-        label; for multi-label models `label` and `score` are lists of those above their thresholds, 0.5
-        where none were fitted; for regression `score` is the predicted number. The probabilities are
-        calibrated where the adapter has a temperature. batch_size: as in `logits`.
-        Raises ValueError for anything but texts.
+        Each is `{"text", "label", "score", "scores"}`: the best label with its probability, and all by label. For
+        multi-label models `label` and `score` are lists of those above their thresholds, 0.5 where none were fitted;
+        for regression `score` is the predicted number. Probabilities are calibrated if the adapter has a temperature.
+        batch_size: as in `logits`. Raises ValueError for anything but texts.
         """
         if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
             raise ValueError(f"not texts; got {texts!r}; expected a string or a list of strings")
@@ -155,10 +153,8 @@ class TextClassifier:
             encoded = self._encode(texts[first : first + WINDOW])
             lengths = [len(ids) for ids in encoded["input_ids"]]
             for rows in _batches(lengths, batch_size, budget):
-                batch = self._padded(
-                    {name: [values[row] for row in rows] for name, values in encoded.items()}
-                )
-                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                chosen = {name: [values[row] for row in rows] for name, values in encoded.items()}
+                inputs = {name: tensor.to(device) for name, tensor in self._padded(chosen).items()}
                 result[[first + row for row in rows]] = self.model(**inputs).logits.float().cpu()
         return result
 
@@ -199,8 +195,7 @@ class TextClassifier:
 def _batches(lengths: Sequence[int], batch_size: int | None, budget: int) -> Iterator[list[int]]:
     """Indices of the texts in each batch, the longest texts first.
 
-    A batch of `batch_size` texts, or, where that is None, one of at most `budget` tokens with its padding, but
-    of at least one text.
+    Batches of `batch_size` texts; where that is None, of at most `budget` tokens with padding, or one text.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     start = 0
@@ -213,8 +208,7 @@ def _batches(lengths: Sequence[int], batch_size: int | None, budget: int) -> Ite
 def _rounded(length: int) -> int:
     """A length rounded up to one of eight in each doubling: 16, 18, 20, ... 32, 36, 40, ... 64, 72, ...
 
-    oneDNN makes kernels for every shape it meets and keeps them, a few megabytes each. With every length for
-    itself they take more time and memory than the padding does, which is 4 % on average.
+    oneDNN makes and keeps kernels of a few megabytes for every shape. The padding costs less: 4 % on average.
     """
     step = max(1, 1 << length.bit_length() >> 4)
     return -(-length // step) * step

@@ -87,13 +87,13 @@ def export_onnx(
 ) -> Export:
     """Write a classifier, its adapter merged, as `model.onnx` with config, tokenizer and labels beside it.
 
-    The graph takes int64 `(batch_size, sequence_length)` and gives `logits`, fp32 `(batch_size, labels)`. The
-    layout is the one optimum's ORTModelForSequenceClassification reads. The classifier stays as it is.
+    The graph takes int64 `(batch_size, sequence_length)` and gives `logits`, fp32 `(batch_size, labels)`. optimum's
+    ORTModelForSequenceClassification reads the layout. The classifier stays as it is.
 
     int8: also `model_int8.onnx`, by dynamic quantization: weights of 8 bits, activations as they come.
     texts: compared in torch and onnxruntime; None: `PROBES`.
-    Raises ValueError if packages are missing, the directory exists, the classifier is not in fp32, the model cannot
-    be exported, or logits differ by more than 1e-4. Nothing is then written.
+    Raises ValueError if packages are missing, the directory exists, the classifier is not in fp32, the model cannot be
+    exported, or logits differ by more than 1e-4. Nothing is then written.
     """
     directory = Path(directory)
     if directory.exists():
@@ -105,7 +105,9 @@ def export_onnx(
     plain = TextClassifier(model, classifier.tokenizer, info)
     given = inspect.signature(model.forward).parameters.keys() & set(classifier.tokenizer.model_input_names)
     inputs = [name for name in _INPUTS if name in given]
-    texts = list(_probes(info) if texts is None else texts)
+    if texts is None:
+        texts = list(zip(PROBES, reversed(PROBES), strict=True)) if len(info.text_columns) == 2 else PROBES
+    texts = list(texts)
     logits = {"torch": plain.logits(texts)}
     with replacing(directory) as folder:
         with _one_line(f"{type(model).__name__} cannot be exported to ONNX"):
@@ -128,17 +130,10 @@ def export_onnx(
     return Export(directory, tuple(inputs), compared, logits)
 
 
-def _probes(info: AdapterInfo) -> list[Text]:
-    if len(info.text_columns) == 2:
-        return list(zip(PROBES, reversed(PROBES), strict=True))
-    return list(PROBES)
-
-
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on the CPU with the updates in its weights, and nothing of LoRA in its modules or of the GPU in its graph.
+    """A plain copy on the CPU with the updates in its weights and attention by plain products, which runs everywhere.
 
-    It is built anew: copies of parametrized modules share their class with the original. Its attention is the
-    one of plain products, which is the smallest graph and runs everywhere.
+    It is built anew: copies of parametrized modules share their class with the original.
     """
     types = {parameter.dtype for parameter in model.parameters()}
     if types != {torch.float32}:
