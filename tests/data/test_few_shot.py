@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from conftest import tiny_tokenizer
 from hypothesis import given
@@ -17,14 +15,6 @@ from hypothesis import strategies as st
 
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
 from hf_lora.data.few_shot import divide, draw
-
-
-@pytest.fixture(autouse=True)
-def _quiet_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def write(path: Path, labels: list[Any], tag: str = "film") -> str:
