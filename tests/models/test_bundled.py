@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from pytest_httpserver import HTTPServer
 
 from hf_lora.models import bundled
 from hf_lora.models.bundled import BUNDLED, BundledModel, bundled_folder, resolve_base
-from tests.adapters.test_hub import answering_hub
 
 NAME = "org/fake-encoder"
 PACKAGE = "fake_encoder_package"
@@ -80,10 +80,15 @@ def test_refused_connection_gives_the_folder(package: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("status", [200, 404])
-def test_answering_hub_gives_the_name(package: Path, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with answering_hub(monkeypatch, status) as asked:
-        assert resolve_base(NAME) == NAME
-    assert asked == ["/"]
+def test_answering_hub_gives_the_name(
+    package: Path, status: int, monkeypatch: pytest.MonkeyPatch, httpserver: HTTPServer
+) -> None:
+    httpserver.expect_request("/").respond_with_data(status=status)
+    monkeypatch.setattr(constants, "ENDPOINT", httpserver.url_for("").rstrip("/"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+    assert resolve_base(NAME) == NAME
+    assert [request.path for request, _ in httpserver.log] == ["/"]
 
 
 def test_absent_package_gives_the_name_and_says_what_to_install(caplog: pytest.LogCaptureFixture) -> None:

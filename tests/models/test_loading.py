@@ -1,16 +1,15 @@
-import json
+"""Base models with a head, their precision, and casts of the encoder."""
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import LABELS, randomize
+from conftest import LABELS
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from hf_lora import LoRAConfig, head_parameters, inject_lora, load_classifier, lora_parameters, save_adapter
+from hf_lora import LoRAConfig, head_parameters, inject_lora, load_classifier, lora_parameters
 from hf_lora.lora.inject import injection
-from hf_lora.models.loading import cast_frozen, meta_classifier
-from hf_lora.serving.classifier import load_trained
+from hf_lora.models.loading import Precision, cast_frozen, choose_precision, meta_classifier
 
 
 @pytest.fixture
@@ -30,41 +29,10 @@ def without_pooler(directory, target):
     return str(target)
 
 
-def test_labels_task_and_base_are_recorded(classifier, tiny_bert_dir):
-    assert classifier.config.id2label == {0: "negative", 1: "positive"}
-    assert classifier.config.num_labels == 2
-    info = injection(classifier).info
-    assert info.labels == LABELS and info.base_model.name_or_path == str(tiny_bert_dir)
-    assert info.base_model.fingerprint.startswith("sha256-")
-
-
 def test_the_encoder_has_the_checkpoints_weights(classifier, tiny_bert_dir):
     own = classifier.state_dict()
     for name, tensor in safetensors.torch.load_file(tiny_bert_dir / "model.safetensors").items():
         assert torch.equal(own[f"bert.{name}"], tensor), name
-
-
-def test_a_fresh_pooler_is_trained_saved_and_restored(tiny_bert_dir, tmp_path):
-    base = without_pooler(tiny_bert_dir, tmp_path / "base")
-    model, tokenizer = load_classifier(base, LABELS, LoRAConfig(rank=4))
-    assert injection(model).head == ("classifier", "bert.pooler")
-    assert model.bert.pooler.dense.weight.requires_grad
-    randomize(model)
-    save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
-    torch.manual_seed(99)
-    twin, _, _ = load_trained(tmp_path / "a")
-    for name, parameter in head_parameters(model).items():
-        assert torch.equal(parameter, head_parameters(twin)[name]), name
-
-
-def test_a_head_that_nobody_has_weights_for_is_refused(tiny_bert_dir, tmp_path):
-    base = without_pooler(tiny_bert_dir, tmp_path / "base")
-    model, tokenizer = load_classifier(str(tiny_bert_dir), LABELS, LoRAConfig(rank=4))
-    directory = save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
-    with pytest.raises(
-        ValueError, match=r"neither the adapter .* nor its base .* has weights for 2 tensors.*pooler"
-    ):
-        load_trained(directory, base=base, check_base=False)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tiny_bert_dir, tmp_path):
@@ -101,49 +69,10 @@ def test_a_classification_checkpoint_with_other_labels_gets_a_fresh_head(tiny_be
     assert loaded.classifier.weight.shape == (2, 32)
 
 
-def test_a_trained_directory_needs_no_other_argument(adapter_dir, tiny_bert_dir):
-    model, tokenizer, info = load_trained(adapter_dir)
-    assert info.labels == LABELS and info.max_length == 32 and not model.training
-    assert tokenizer("the film").input_ids[0] == tokenizer.cls_token_id
-
-
-def test_a_foreign_adapter_gets_numbered_labels(adapter_dir, tmp_path):
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (foreign / name).write_bytes((adapter_dir / name).read_bytes())
-    model, _, info = load_trained(foreign)
-    assert info.labels == ("LABEL_0", "LABEL_1") and model.config.num_labels == 2
-
-
-def test_an_adapter_without_a_base_asks_for_it(adapter_dir, tmp_path):
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    config = json.loads((adapter_dir / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = None
-    (foreign / "adapter_config.json").write_text(json.dumps(config))
-    (foreign / "adapter_model.safetensors").write_bytes(
-        (adapter_dir / "adapter_model.safetensors").read_bytes()
-    )
-    with pytest.raises(ValueError, match="names no base model; pass base="):
-        load_trained(foreign)
-
-
 def test_the_meta_classifier_has_names_and_shapes_only(tiny_bert_dir):
     model = meta_classifier(str(tiny_bert_dir), num_labels=5)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model.classifier.weight.shape == (5, 32)
-
-
-def test_adapters_record_the_hub_id_and_never_a_path_of_the_machine(minilm, tmp_path):
-    model, tokenizer = load_classifier(minilm, ["a", "b"])
-    directory = save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
-    text = "".join((directory / name).read_text() for name in ("adapter_config.json", "hf_lora.json"))
-    text += (directory / "tokenizer_config.json").read_text()
-    assert minilm in text and "site-packages" not in text
-    # 6 layers, 4 projections, rank 8: 6 * 4 * 8 * (384 + 384), and a head of 2 * 384 + 2.
-    assert sum(p.numel() for p in lora_parameters(model).values()) == 147_456
-    assert sum(p.numel() for p in head_parameters(model).values()) == 770
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,3 +122,55 @@ def test_a_head_inside_the_encoder_is_cast_with_it(tiny_bert_dir, tmp_path):
     assert model.bert.pooler.dense.weight.dtype == torch.bfloat16
     assert model.classifier.weight.dtype == model(ids).logits.dtype == torch.float32
     torch.testing.assert_close(model(ids).logits, expected, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_what_is_asked_for_is_chosen(name, dtype):
+    precision = choose_precision(name)
+    assert (precision.name, precision.dtype) == (name, dtype)
+    assert str(precision) == f"precision: {name} (as asked for)"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, Precision("fp32", "this CPU does not multiply bf16 natively")),
+        (
+            {"avx512_f": True, "avx512_bf16": False},
+            Precision("fp32", "this CPU does not multiply bf16 natively"),
+        ),
+        ({"avx512_bf16": True}, Precision("bf16", "this CPU multiplies bf16 natively: avx512_bf16")),
+        (
+            {"avx512_bf16": True, "amx_bf16": True},
+            Precision("bf16", "this CPU multiplies bf16 natively: amx_bf16"),
+        ),
+    ],
+)
+def test_auto_follows_the_instructions_of_the_cpu(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_precision("auto", "cpu") == expected
+
+
+@pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp32")])
+def test_auto_follows_the_gpu_where_there_is_one(monkeypatch, native, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert choose_precision().name == name
+
+
+def test_a_device_without_a_rule_is_fp32():
+    assert choose_precision("auto", "mps").name == "fp32"
+
+
+def test_another_word_is_refused():
+    with pytest.raises(
+        ValueError, match="precision is not usable; got 'fp16'; expected one of auto, fp32, bf16"
+    ):
+        choose_precision("fp16")
+
+
+@pytest.mark.parametrize("given", [{"autocast": True}, {"sharded": True}])
+def test_auto_is_fp32_where_something_else_decides(monkeypatch, given):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert choose_precision("auto", "cpu", **given).name == "fp32"
+    assert choose_precision("bf16", "cpu", **given).name == "bf16"

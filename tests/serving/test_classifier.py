@@ -28,7 +28,7 @@ from hf_lora.lora.inject import base_parameters
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.loading import Precision
 from hf_lora.serving import classifier as inference
-from hf_lora.serving.classifier import CPU_TOKENS, WINDOW, _rounded
+from hf_lora.serving.classifier import CPU_TOKENS, WINDOW, _rounded, load_trained
 
 LONG = "the film was good and the meal was awful but we had fun " * 5
 TEXTS = [
@@ -462,6 +462,7 @@ def short_texts(count: int) -> list[str]:
     return [" ".join(words[(row + i) % 35] for i in range(1 + row * 7 % 25)) for row in range(count)]
 
 
+@pytest.mark.slow
 def test_many_short_texts_are_never_more_than_the_budget_at_once(
     classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +482,7 @@ def test_many_short_texts_are_never_more_than_the_budget_at_once(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_number_of_texts(classifier: TextClassifier) -> None:
     def peak_after(count: int) -> float:
         Path("/proc/self/clear_refs").write_text("5")
@@ -549,3 +551,31 @@ def test_lengths_are_rounded_to_few_sizes_at_little_cost() -> None:
     assert all(a >= b for a, b in zip(rounded, lengths, strict=True))
     assert max(a / b for a, b in zip(rounded, lengths, strict=True)) < 1.125
     assert len(set(rounded)) <= 15 + 8 * 5 + 1
+
+
+def test_a_trained_directory_needs_no_other_argument(adapter_dir: Path) -> None:
+    model, tokenizer, info = load_trained(adapter_dir)
+    assert info.labels == LABELS and info.max_length == 32 and not model.training
+    assert tokenizer("the film").input_ids[0] == tokenizer.cls_token_id
+
+
+def test_a_foreign_adapter_gets_numbered_labels(adapter_dir: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (foreign / name).write_bytes((adapter_dir / name).read_bytes())
+    model, _, info = load_trained(foreign)
+    assert info.labels == ("LABEL_0", "LABEL_1") and model.config.num_labels == 2
+
+
+def test_an_adapter_without_a_base_asks_for_it(adapter_dir: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    config = json.loads((adapter_dir / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (foreign / "adapter_config.json").write_text(json.dumps(config))
+    (foreign / "adapter_model.safetensors").write_bytes(
+        (adapter_dir / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(ValueError, match="names no base model; pass base="):
+        load_trained(foreign)

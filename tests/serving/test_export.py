@@ -99,7 +99,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return export_once
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:])])
 def case(request: pytest.FixtureRequest, exported: Callable[[str], Case]) -> Case:
     return exported(request.param)
 
@@ -233,6 +233,7 @@ def test_a_loaded_export_predicts_like_the_classifier(case: Case) -> None:
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_largest_models_have_their_weights_in_a_file_beside_the_graph(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,0 +1,69 @@
+"""What a loaded classifier knows of itself, and what its adapter brings back."""
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import LABELS, randomize
+
+from hf_lora import LoRAConfig, head_parameters, load_classifier, lora_parameters, save_adapter
+from hf_lora.lora.inject import injection
+from hf_lora.serving.classifier import load_trained
+
+
+@pytest.fixture
+def classifier(tiny_bert_dir):
+    return load_classifier(str(tiny_bert_dir), LABELS, LoRAConfig(rank=4))[0]
+
+
+def without_pooler(directory, target):
+    """The same checkpoint as a model that was pretrained without a pooler."""
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    target.mkdir()
+    for path in directory.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+    assert len(kept) == len(tensors) - 2
+    safetensors.torch.save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def test_labels_task_and_base_are_recorded(classifier, tiny_bert_dir):
+    assert classifier.config.id2label == {0: "negative", 1: "positive"}
+    assert classifier.config.num_labels == 2
+    info = injection(classifier).info
+    assert info.labels == LABELS and info.base_model.name_or_path == str(tiny_bert_dir)
+    assert info.base_model.fingerprint.startswith("sha256-")
+
+
+def test_a_fresh_pooler_is_trained_saved_and_restored(tiny_bert_dir, tmp_path):
+    base = without_pooler(tiny_bert_dir, tmp_path / "base")
+    model, tokenizer = load_classifier(base, LABELS, LoRAConfig(rank=4))
+    assert injection(model).head == ("classifier", "bert.pooler")
+    assert model.bert.pooler.dense.weight.requires_grad
+    randomize(model)
+    save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
+    torch.manual_seed(99)
+    twin, _, _ = load_trained(tmp_path / "a")
+    for name, parameter in head_parameters(model).items():
+        assert torch.equal(parameter, head_parameters(twin)[name]), name
+
+
+def test_a_head_that_nobody_has_weights_for_is_refused(tiny_bert_dir, tmp_path):
+    base = without_pooler(tiny_bert_dir, tmp_path / "base")
+    model, tokenizer = load_classifier(str(tiny_bert_dir), LABELS, LoRAConfig(rank=4))
+    directory = save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match=r"neither the adapter .* nor its base .* has weights for 2 tensors.*pooler"
+    ):
+        load_trained(directory, base=base, check_base=False)
+
+
+def test_adapters_record_the_hub_id_and_never_a_path_of_the_machine(minilm, tmp_path):
+    model, tokenizer = load_classifier(minilm, ["a", "b"])
+    directory = save_adapter(model, tmp_path / "a", tokenizer=tokenizer)
+    text = "".join((directory / name).read_text() for name in ("adapter_config.json", "hf_lora.json"))
+    text += (directory / "tokenizer_config.json").read_text()
+    assert minilm in text and "site-packages" not in text
+    # 6 layers, 4 projections, rank 8: 6 * 4 * 8 * (384 + 384), and a head of 2 * 384 + 2.
+    assert sum(p.numel() for p in lora_parameters(model).values()) == 147_456
+    assert sum(p.numel() for p in head_parameters(model).values()) == 770
