@@ -114,12 +114,9 @@ class DataConfig:
             )
         if self.problem_type is not None:
             # Imported here, since it takes a second.
-            from hf_lora.tasks import TASKS
+            from hf_lora.tasks import task_of
 
-            if self.problem_type not in TASKS:
-                raise ValueError(
-                    f"unknown problem_type {self.problem_type!r}; expected one of {', '.join(TASKS)}"
-                )
+            task_of(self.problem_type)
         try:
             codecs.lookup(self.encoding)
         except LookupError:

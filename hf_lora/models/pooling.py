@@ -154,9 +154,9 @@ class PooledClassifier(AnyAttention):
         )
 
     def read_last_layer(self) -> None:
-        """Pool the last of several layers alone from here on; of the head, what reads it stays.
+        """Pool only the last of several layers from now on; the head keeps the weights that read it.
 
-        To be called before an optimizer holds the head's weight. Raises ValueError for a pooling without such a form.
+        Call it before an optimizer holds the head's weight. Raises ValueError for a pooling of one layer.
         """
         if self.pool.of_last is None:
             raise ValueError(
@@ -192,12 +192,12 @@ def layers_read(pooling: str, count: int) -> tuple[int, ...]:
 
 
 def pooling_of(model: nn.Module) -> str:
-    """How a classifier comes from tokens to one vector: a name of `POOLINGS`, or "native" for transformers' own way."""
+    """The name of a classifier's pooling in `POOLINGS`, or "native"."""
     return model.pooling if isinstance(model, PooledClassifier) else NATIVE
 
 
 def native_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The class of transformers that a classifier is of, or that its encoder was taken from."""
+    """The class of transformers that a classifier is of, or that its encoder is from."""
     return model.native_class if isinstance(model, PooledClassifier) else type(model)
 
 

@@ -179,19 +179,19 @@ def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _depth(name: str, blocks: nn.ModuleList) -> int:
     """The number of the first block that has a trained parameter; at least 1."""
-    for depth, block in enumerate(blocks):
-        trained = next((n for n, p in block.named_parameters() if p.requires_grad), None)
-        if trained is not None and depth == 0:
-            raise ValueError(
-                f"cache_frozen_prefix needs frozen blocks below the trained ones; got {name}.0.{trained} trained, "
-                f"in the first of {len(blocks)} blocks; adapt the top ones only, such as --lora_layers -2 -1, and "
-                "not every bias"
-            )
-        if trained is not None:
-            return depth
-    raise ValueError(
-        f"cache_frozen_prefix needs a trained block; got none in {name}; train a LoRA factor there"
-    )
+    trained = [[n for n, p in block.named_parameters() if p.requires_grad] for block in blocks]
+    depth = next((depth for depth, names in enumerate(trained) if names), None)
+    if depth is None:
+        raise ValueError(
+            f"cache_frozen_prefix needs a trained block; got none in {name}; train a LoRA factor there"
+        )
+    if depth == 0:
+        raise ValueError(
+            f"cache_frozen_prefix needs frozen blocks below the trained ones; got {name}.0.{trained[0][0]} trained, "
+            f"in the first of {len(blocks)} blocks; adapt the top ones only, such as --lora_layers -2 -1, and "
+            "not every bias"
+        )
+    return depth
 
 
 def _check_layers_read(model: nn.Module, depth: int) -> None:

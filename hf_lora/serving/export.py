@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,17 +151,12 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     if merge_now:
         merge_lora(model)
     try:
-        plain.load_state_dict({name: _value(model, name) for name in plain.state_dict()})
+        # By attributes: a state_dict does not have a parametrized tensor as the forward sees it.
+        plain.load_state_dict({name: attrgetter(name)(model).detach() for name in plain.state_dict()})
     finally:
         if merge_now:
             unmerge_lora(model)
     return plain.eval()
-
-
-def _value(model: nn.Module, name: str) -> Tensor:
-    """A tensor as the forward sees it, which `state_dict` does not tell of a parametrized one."""
-    owner, _, tensor = name.rpartition(".")
-    return getattr(model.get_submodule(owner), tensor).detach()
 
 
 def _batch(classifier: TextClassifier, inputs: Sequence[str], rows: int, length: int) -> dict[str, Tensor]:
@@ -174,8 +170,7 @@ class _Logits(nn.Module):
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
-        self.names = names
+        self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.model(**dict(zip(self.names, inputs, strict=True))).logits
@@ -197,14 +192,13 @@ def _write_graph(model: PreTrainedModel, example: Mapping[str, Tensor], path: Pa
         ),
     )
     graph = program.model.graph
-    nodes = list(graph.all_nodes())
+    nodes: list[Any] = list(graph.all_nodes())
     inner = [value for node in nodes for value in node.outputs if not value.is_graph_output()]
     values = [*inner, *graph.initializers.values()]
     for value in values:
         # Runtimes infer shapes themselves; the quantizer transposes weights and trips over those that are stored.
         value.shape = None
-    parts: list[Any] = [*nodes, *values]
-    for part in parts:
+    for part in (*nodes, *values):
         # Where in the sources it comes from: half a megabyte, and the folders of this machine.
         part.metadata_props.clear()
         part.doc_string = None

@@ -23,7 +23,10 @@ class TestConfig:
             ({"max_eval_samples": -1}, "max_eval_samples is -1"),
             ({"max_test_samples": 0}, "max_test_samples is 0"),
             ({"validation_fraction": 1.0}, "validation_fraction is 1.0; expected a number between 0 and 1"),
-            ({"problem_type": "ranking"}, "unknown problem_type 'ranking'; expected one of single_label"),
+            (
+                {"problem_type": "ranking"},
+                "unknown problem type; got 'ranking'; expected one of single_label",
+            ),
             ({"encoding": "utf-9"}, "unknown encoding 'utf-9'; try utf-8"),
         ],
     )
