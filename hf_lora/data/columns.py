@@ -28,9 +28,7 @@ def choose_columns(columns: Sequence[str], config: DataConfig, source: str) -> t
     """Return the text column, or the two columns of a pair, and then the label column.
 
     Columns that `config` names win; the others are chosen by `TEXT_LAYOUTS` and `LABEL_COLUMNS`.
-
-    Raises:
-        ValueError: a named column does not exist in `source`, or none or several fit.
+    Raises ValueError: a named column does not exist in `source`, or none or several fit.
     """
     if config.label_column is not None:
         label = require_column(columns, config.label_column, source)

@@ -15,9 +15,7 @@ class DataConfig:
     """Where the data is, which columns it has, and how it is split and cut.
 
     Data in memory is not named here: `prepare_data` takes it as `tables`.
-
-    Raises:
-        ValueError: a value is out of range, or fields contradict each other.
+    Raises ValueError: a value is out of range, or fields contradict each other.
     """
 
     dataset_name: str | None = option(None, help="Data set: a Hub id.")

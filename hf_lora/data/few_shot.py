@@ -23,9 +23,7 @@ def few_shot(
 
     A validation split stays whole; where there is none it is held out of the few. Both parts of a smaller draw are in
     those of a larger one with the same seed. Multi-label examples without a label count as one more label.
-
-    Raises:
-        ValueError: a regression, which has no labels to draw by, or nothing is left to hold out.
+    Raises ValueError: a regression, which has no labels to draw by, or nothing is left to hold out.
     """
     assert config.few_shot is not None
     if not scheme.task.has_classes:

@@ -19,9 +19,7 @@ def read_path(path: str, *, encoding: str, cache_dir: str | None) -> datasets.Da
 
     CSV and TSV columns are all strings, so that neither "NA" nor "007" changes. A folder of documents has the
     columns "text", "label" and `BADLY_ENCODED`, in the order of label and file name.
-
-    Raises:
-        ValueError: the path does not exist, is empty, or holds a mistake, whose file and line are named.
+    Raises ValueError: the path does not exist, is empty, or holds a mistake, whose file and line are named.
     """
     source = Path(path)
     if not source.exists():

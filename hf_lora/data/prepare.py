@@ -74,9 +74,7 @@ def prepare_data(
     tables: data in memory by split, as `load_splits` takes them.
     test_seed: where there is neither a validation nor a test split, a test split is held out first, with this seed.
         Runs with other training data then share one test split.
-
-    Raises:
-        ValueError: a mistake in the files, columns, labels or sizes; one line that says where.
+    Raises ValueError: a mistake in the files, columns, labels or sizes; one line that says where.
     """
     raw = load_splits(config, tables)
     if "train" not in raw:
@@ -114,9 +112,7 @@ def prepare_test(
     """Prepare the "test" split alone, with the labels of an existing classifier.
 
     tables: {"test": data in memory}, as `load_splits` takes it.
-
-    Raises:
-        ValueError: as `prepare_data`, and for a label that is hidden or that the classifier does not know.
+    Raises ValueError: as `prepare_data`, and for a label that is hidden or that the classifier does not know.
     """
     if config.problem_type not in (None, problem_type):
         raise ValueError(

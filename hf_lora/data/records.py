@@ -21,7 +21,6 @@ from hf_lora.data.columns import choose_text_columns
 # A line number and what that line says, by column. Parquet has rows instead of lines.
 Record = tuple[int, dict[str, Any]]
 
-_BLOCK_BYTES = 1 << 20
 _MAX_FIELD_CHARACTERS = (1 << 31) - 1
 
 
@@ -36,9 +35,7 @@ def iter_texts(
 
     Takes .csv, .tsv, .json, .jsonl and .parquet files; .txt files and open text streams have one text per
     line, in a column "text". Nulls become empty texts. A JSON array, unlike JSON lines, is read whole.
-
-    Raises:
-        ValueError: as `read_path`, when iteration arrives at the mistake.
+    Raises ValueError: as `read_path`, when iteration arrives at the mistake.
     """
     if isinstance(path_or_stream, (str, Path)):
         name, records = str(path_or_stream), read_records(Path(path_or_stream), encoding)
@@ -56,8 +53,7 @@ def iter_texts(
 def read_records(path: Path, encoding: str) -> Iterator[Record]:
     """Yield the records of a file one by one, with their line numbers (from 1).
 
-    Raises:
-        ValueError: the file does not exist, is empty, has an unknown format, or holds a mistake.
+    Raises ValueError: the file does not exist, is empty, has an unknown format, or holds a mistake.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is not a file")
@@ -66,7 +62,12 @@ def read_records(path: Path, encoding: str) -> Iterator[Record]:
     try:
         yield from format_of(path).records(path, codec_for(encoding))
     except UnicodeDecodeError as error:
-        line = _first_undecodable_line(path, encoding)
+        content = path.read_bytes()
+        try:
+            content.decode(encoding)
+        except UnicodeDecodeError as first:
+            content = content[: first.start]
+        line = content.count(b"\n") + 1
         hint = "try --encoding latin-1, or save the file as UTF-8"
         _fail(path, line, f"not valid {encoding} ({error.reason}); {hint}")
 
@@ -216,18 +217,6 @@ def codec_for(encoding: str) -> str:
     except LookupError:
         raise ValueError(f"unknown encoding; got {encoding!r}; expected such as utf-8 or latin-1") from None
     return "utf-8-sig" if name == "utf-8" else encoding
-
-
-def _first_undecodable_line(path: Path, encoding: str) -> int:
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            try:
-                line += decoder.decode(block).count("\n")
-            except UnicodeDecodeError as error:
-                return line + error.object[: error.start].count(b"\n")
-    return line
 
 
 def _fail(source: str | Path, line: int, problem: str) -> NoReturn:

@@ -50,9 +50,8 @@ def load_splits(config: DataConfig, tables: Mapping[str, Any] | None = None) -> 
 
     tables: by those names, data in memory or paths, in place of the configuration's files. A DatasetDict under
     "train" brings all its splits; those that are given by themselves replace them.
-
-    Raises:
-        ValueError: a file, table or data set cannot be read, has no examples, or has no split of the expected name.
+    Raises ValueError: a file, table or data set cannot be read, has no examples, or has no split of the expected
+    name.
     """
     sources = _sources(config, tables or {})
     if config.dataset_name:
@@ -159,9 +158,7 @@ def hold_out(
     """Return train, validation and warnings; single labels are stratified.
 
     The only example of a label stays in train.
-
-    Raises:
-        ValueError: a part would be too small to hold every label.
+    Raises ValueError: a part would be too small to hold every label.
     """
     if not scheme.task.stratifies:
         fraction = held_out_fraction(config, len(dataset), 1)

@@ -16,9 +16,7 @@ def read_table(table: Any, split: str) -> datasets.Dataset | datasets.DatasetDic
 
     A DataFrame and a list of dicts lose their index. NaN, NaT and NA are nulls, as is a key that a dict lacks.
     A column of strings and numbers becomes one of strings, as in a CSV file.
-
-    Raises:
-        ValueError: `table` is something else, or has a column that cannot be held.
+    Raises ValueError: `table` is something else, or has a column that cannot be held.
     """
     if isinstance(table, datasets.Dataset | datasets.DatasetDict):
         return table.with_format(None)
