@@ -112,9 +112,12 @@ class DataConfig:
             )
         if self.problem_type is not None:
             # Imported here, since it takes a second.
-            from hf_lora.tasks import task_of
+            from hf_lora.tasks import TASKS
 
-            task_of(self.problem_type)
+            if self.problem_type not in TASKS:
+                raise ValueError(
+                    f"unknown problem_type {self.problem_type!r}; expected one of {', '.join(TASKS)}"
+                )
         try:
             codecs.lookup(self.encoding)
         except LookupError:

@@ -25,7 +25,7 @@ class TestConfig:
             ({"validation_fraction": 1.0}, "validation_fraction is 1.0; expected a number between 0 and 1"),
             (
                 {"problem_type": "ranking"},
-                "unknown problem type; got 'ranking'; expected one of single_label",
+                "unknown problem_type 'ranking'; expected one of single_label",
             ),
             ({"encoding": "utf-9"}, "unknown encoding 'utf-9'; try utf-8"),
         ],
