@@ -6,7 +6,7 @@ EXTRAS=dev source scripts/setup.sh
 name=bbc-news-minilm
 card="model_cards/$name"
 bash scripts/demo.sh
-news="$(.venv/bin/python -c 'import sys; sys.path.insert(0, "scripts"); import benchmark_data as d; print(d.bbc_folder())')"
+news="$(.venv/bin/python -c 'import sys; sys.path.insert(0, "scripts/benchmarks"); import data_sets as d; print(d.bbc_folder())')"
 
 .venv/bin/hf-lora inspect --adapter runs/demo --plot "$card-inspect.png"
 # Small runs, so that 48 of them take minutes; from a random head, which leaves more to learn.

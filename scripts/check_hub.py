@@ -21,7 +21,10 @@ from typing import Any
 import huggingface_hub
 import peft
 import torch
-from benchmarks import add_output_arguments, machine, report, write_json
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from harness import add_output_arguments, machine, report, write_json
 from hub_repositories import folder_files
 from hub_server import HubServer
 from huggingface_hub.utils import disable_progress_bars

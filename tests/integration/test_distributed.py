@@ -2,22 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import check_distributed
 import pytest
+import torch
+from distributed_worker import EVALUATED, STEPS
 from safetensors.torch import load_file
-from tiny_run import write_base, write_texts
+from tiny_run import ENVIRONMENT, HANGS, catches_sigterm, train_command, until, write_base, write_texts
 from torch.testing import assert_close
 
 from hf_lora.training.checkpoints import checkpoints, problem
 
+pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).parents[2] / "scripts" / "accelerate"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+WORKER = Path(__file__).parents[1] / "distributed_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -29,36 +31,111 @@ def folder(tmp_path_factory):
 
 
 def command(folder, output, *extra, config="cpu_2", steps=6):
-    settings = {
-        "model_name_or_path": folder / "base",
-        "train_file": folder / "train.csv",
-        "output_dir": output,
-        "max_seq_length": 64,
-        "max_steps": steps,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "no",
-        "precision": "fp32",
-        "disable_tqdm": "True",
-    }
-    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     launch = ["--accelerate_config", config] if config else []
-    return [sys.executable, "-m", "hf_lora.cli.main", "train", *flags, "--use_cpu", *launch, *extra]
+    return train_command(folder, output, *launch, *extra, steps=steps)
+
+
+def launched(config, *words):
+    program = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*program, "--config_file", str(CONFIGS / f"{config}.yaml"), *map(str, words)]
 
 
 def run(words):
-    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=HANGS)
 
 
-@pytest.mark.parametrize("name", ["DDP", "FSDP2, 2 accumulated"])
-def test_two_processes_are_one(name, tmp_path):
-    reference = "one process, 2 accumulated" if "accumulated" in name else "one process"
-    compared = check_distributed.compare(*(check_distributed.run(tmp_path, run) for run in (reference, name)))
-    assert compared["equal"], compared
-    assert compared["ranks"] == 2 and compared["evaluated"] == 37
-    sent = compared["gradient_bytes"] or compared["collectives"]["reduce_scatter_base"]
-    assert sent == compared["trained_bytes"]
+def worker(folder, batch, accumulated):
+    return [str(WORKER), json.dumps({"folder": str(folder), "batch": batch, "accumulated": accumulated})]
+
+
+def results(folder):
+    """What a run's first process wrote: figures, and tensors to compare."""
+    adapter = load_file(folder / "adapter_model.safetensors")
+    flat = torch.cat([tensor.reshape(-1) for _, tensor in sorted(adapter.items())])
+    figures = json.loads((folder / "result.json").read_text())
+    return figures, {**load_file(folder / "steps.safetensors"), "adapter": flat}
+
+
+def assert_equal(tensors, expected):
+    """To 1e-5 of the largest value: only the order of sums differs."""
+    assert tensors["logits"].shape == (EVALUATED, 2)
+    for name, tensor in expected.items():
+        assert_close(tensors[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()), msg=name)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The tensors of one process, by the number of accumulated batches, which hold other examples."""
+    found = {}
+    for accumulated, batch in ((1, 16), (2, 8)):
+        folder = tmp_path_factory.mktemp("one")
+        ended = run([sys.executable, *worker(folder, batch, accumulated)])
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        found[accumulated] = results(folder)[1]
+    return found
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("config", ["cpu_2", "cpu_2_fsdp2"])
+def test_two_processes_are_one(config, accumulated, reference, tmp_path):
+    ended = run(launched(config, *worker(tmp_path, 8 // accumulated, accumulated)))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    figures, tensors = results(tmp_path)
+    assert figures["ranks"] == 2
+    assert_equal(tensors, reference[accumulated])
+    # Nothing but the trained parameters' gradients is sent at a step.
+    sent = figures["gradient_bytes"] or figures["collectives"]["reduce_scatter_base"]
+    assert sent == figures["trained_bytes"]
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a wire between them: their names, 10.99.7.1 and 10.99.7.2."""
+    hosts = [f"hf_lora_{side}{os.getpid()}" for side in "ab"]
+
+    def ip(*words):
+        try:
+            subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', error)}")
+
+    try:
+        for host in hosts:
+            ip("netns", "add", host)
+        wires = f"link add wire0 netns {hosts[0]} type veth peer name wire1 netns {hosts[1]}"
+        ip(*wires.split())
+        for number, host in enumerate(hosts):
+            ip("-n", host, "addr", "add", f"10.99.7.{number + 1}/24", "dev", f"wire{number}")
+            for device in (f"wire{number}", "lo"):
+                ip("-n", host, "link", "set", device, "up")
+        yield hosts
+    finally:
+        if shutil.which("ip"):
+            for host in hosts:
+                subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+def test_two_hosts_are_one_and_no_frozen_weight_leaves_them(two_hosts, reference, tmp_path):
+    running = []
+    for rank, host in enumerate(two_hosts):
+        flags = f"--num_machines 2 --num_processes 2 --machine_rank {rank} --main_process_ip 10.99.7.1"
+        words = launched("cpu_2", *flags.split(), "--main_process_port", "29577")
+        running.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", host, *words, *worker(tmp_path / f"host{rank}", 8, 1)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": f"wire{rank}"},
+            )
+        )
+    errors = [process.communicate(timeout=HANGS)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    figures, tensors = results(tmp_path / "host0")
+    assert_equal(tensors, reference[1])
+    counter = "/sys/class/net/wire1/statistics/tx_bytes"
+    counted = run(["ip", "netns", "exec", two_hosts[1], "cat", counter])
+    assert figures["trained_bytes"] * STEPS < int(counted.stdout) < figures["frozen_bytes"]
 
 
 def test_two_processes_start_along_the_gradient_of_one(folder, tmp_path):
@@ -120,16 +197,8 @@ def test_an_error_of_one_ends_all_with_its_message(folder, tmp_path):
     )
     write_texts(folder / "other.csv", 60, seed=5)
     words = command(folder, tmp_path / "a", config=None)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(CONFIGS / "cpu_2.yaml"),
-    ]
-    start = time.monotonic()
-    failed = run([*launch, str(script), *words[words.index("train") + 1 :]])
-    assert failed.returncode != 0 and time.monotonic() - start < 90
+    failed = run(launched("cpu_2", script, *words[words.index("train") + 1 :]))
+    assert failed.returncode != 0
     lines = [line for line in failed.stderr.splitlines() if line.startswith("hf-lora: ")]
     assert len(lines) == 1 and "another training set in process 1" in lines[0]
 
@@ -145,15 +214,10 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint_of_all(folder, tmp_path):
         start_new_session=True,
     )
     try:
-        workers: list[int] = []
-        deadline = time.monotonic() + 90
-        while len(workers) < 2 and time.monotonic() < deadline:
-            time.sleep(0.2)
-            workers = [pid for pid in descendants(process.pid) if catches_sigterm(pid)]
-        time.sleep(1.0)
+        assert until(lambda: len(in_training(process.pid)) == 2 or process.poll() is not None, pause=0.2)
         # As Slurm does: every process of the job gets it.
         os.killpg(process.pid, signal.SIGTERM)
-        _, errors = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=HANGS)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -177,12 +241,13 @@ def descendants(pid):
     return found
 
 
-def catches_sigterm(pid):
-    """Whether a process of the run does; the launcher, which has a handler from its start, does not count."""
-    try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-    caught = int(next(part for part in status.splitlines() if part.startswith("SigCgt:")).split()[1], 16)
-    return b"accelerate" not in line.split(b"\0")[2] and bool(caught >> (signal.SIGTERM - 1) & 1)
+def in_training(pid):
+    """The processes below one that train; the launcher, which has a handler from its start, does not count."""
+    found = []
+    for child in descendants(pid):
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found += [child] if b"accelerate" not in words[2] and catches_sigterm(child) else []
+    return found

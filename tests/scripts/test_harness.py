@@ -7,12 +7,13 @@ import platform
 import sys
 from pathlib import Path
 
-import benchmark_inference
-import benchmark_load
-import benchmarks
+import harness
+import inference
+import load
 import pytest
 import torch
-from benchmarks import (
+from conftest import tiny_classifier
+from harness import (
     add_output_arguments,
     in_process,
     machine,
@@ -24,12 +25,11 @@ from benchmarks import (
     summary,
     write_json,
 )
-from conftest import tiny_classifier
 
 from hf_lora import LoRAConfig, TextClassifier, inject_lora, lora_disabled
 from hf_lora.lora.inject import is_injected
 
-SCRIPTS = Path(benchmarks.__file__).parent
+SCRIPTS = Path(harness.__file__).parent
 Captured = pytest.CaptureFixture[str]
 
 
@@ -133,7 +133,7 @@ def test_the_peak_is_that_of_the_process_alone_since_it_was_reset() -> None:
     """In a new process: this one may give out again what it kept of memory that was freed."""
     block = bytearray(b"x") * 300_000_000
     code = (
-        f"import json, sys; sys.path.insert(0, {str(SCRIPTS)!r}); import benchmarks as b; alone = b.peak_mb()\n"
+        f"import json, sys; sys.path.insert(0, {str(SCRIPTS)!r}); import harness as b; alone = b.peak_mb()\n"
         "block = bytearray(b'x') * 200_000_000; del block; high = b.peak_mb(); b.reset_peak(); low = b.peak_mb()\n"
         "block = bytearray(b'x') * 100_000_000; del block; print(json.dumps([alone, high, low, b.peak_mb()]))"
     )
@@ -147,14 +147,14 @@ def test_without_proc_the_peak_is_what_the_system_counts(monkeypatch: pytest.Mon
     def missing(*args: object, **options: object) -> str:
         raise FileNotFoundError
 
-    monkeypatch.setattr(benchmarks.Path, "read_text", missing)
-    monkeypatch.setattr(benchmarks.Path, "write_text", missing)
+    monkeypatch.setattr(harness.Path, "read_text", missing)
+    monkeypatch.setattr(harness.Path, "write_text", missing)
     reset_peak()
     assert peak_mb() > 0
 
 
 def test_the_inference_benchmark_compares_what_predicts_the_same(adapter_dir: Path) -> None:
-    figures = benchmark_inference.speed(str(adapter_dir), ["the film was good", "a bad day", "good"], 2)
+    figures = inference.speed(str(adapter_dir), ["the film was good", "a bad day", "good"], 2)
     assert set(figures) == {"hf_lora", "hf_lora, fp32", "pipeline, merged", "pipeline, peft"}
     assert figures["pipeline, merged"]["ratio"] == 1
     assert all(row["same_label"] == 1 and row["median"] > 0 for row in figures.values())
@@ -164,10 +164,10 @@ def test_the_inference_benchmark_compares_what_predicts_the_same(adapter_dir: Pa
 
 
 def test_the_made_adapter_tells_topics_and_has_an_effect(minilm: str, tmp_path: Path) -> None:
-    directory = benchmark_inference.make_adapter(tmp_path)
+    directory = inference.make_adapter(tmp_path)
     classifier = TextClassifier.from_pretrained(directory, precision="fp32")
-    seen = benchmark_inference.bbc_sentences(500)
-    rows = [row for row in benchmark_inference.bbc_sentences(170) if row not in seen]
+    seen = inference.bbc_sentences(500)
+    rows = [row for row in inference.bbc_sentences(170) if row not in seen]
     assert len(rows) > 100
     texts = [text for text, _ in rows]
     results = classifier.predict(texts)
@@ -181,8 +181,8 @@ def test_the_made_adapter_tells_topics_and_has_an_effect(minilm: str, tmp_path: 
 def test_the_loading_benchmark_loads_into_a_fresh_model_every_time(tmp_path: Path) -> None:
     base = tiny_classifier(num_labels=2)
     model = tiny_classifier(num_labels=2)
-    inject_lora(model, LoRAConfig(rank=benchmark_load.RANK))
-    figures = benchmark_load.onto_a_model(base, benchmark_load.random_adapter(model, tmp_path / "a"), 2)
+    inject_lora(model, LoRAConfig(rank=load.RANK))
+    figures = load.onto_a_model(base, load.random_adapter(model, tmp_path / "a"), 2)
     for what in ("load", "inject"):
         assert figures[what]["peft"]["ratio"] == 1 and figures[what]["hf_lora"]["ratio"] > 0
     assert not is_injected(base) and not hasattr(base, "peft_config")

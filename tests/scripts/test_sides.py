@@ -1,15 +1,15 @@
 """The benchmarks compare what they say: the same network, and gradients for the same parameters."""
 
-import benchmark_sides
 import pytest
-from benchmark_sides import STEPS, Case
+import sides
+from sides import STEPS, Case
 
 TINY = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 @pytest.fixture(autouse=True)
 def tiny_shape(monkeypatch):
-    monkeypatch.setitem(benchmark_sides.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(sides.SHAPES, "tiny", TINY)
 
 
 def steps(**options):

@@ -2,7 +2,7 @@
 
 "hf_lora" leaves out what the classifier does not read in the last block; "whole block" computes it, as the others do.
 
-    python scripts/benchmark_step.py --json step.json --plot step.png
+    python scripts/benchmarks/step.py --json step.json --plot step.png
 
 Paired: all sides live in one process and take turns; medians of times and of ratios. Peak memory is measured
 in processes of their own. The sweeps show how the cost grows with tokens, rank and adapted blocks.
@@ -18,8 +18,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from benchmark_sides import STEPS, Case
-from benchmarks import (
+from harness import (
     add_output_arguments,
     in_process,
     machine,
@@ -32,6 +31,7 @@ from benchmarks import (
     timed,
     write_json,
 )
+from sides import STEPS, Case
 
 from hf_lora.lora.functional import lora_linear
 

@@ -1,6 +1,6 @@
 """What the defaults of `hf-lora train` are worth: other settings against them, by folds of the training files.
 
-The test files are not looked at, so that `benchmark_quality.py` can measure on them what was chosen here. A fold
+The test files are not looked at, so that `quality.py` can measure on them what was chosen here. A fold
 is one part of four as the test and the others as the training file; all settings get the same folds and seeds,
 and are compared fold by fold. Every setting is compared with the same runs of the defaults: one that was lucky makes
 all of them look bad, so that small differences need `--repeats`, of the defaults above all. `--few_shot` asks the
@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks import report, write_json
-from quality_data import FOLDS, fold, quality_sets
+from data_sets import FOLDS, fold, quality_sets
+from harness import report, write_json
 from quality_runs import Run, add_run_arguments, chosen_sets, fill, hf_lora_run, prepare
 
 # On one fold: the runs of a setting, and those of the defaults.

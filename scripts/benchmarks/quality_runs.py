@@ -14,9 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from benchmark_data import BASE
-from benchmarks import add_output_arguments, machine, write_json
-from quality_data import QualitySet
+from data_sets import BASE, QualitySet
+from harness import add_output_arguments, machine, write_json
 
 Run = dict[str, float]
 # What all runs of a results file have in common.

@@ -1,6 +1,6 @@
 """Prediction: TextClassifier against transformers' pipeline, with the adapter merged and with peft unmerged.
 
-    python scripts/benchmark_inference.py --json inference.json
+    python scripts/benchmarks/inference.py --json inference.json
 
 The texts are sentences of BBC News, the model is MiniLM. The sides live in one process and take turns. Peak
 memory is measured in processes of their own, on few texts and on many. The labels of all sides are compared.
@@ -21,8 +21,8 @@ from typing import Any
 import peft
 import torch
 import transformers
-from benchmark_data import BASE, bbc_sentences
-from benchmarks import (
+from data_sets import BASE, bbc_sentences
+from harness import (
     add_output_arguments,
     in_process,
     machine,

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import in_process, report, write_json
-from quality_data import QualitySet, quality_sets
+from data_sets import QualitySet, quality_sets
+from harness import in_process, report, write_json
 from quality_runs import add_run_arguments, chosen_sets, fill, hf_lora_run, prepare
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ def one_run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
     if side == "hf_lora":
         return hf_lora_run(data_set, seed)
     order = {"side": side, "data_set": asdict(data_set), "seed": seed}
-    return in_process([sys.executable, str(HERE / "quality_sides.py"), json.dumps(order)])
+    return in_process([sys.executable, str(HERE / "quality_stock.py"), json.dumps(order)])
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_data import BASE
+from data_sets import BASE
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, Trainer

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import benchmark_quality
 import pytest
-from quality_data import QualitySet, fold, quality_sets, write_rows
+import quality
+from data_sets import QualitySet, fold, quality_sets, write_rows
 
 
 def own(accuracy: float, seconds: float = 10.0) -> dict[str, float]:
@@ -44,7 +44,7 @@ RESULT = {
 
 
 def test_the_table_has_means_with_least_and_greatest_and_the_better_full_fine_tuning() -> None:
-    (row,) = benchmark_quality.rows(RESULT)
+    (row,) = quality.rows(RESULT)
     assert row == (
         "words",
         "0.8500 (0.8000 - 0.9000)",
@@ -54,24 +54,24 @@ def test_the_table_has_means_with_least_and_greatest_and_the_better_full_fine_tu
         "0.2500",
         "2/2/2",
     )
-    assert len(row) == len(benchmark_quality.HEADER)
+    assert len(row) == len(quality.HEADER)
 
 
 def test_the_ratio_of_times_is_the_mean_of_the_seeds_ratios() -> None:
-    (row,) = benchmark_quality.cost_rows(RESULT)
+    (row,) = quality.cost_rows(RESULT)
     ratio = mean([10 / 40, 12 / 60])
     assert row == ("words", "11", "50", f"{ratio:.2f}", "0.65%", "0.0500 to 0.0100")
-    assert len(row) == len(benchmark_quality.COST_HEADER)
+    assert len(row) == len(quality.COST_HEADER)
 
 
 def test_sides_without_runs_are_dashes() -> None:
     made = {"runs": {"words": {"hf_lora": {"1": own(0.9)}}}}
-    (row,) = benchmark_quality.rows(made)
+    (row,) = quality.rows(made)
     assert row[3] == row[4] == "-"
-    assert benchmark_quality.cost_rows(made) == [("words", "10", "-", "-", "0.65%", "0.0500 to 0.0100")]
+    assert quality.cost_rows(made) == [("words", "10", "-", "-", "0.65%", "0.0500 to 0.0100")]
     stock = {"runs": {"words": {"peft": {"1": {"accuracy": 0.7, "seconds": 40.0}}}}}
-    assert benchmark_quality.cost_rows(stock) == [("words", "-", "40", "-", "-", "-")]
-    (row,) = benchmark_quality.rows(stock)
+    assert quality.cost_rows(stock) == [("words", "-", "40", "-", "-", "-")]
+    (row,) = quality.rows(stock)
     assert row == ("words", "-", "-", "0.7000 (0.7000 - 0.7000)", "-", "-", "0/1/0")
 
 
@@ -84,7 +84,7 @@ def test_the_readmes_tables_are_those_of_the_results_file() -> None:
         if line.startswith("| "):
             cells = line.strip("| ").split(" | ")
             shown.setdefault(cells[0], []).append(cells)
-    for row in benchmark_quality.rows(result):
+    for row in quality.rows(result):
         assert row[-1].startswith("3/3/")
         # The runs of full fine-tuning need not be there.
         wanted = [(number, cell) for number, cell in enumerate(row[:-1]) if cell != "-"]
@@ -92,7 +92,7 @@ def test_the_readmes_tables_are_those_of_the_results_file() -> None:
             len(cells) == 6 and all(cells[number] == cell for number, cell in wanted)
             for cells in shown[row[0]]
         ), row
-    for row in benchmark_quality.cost_rows(result):
+    for row in quality.cost_rows(result):
         assert list(row) in shown[row[0]], row
 
 
@@ -170,13 +170,13 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         calls.append((data_set.name, side, seed))
         return own(0.9)
 
-    monkeypatch.setattr(benchmark_quality, "one_run", run)
-    argv = ["benchmark_quality.py", "--sets", "bbc", "--seeds", "2", "--sides", "hf_lora", "peft"]
+    monkeypatch.setattr(quality, "one_run", run)
+    argv = ["quality.py", "--sets", "bbc", "--seeds", "2", "--sides", "hf_lora", "peft"]
     monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "quality.json")])
     with pytest.raises(KeyboardInterrupt):
-        benchmark_quality.main()
+        quality.main()
     first, calls[:] = list(calls), []
-    benchmark_quality.main()
+    quality.main()
     assert first == [("bbc", "hf_lora", 1), ("bbc", "peft", 1), ("bbc", "hf_lora", 2)]
     assert calls == [("bbc", "peft", 2)]
     runs = json.loads((tmp_path / "quality.json").read_text())["runs"]["bbc"]
@@ -193,10 +193,10 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[
         write(tmp_path / "data" / "words" / f"{name}.csv", 4)
 
     def call(run: Callable[..., dict[str, float]], *flags: str) -> dict[str, Any]:
-        monkeypatch.setattr(benchmark_quality, "one_run", run)
-        argv = ["benchmark_quality.py", "--data", str(tmp_path / "data"), *flags]
+        monkeypatch.setattr(quality, "one_run", run)
+        argv = ["quality.py", "--data", str(tmp_path / "data"), *flags]
         monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "quality.json")])
-        benchmark_quality.main()
+        quality.main()
         runs: dict[str, Any] = json.loads((tmp_path / "quality.json").read_text())["runs"]["words"]
         return runs
 

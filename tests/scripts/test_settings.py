@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from statistics import stdev
 
-import benchmark_settings
 import pytest
-from benchmark_settings import DEFAULTS, HEADER, SETTINGS, rows
-from quality_data import QualitySet
+import settings
+from data_sets import QualitySet
+from settings import DEFAULTS, HEADER, SETTINGS, rows
 
 from hf_lora.cli.parsing import parse_training
 
@@ -91,13 +91,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         found.append((Path(data_set.test_file).parent.name, seed, tuple(flags)))
         return run(0.9)
 
-    monkeypatch.setattr(benchmark_settings, "hf_lora_run", made)
+    monkeypatch.setattr(settings, "hf_lora_run", made)
     return found
 
 
 def benchmark(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_settings.py", "--sets", "bbc", *map(str, flags)])
-    benchmark_settings.main()
+    monkeypatch.setattr(sys, "argv", ["settings.py", "--sets", "bbc", *map(str, flags)])
+    settings.main()
 
 
 def test_few_examples_are_a_file_of_their_own(
@@ -130,7 +130,7 @@ def test_it_goes_on_where_it_was_stopped(
     calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--folds", 2, "--settings", "rank 2", "--json", tmp_path / "settings.json")
-    made = benchmark_settings.hf_lora_run
+    made = settings.hf_lora_run
 
     def stopped(*order: object) -> dict[str, float]:
         if len(calls) == 3:
@@ -138,7 +138,7 @@ def test_it_goes_on_where_it_was_stopped(
         return made(*order)
 
     with monkeypatch.context() as patch:
-        patch.setattr(benchmark_settings, "hf_lora_run", stopped)
+        patch.setattr(settings, "hf_lora_run", stopped)
         with pytest.raises(KeyboardInterrupt):
             benchmark(patch, *flags)
     first, calls[:] = list(calls), []

@@ -1,9 +1,14 @@
-"""A random BERT of two small blocks with its tokenizer, and texts it can learn: what the checks of faults train."""
+"""A training run of a tiny random BERT in processes of its own: what the tests of faults and of clusters start."""
 
 from __future__ import annotations
 
 import csv
+import os
 import random
+import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +20,10 @@ WORDS = {
     "music": ["song", "drum", "choir", "piano", "tune", "chord", "band", "opera", "violin", "rhythm"],
 }
 FILLERS = ["the", "a", "this", "was", "is", "very", "quite", "and", "but", "it", "we", "they", "had", "more"]
+# No threads that would wait for each other, and no network.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# A process that takes longer hangs: even on a busy machine these runs take seconds.
+HANGS = 600.0
 
 
 def write_base(directory: Path) -> None:
@@ -56,3 +65,42 @@ def write_texts(path: Path, count: int, *, seed: int = 0) -> None:
             )
             generator.shuffle(words)
             rows.writerow([" ".join(words), label])
+
+
+def train_command(folder: Path, output: Path, *extra: str, steps: int) -> list[str]:
+    """`hf-lora train` on the base and the texts of `folder`, with a checkpoint at every second step."""
+    settings = {
+        "model_name_or_path": folder / "base",
+        "train_file": folder / "train.csv",
+        "output_dir": output,
+        "max_seq_length": 64,
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "no",
+        "precision": "fp32",
+        "disable_tqdm": "True",
+    }
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "hf_lora.cli.main", "train", *flags, "--use_cpu", *extra]
+
+
+def until(met: Callable[[], bool], seconds: float = HANGS, pause: float = 0.005) -> bool:
+    """Wait until `met()`, at most `seconds`; whether it was met."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if met():
+            return True
+        time.sleep(pause)
+    return False
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM, as a run has from its first step on; False if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), 0)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)

