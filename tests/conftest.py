@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 # Everything here is tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
-# The model types that most tests run on; tests/test_architecture_matrix.py runs on all of the table.
+# The model types that most tests run on; tests/integration/test_architectures.py has all of the table.
 MODEL_TYPES = [
     "bert",
     "roberta",
@@ -36,49 +36,15 @@ MODEL_TYPES = [
 ]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 LABELS = ("negative", "positive")
-WORDS = [
-    "the",
-    "a",
-    "this",
-    "was",
-    "is",
-    "film",
-    "book",
-    "meal",
-    "day",
-    "trip",
-    "very",
-    "quite",
-    "really",
-    "and",
-    "but",
-    "it",
-    "we",
-    "they",
-    "had",
-    "good",
-    "great",
-    "lovely",
-    "fine",
-    "superb",
-    "happy",
-    "bright",
-    "warm",
-    "kind",
-    "fun",
-    "bad",
-    "awful",
-    "poor",
-    "dull",
-    "sad",
-    "cold",
-    "rude",
-    "slow",
-    "ugly",
-    "broken",
-]
-GOOD = ["good", "great", "lovely", "fine", "superb", "happy", "bright", "warm", "kind", "fun"]
-BAD = ["bad", "awful", "poor", "dull", "sad", "cold", "rude", "slow", "ugly", "broken"]
+_OTHER, GOOD, BAD = (
+    line.split()
+    for line in (
+        "the a this was is film book meal day trip very quite really and but it we they had",
+        "good great lovely fine superb happy bright warm kind fun",
+        "bad awful poor dull sad cold rude slow ugly broken",
+    )
+)
+WORDS = [*_OTHER, *GOOD, *BAD]
 
 _SIZES = {
     "hidden_size": 32,

@@ -46,8 +46,15 @@ def test_no_room_is_crowded():
     assert len(list(PACKAGE.glob("*.py"))) <= 5
 
 
-def test_importing_the_package_imports_nothing_heavy():
-    code = "import hf_lora, sys; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+@pytest.mark.parametrize("argv", [[], ["--help"], ["train", "--help"], ["--version"]], ids=" ".join)
+def test_the_package_and_its_help_import_nothing_heavy(argv):
+    code = "import contextlib, io, sys; import hf_lora\n"
+    if argv:
+        code += "from hf_lora.cli.main import main\n"
+        code += (
+            f"with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main({argv})\n"
+        )
+    code += "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

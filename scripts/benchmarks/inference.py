@@ -1,4 +1,4 @@
-"""Prediction: TextClassifier against transformers' pipeline, with the adapter merged and with peft unmerged.
+"""Prediction: TextClassifier and its ONNX export against transformers' pipeline, merged and with peft unmerged.
 
     python scripts/benchmarks/inference.py --json inference.json
 
@@ -37,6 +37,8 @@ from harness import (
 
 from hf_lora import LoRAConfig, TextClassifier, load_classifier, lora_layers, remove_lora, save_adapter
 from hf_lora.models.loading import load_base
+from hf_lora.serving.export import export_onnx
+from hf_lora.serving.onnx import MODEL, MODEL_INT8, load_onnx
 
 Classify = Callable[[list[str]], list[dict[str, Any]]]
 
@@ -62,6 +64,14 @@ def peft_side(adapter: str) -> Classify:
     info = classifier.info
     base, _ = load_base(str(info.base_model.name_or_path), info.labels)
     return _pipeline(peft.PeftModel.from_pretrained(base, adapter).eval().base_model.model, classifier)
+
+
+def onnx_side(adapter: str, file: str) -> Classify:
+    """An export of the adapter on onnxruntime."""
+    classifier = TextClassifier.from_pretrained(adapter, precision="fp32", device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        done = export_onnx(classifier, Path(folder) / "export", int8=file == MODEL_INT8)
+        return load_onnx(done.directory, file=file).predict  # type: ignore[return-value]
 
 
 def _pipeline(model: Any, classifier: TextClassifier) -> Classify:
@@ -102,6 +112,8 @@ def speed(adapter: str, texts: list[str], rounds: int) -> dict[str, Any]:
         "hf_lora, fp32": hf_lora_side(adapter, "fp32"),
         REFERENCE: pipeline_side(adapter),
         "pipeline, peft": peft_side(adapter),
+        "onnxruntime": onnx_side(adapter, MODEL),
+        "onnxruntime, int8": onnx_side(adapter, MODEL_INT8),
     }
     results: dict[str, list[dict[str, Any]]] = {}
 

@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import LABELS, randomize, tiny_batch, tiny_classifier
+from helpers_training import arguments, dataset, injected, trainer
 
 from hf_lora import (
     LoRAConfig,
@@ -18,7 +19,6 @@ from hf_lora import (
     trainable_parameter_count,
 )
 from hf_lora.adapters.peft_format import adapter_tensors
-from tests.training.test_trainer import arguments, dataset, injected, trainer
 
 
 def test_target_names_of_another_architecture_are_not_silently_skipped():

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,10 @@ import safetensors.torch
 import torch
 from conftest import BAD, GOOD, LABELS, WORDS, write_texts
 from helpers_cli import head_on_base, read_texts, scored
+from helpers_recipe import command
+from helpers_serving import peft_logits, plain_logits
 from huggingface_hub import ModelCard
+from tiny_run import until
 from torch import Tensor
 from transformers import AutoModel
 
@@ -27,18 +29,8 @@ from hf_lora import LoRAConfig, TextClassifier
 from hf_lora.cli import main as cli
 from hf_lora.recipe.arguments import LoRAArguments
 from hf_lora.recipe.finetune import lora_config, run_training
-from tests.serving.test_classifier import peft_logits, plain_logits
 
 Train = Callable[..., dict[str, Any]]
-
-
-def command(base: Path, output: Path, *flags: object) -> list[str]:
-    argv = ["--model_name_or_path", base, "--output_dir", output, "--max_seq_length", 32, "--use_cpu", "True"]
-    # In one precision on every machine, so that the numbers can be compared with peft's.
-    # The probe of these toy texts leaves LoRA nothing to learn; tests/test_warm_start.py is about it.
-    argv += ["--precision", "fp32", "--head_init", "random"]
-    argv += ["--per_device_train_batch_size", 8, "--num_train_epochs", 1, "--disable_tqdm", "True", *flags]
-    return [str(part) for part in argv]
 
 
 @pytest.fixture(scope="module")
@@ -459,16 +451,16 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one(
     assert not same(output / "checkpoint-4", undisturbed)
 
 
-def wait_for_json(path: Path, process: subprocess.Popen[bytes], seconds: float = 90) -> None:
+def wait_for_json(path: Path, process: subprocess.Popen[bytes]) -> None:
     """Wait until a file is whole: it exists for a moment before its contents do."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
+
+    def whole() -> bool:
         try:
-            json.loads(path.read_text())
-            return
+            return json.loads(path.read_text()) is not None
         except (OSError, json.JSONDecodeError):
-            time.sleep(0.002)
-    pytest.fail(f"{path} did not appear; the process ended with {process.poll()}")
+            return process.poll() is not None
+
+    assert until(whole, pause=0.002) and path.exists(), f"the process ended with {process.poll()}"
 
 
 def copied_up_to(run: Path, step: int, target: Path) -> Path:

@@ -8,22 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, tiny_batch, tiny_classifier, write_texts
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
+from conftest import LABELS, tiny_batch, tiny_classifier
+from helpers_recipe import prepared, regressions_loss
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_lora import (
     LoRAConfig,
     LoRATrainer,
-    LoRATrainingArguments,
     inject_lora,
-    load_classifier,
     save_adapter,
 )
 from hf_lora.adapters.directory import read_adapter
-from hf_lora.data import DataConfig, prepare_data
 from hf_lora.lora.inject import injection
 from hf_lora.models.loading import load_base
 from hf_lora.models.pooling import PooledClassifier
@@ -37,39 +33,11 @@ from hf_lora.recipe.head_start import (
 )
 from hf_lora.tasks import SINGLE, task_of
 from hf_lora.tasks.probe import fit_probe
-from tests.helpers_tasks import scaled
 
 _SPECIAL_SIZES = {
     "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
 }
-
-
-def prepared(
-    folder: Path, base: Path, pooling: str = "mean", config: LoRAConfig | None = None, **settings: Any
-) -> tuple[LoRATrainer, Any]:
-    write_texts(folder / "texts.csv", 60)
-    torch.manual_seed(0)
-    model, tokenizer = load_classifier(str(base), LABELS, config or LoRAConfig(rank=2), pooling=pooling)
-    data = prepare_data(DataConfig(train_file=str(folder / "texts.csv"), max_length=32), tokenizer)
-    args = LoRATrainingArguments(
-        str(folder / "out"), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", **settings
-    )
-    trainer = LoRATrainer(
-        model=model,
-        args=args,
-        train_dataset=data.splits["train"],
-        eval_dataset=data.splits["validation"],
-        processing_class=tokenizer,
-    )
-    return trainer, data
-
-
-def regressions_loss(x: np.ndarray, y: np.ndarray, strength: float) -> float:
-    """The loss of a logistic regression on its training set, fitted plainly and to the end by scikit-learn."""
-    x = scaled(x, x)
-    regression = LogisticRegression(C=strength, max_iter=10_000, tol=1e-10).fit(x, y)
-    return float(log_loss(y, regression.predict_proba(x)))
 
 
 @pytest.fixture(params=["mean", "cls", "native"])

@@ -16,6 +16,8 @@ import torch
 from conftest import LABELS, write_texts
 from datasets import concatenate_datasets
 from helpers_cli import read_texts
+from helpers_recipe import prepared, regressions_loss
+from helpers_training import Terminate
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,8 +31,6 @@ from hf_lora.recipe.head_start import frozen_features, install, output_layer, st
 from hf_lora.recipe.refit import refit
 from hf_lora.training.gradient_init import choose_start, start_lora
 from hf_lora.training.preemption import EXIT_CODE, Preempted
-from tests.recipe.test_head_start import prepared, regressions_loss
-from tests.training.test_preemption import Terminate
 
 Train = Callable[..., dict[str, Any]]
 # To fit a temperature on: 24 of 60 texts.
@@ -286,3 +286,43 @@ def test_a_validation_file_is_trained_on_if_asked(train: Train, tmp_path: Path) 
     assert metrics["refit_examples"] == 84
     assert json.loads((tmp_path / "always" / "metrics.json").read_text())["refit_examples"] == 84
     assert json.loads((tmp_path / "always" / "hf_lora.json").read_text())["labels"] == list(LABELS)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of examples of each pass over a split, in order."""
+    seen: list[int] = []
+    loop: Callable[..., Any] = LoRATrainer.evaluation_loop
+
+    def counted(self: LoRATrainer, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(dataloader.dataset))
+        return loop(self, dataloader, *args, **kwargs)
+
+    monkeypatch.setattr(LoRATrainer, "evaluation_loop", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "after_training"),
+    [
+        # With the adapter and with it disabled.
+        (("--refit", "never"), 2),
+        # And when it is done, whether the refit is kept.
+        (("--refit", "always"), 3),
+        # Without evaluations, for what the safeguard asks.
+        (("--refit", "never", "--eval_strategy", "no"), 3),
+    ],
+)
+def test_no_split_is_predicted_twice_with_the_same_parameters(
+    tmp_path: Path,
+    train: Train,
+    passes: list[int],
+    flags: tuple[str, ...],
+    after_training: int,
+) -> None:
+    # As good as the probe that it starts from, so that the run does not go back to that.
+    start = ("--head_init", "probe", "--head_penalty", 1, "--learning_rate", 1e-6)
+    train(tmp_path / "out", *ENOUGH, *start, *flags)
+    features = [36, 24, 21]  # of training, validation and test split
+    evaluations = [] if "no" in flags else [24, 24]  # after each of two epochs
+    assert passes == [*features, *evaluations, *[24] * after_training, 21, 21]

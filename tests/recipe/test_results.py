@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 from conftest import BAD, GOOD, WORDS
+from helpers_recipe import command
 from scipy.special import expit, softmax
 
 from hf_lora import TextClassifier
@@ -18,7 +19,6 @@ from hf_lora.recipe.results import calibration_fact
 from hf_lora.tasks import MULTI, REGRESSION, SINGLE, task_of
 from hf_lora.tasks.calibration import Calibration
 from hf_lora.tasks.mistakes import measurer
-from tests.recipe.test_finetune import command
 
 
 def write(path: Path, kind: str, seed: int, count: int) -> tuple[list[str], np.ndarray]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers_tasks import scaled
 from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 
 from hf_lora.tasks import MULTI, REGRESSION, SINGLE, task_of
 from hf_lora.tasks.probe import STRENGTHS, fit_probe
-from tests.helpers_tasks import scaled
 
 
 def features(rows: int, width: int = 6, seed: int = 0) -> np.ndarray:
