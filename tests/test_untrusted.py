@@ -119,6 +119,7 @@ def test_damaged_tensors(good: dict[str, bytes], folder: Path, data: st.DataObje
     attempt(folder, {**good, TENSORS: bytes(content)})
 
 
+@pytest.mark.slow
 @MANY
 @given(data=st.data())
 def test_lying_headers(good: dict[str, bytes], folder: Path, data: st.DataObject) -> None:
@@ -159,6 +160,7 @@ def test_lying_headers(good: dict[str, bytes], folder: Path, data: st.DataObject
     attempt(folder, {**good, TENSORS: prefix + text + good[TENSORS][8 + length :]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [CONFIG, FILE])
 @MANY
 @given(data=st.data())

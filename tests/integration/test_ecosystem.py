@@ -49,6 +49,7 @@ def run_elsewhere(code, hub_cache, **values):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_two_label_adapter_runs_in_a_bare_pipeline(hub_cache, minilm, tmp_path):
     directory = saved(("no", "yes"), tmp_path / "a")
     code = """
@@ -65,6 +66,7 @@ print(json.dumps(pipeline("text-classification", model=values["directory"])(valu
         assert got["score"] == pytest.approx(expected["score"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_more_labels_need_the_readmes_one_liner(hub_cache, minilm, tmp_path):
     directory = saved(("a", "b", "c", "d", "e"), tmp_path / "a")
     code = """
@@ -84,6 +86,7 @@ print(json.dumps(classify(values["texts"])))
         assert got == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=1e-5)}
 
 
+@pytest.mark.slow
 def test_peft_and_load_adapter_give_the_same_logits(hub_cache, minilm, tmp_path):
     directory = saved(("a", "b", "c", "d", "e"), tmp_path / "a")
     code = """

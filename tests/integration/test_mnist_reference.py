@@ -98,6 +98,7 @@ def test_shares_are_the_published_ones():
     assert round(100 * COUNTS["digits"][2] / COUNTS["digits"][0], 2) == 1.50
 
 
+@pytest.mark.slow
 def test_the_statements_hold(result):
     assert result["start_identical"] and result["frozen_unchanged"] and result["effective_weights_exact"]
     assert result["wrong_disabled"] == result["wrong_before"]
@@ -107,6 +108,7 @@ def test_the_statements_hold(result):
     )
 
 
+@pytest.mark.slow
 def test_the_numbers_belong_together(result):
     parameters, lora, _ = COUNTS[result["network"]]
     assert (result["parameters"], result["lora_parameters"], result["trained_parameters"]) == (
@@ -120,6 +122,7 @@ def test_the_numbers_belong_together(result):
         assert result[f"accuracy_{when}"] == pytest.approx(1 - sum(wrong) / sum(result["tested"]))
 
 
+@pytest.mark.slow
 def test_full_data_reproduces_the_published_level(result):
     if sum(result["tested"]) != 10_000:
         pytest.skip("HF_LORA_DATA does not name the folder with the full data")
@@ -131,6 +134,7 @@ def test_full_data_reproduces_the_published_level(result):
         assert result["wrong_after"][9] < 0.5 * result["wrong_before"][9]
 
 
+@pytest.mark.slow
 def test_both_forms_learn_the_same(pretrained):
     name, model, training, test, _ = pretrained
     outputs = []
@@ -196,6 +200,7 @@ def test_a_directory_without_mnist_says_what_is_expected(tmp_path):
         mnist_data.read_idx(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_the_script_writes_json_and_pictures(tmp_path):
     command = [sys.executable, SCRIPTS / "mnist_mlp.py", "--network", "digits", "--form", "module"]
     run = subprocess.run(

@@ -71,6 +71,7 @@ def test_merging_into_a_half_precision_base_rounds_once(dtype, form):
     assert torch.equal(model(**batch).logits, unmerged)
 
 
+@pytest.mark.slow
 def test_the_package_imports_neither_library():
     code = (
         "import hf_lora.lora.quantized, hf_lora.lora.inject, sys; from torch import nn; "

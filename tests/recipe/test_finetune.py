@@ -352,6 +352,7 @@ def unbalanced(path: Path) -> Path:
     return write_jsonl(path, rows + [{"text": sentence(2 * row), "label": LABELS[0]} for row in range(6)])
 
 
+@pytest.mark.slow
 def test_balanced_class_weights_are_inverse_frequencies(train: Train, tmp_path: Path) -> None:
     data = unbalanced(tmp_path / "train.jsonl")
     validation = write_jsonl(tmp_path / "validation.jsonl", [{"text": "good", "label": LABELS[1]}])
@@ -428,6 +429,7 @@ def undisturbed(train: Train, texts: Path, tmp_path_factory: pytest.TempPathFact
     return output
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_equals_the_undisturbed_one(
     train: Train, undisturbed: Path, tiny_bert_dir: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -469,6 +471,7 @@ def copied_up_to(run: Path, step: int, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_resuming_from_a_named_checkpoint(
     train: Train, undisturbed: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -477,6 +480,7 @@ def test_resuming_from_a_named_checkpoint(
     assert same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_resuming_passes_over_a_half_written_checkpoint(
     train: Train, undisturbed: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -504,6 +508,7 @@ def test_resuming_with_another_scaling_is_refused(
         train(output, "--train_file", texts, *LONG_RUN, "--resume_from_checkpoint", "--lora_alpha", 32)
 
 
+@pytest.mark.slow
 def test_training_time_of_a_resumed_run_is_its_own(
     train: Train, undisturbed: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -517,6 +522,7 @@ def test_training_time_of_a_resumed_run_is_its_own(
     assert 0 < metrics["train_runtime"] < 60
 
 
+@pytest.mark.slow
 def test_yaml_file_starts_the_same_run(
     train: Train, texts: Path, tiny_bert_dir: Path, tmp_path: Path
 ) -> None:
@@ -541,6 +547,7 @@ def test_a_budget_of_tokens_sets_the_number_of_steps(
     assert metrics["global_step"] == 12
 
 
+@pytest.mark.slow
 def test_grouping_by_length_is_the_default_of_the_command_line_and_can_be_left(
     train: Train, texts: Path, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def no_training(*_: Any, **__: Any) -> None:
     raise AssertionError("a run that is done was trained again")
 
 
+@pytest.mark.slow
 def test_every_size_and_seed_has_its_run(drawn: Path) -> None:
     found = {p.parent.relative_to(drawn).as_posix() for p in drawn.glob("*/*/adapter_model.safetensors")}
     assert found == set(RUNS)

@@ -89,6 +89,7 @@ def test_peft_loads_the_probe(probe_run, tiny_bert_dir: Path) -> None:
         torch.testing.assert_close(adapted.base_model.model.base_model(ids).last_hidden_state, states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "mean_layers"])
 def test_a_pooled_head_is_not_merged_but_exported(
     pooling: str, tiny_bert_dir: Path, files, tmp_path: Path, capsys
@@ -136,6 +137,7 @@ def test_a_head_on_three_layers_has_none_to_read_where_they_are_cached(
         train(tiny_bert_dir, tmp_path / "run", files, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken_back", [False, True], ids=["kept", "taken back"])
 def test_a_run_from_a_probe_goes_on_to_the_same_adapter(
     taken_back: bool, tiny_bert_dir: Path, files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

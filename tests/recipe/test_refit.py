@@ -134,6 +134,7 @@ def test_the_head_starts_from_a_regression_on_all_examples(tmp_path: Path, tiny_
         assert measured == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_the_validation_split_judges_the_training_without_it(refitted, single) -> None:
     (output, metrics), (plain, before) = refitted, single
     timing = ("_runtime", "_per_second")
@@ -164,6 +165,7 @@ def test_card_and_terminal_say_so(train: Train, refitted, single, tmp_path: Path
     assert "refit: on all 60 examples" in printed and "the results under eval are of" in printed
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_adapter(train: Train, refitted, tmp_path: Path) -> None:
     checkpoints = sorted(path.name for path in refitted[0].glob("checkpoint-*"))
     # 36 examples of training are two steps an epoch; the second training leaves none.
@@ -176,6 +178,7 @@ def test_a_resumed_run_ends_with_the_same_adapter(train: Train, refitted, tmp_pa
         assert metrics["eval_loss"] == refitted[1]["eval_loss"]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_and_leaves_the_checkpoints(
     train: Train, refitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +305,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "after_training"),
     [

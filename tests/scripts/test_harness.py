@@ -128,6 +128,7 @@ def test_a_process_without_a_result_is_an_error_in_one_line(code: str, words: li
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the memory is read from /proc")
 def test_the_peak_is_that_of_the_process_alone_since_it_was_reset() -> None:
     """In a new process: this one may give out again what it kept of memory that was freed."""
@@ -153,6 +154,7 @@ def test_without_proc_the_peak_is_what_the_system_counts(monkeypatch: pytest.Mon
     assert peak_mb() > 0
 
 
+@pytest.mark.slow
 def test_the_inference_benchmark_compares_what_predicts_the_same(adapter_dir: Path) -> None:
     figures = inference.speed(str(adapter_dir), ["the film was good", "a bad day", "good"], 2)
     onnx = ["onnxruntime", "onnxruntime, int8"]
@@ -164,6 +166,7 @@ def test_the_inference_benchmark_compares_what_predicts_the_same(adapter_dir: Pa
     assert max(differences["hf_lora"], differences["onnxruntime, int8"]) < 0.05
 
 
+@pytest.mark.slow
 def test_the_made_adapter_tells_topics_and_has_an_effect(minilm: str, tmp_path: Path) -> None:
     directory = inference.make_adapter(tmp_path)
     classifier = TextClassifier.from_pretrained(directory, precision="fp32")
@@ -179,6 +182,7 @@ def test_the_made_adapter_tells_topics_and_has_an_effect(minilm: str, tmp_path: 
         assert (classifier.logits(texts) - before).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_loading_benchmark_loads_into_a_fresh_model_every_time(tmp_path: Path) -> None:
     base = tiny_classifier(num_labels=2)
     model = tiny_classifier(num_labels=2)
