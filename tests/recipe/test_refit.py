@@ -217,6 +217,7 @@ def test_the_handler_of_a_program_stays(tmp_path: Path, tiny_bert_dir: Path) -> 
     assert received == [signal.SIGTERM]
 
 
+@pytest.mark.slow
 def test_a_training_that_failed_is_not_kept(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -277,6 +278,7 @@ def test_where_the_probe_is_kept_it_is_that_of_all_examples(
     assert trainer.evaluate(everything)["eval_loss"] == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_an_evaluation_at_the_start_is_of_the_first_training(train: Train, tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--eval_on_start", True)["refit_examples"] == 60
 
