@@ -1,11 +1,11 @@
-"""Arithmetic on adapters: lower the rank, add, average. Pure functions; no base model is needed.
+"""Arithmetic on adapters: lower the rank, add, average. No base model is needed.
 
-The updates are only ever handled as factors: ΔW = scaling * B A is `(out, in)`, its factors are thin.
+ΔW = scaling * B A `(out, in)` is never computed, only its factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from hf_lora.adapters.directory import AdapterFiles
 from hf_lora.adapters.values import Adapter, Factors
 
-# What the rounding of a few operations in double precision can do to a share or to a cancelled sum.
+# The rounding error of a few operations in double precision, for shares and for sums that cancel.
 _ROUNDING = 8 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What lowering the rank of one update did.
+    """The loss by a lower rank of one update.
 
     kept_energy: the share of the squared singular values of ΔW that is kept.
-    relative_error: the Frobenius norm of what is lost over that of ΔW, the root of 1 - kept_energy.
+    relative_error: the Frobenius norm of the difference over that of ΔW, the root of 1 - kept_energy.
     """
 
     old_rank: int
@@ -36,15 +36,15 @@ class Truncation:
 def resize(
     adapter: Adapter, rank: int | None = None, energy: float | None = None
 ) -> tuple[Adapter, dict[str, Truncation]]:
-    """The best approximation of every update at a lower rank, and what it cost, by module.
+    """The best approximation of every update at a lower rank, and its loss by module.
 
-    By Eckart and Young (1936) the leading singular triplets of ΔW are the best in the Frobenius norm. They
-    come from an SVD of `(rank, rank)` between the QR factors of B and A'. The new factors are balanced,
-    B = U sqrt(S) and A = sqrt(S) V', and their scaling is 1, so alpha is the rank.
+    The leading singular triplets of ΔW are the best in the Frobenius norm (Eckart and Young 1936). They come from
+    an SVD of `(rank, rank)` between the QR factors of B and A'. The new factors are B = U sqrt(S) and
+    A = sqrt(S) V' with scaling 1, so alpha is the rank.
 
-    rank: the new rank of every module; one whose rank is lower keeps its own.
-    energy: in place of `rank`, the share in (0, 1] of the squared singular values to keep: each module gets
-        the smallest rank that keeps at least that. An update of zero gets rank 1.
+    rank: the new rank of every module; a module of a lower rank keeps its own.
+    energy: in place of `rank`, the share in (0, 1] of the squared singular values to keep. Each module gets
+        the smallest rank that keeps it; an update of zero gets rank 1.
     Raises ValueError unless exactly one of the two is given and usable.
     """
     check_budget(rank, energy)
@@ -56,12 +56,12 @@ def resize(
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, average: bool = False) -> Adapter:
-    """The weighted sum of the updates, exactly: factors side by side, so that ranks add up; scaling 1.
+    """The exact weighted sum of the updates: factors are concatenated, so that ranks add up; scaling 1.
 
     average: divide the weights by their sum first.
-    A module that an adapter does not have counts as an update of zero. Whole tensors (the head, biases) are
-    no updates of anything: they are averaged, with the weights divided by their sum in either case.
-    Raises ValueError if shapes or whole tensors do not fit, or if weights that sum to 0 are to be divided.
+    A module that an adapter does not have counts as an update of zero. Whole tensors (the head, biases) are always
+    averaged, with the weights divided by their sum.
+    Raises ValueError if shapes or whole tensors do not fit, or if the weights sum to 0 where they are divided.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"expected one weight for each adapter; got {len(weights)} for {len(adapters)}")
@@ -91,10 +91,10 @@ def head_shares(weights: Sequence[float]) -> list[float]:
 
 def check_combinable(sources: Sequence[AdapterFiles]) -> None:
     """Raises ValueError, naming both, if two adapters differ in labels, task, whole tensors or base model."""
-    names = [str(files.directory) for files in sources]
     for files in sources[1:]:
         _check_same_task(sources[0], files)
-    # Before the bases, since the digest of a base leaves out what the adapter brings whole.
+    # Before the bases: a base's fingerprint leaves out the tensors that the adapter brings whole.
+    names = [str(files.directory) for files in sources]
     _check_whole([Adapter.from_files(files) for files in sources], names)
     for files in sources[1:]:
         _check_same_base(sources[0], files)
@@ -113,16 +113,15 @@ def check_budget(rank: int | None, energy: float | None) -> None:
 def balanced(
     U: Tensor, S: Tensor, Vh: Tensor, *, total: float, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, Truncation]:
-    """A `(k, in)` and B `(out, k)` with B A the first k triplets of U `(out, n)`, S `(n,)`, Vh `(n, in)`.
+    """A `(k, in)` and B `(out, k)`: B A is the sum of the first k triplets of U `(out, n)`, S `(n,)`, Vh `(n, in)`.
 
-    total: the squared Frobenius norm of the whole matrix, of which S may be the leading part; 0 means that
-        the matrix is zero whatever S says.
+    total: the squared Frobenius norm of the whole matrix, since S may be only a part of its singular values;
+        0 for a matrix that is zero but for rounding.
     """
     if total == 0.0:
         zeros = torch.zeros_like(Vh[:1]), torch.zeros_like(U[:, :1])
         return *zeros, Truncation(len(S), 1, kept_energy=1.0, relative_error=0.0)
     shares = S.double().square().cumsum(0) / total
-    # The shares rise, so those that are too small come first.
     enough = 1 + int((shares < (energy or 0.0) - _ROUNDING).sum())
     k = min(rank or enough, len(S))
     root = S[:k].sqrt()
@@ -136,7 +135,7 @@ def _truncated(old: Factors, rank: int | None, energy: float | None) -> tuple[Te
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(old.scaling * R_B @ R_A.T)
-    # Updates that cancel leave rounding, which has singular values too.
+    # Updates that cancel leave rounding errors, which are not zero.
     size = abs(old.scaling) * A.norm() * B.norm()
     total = 0.0 if S[0] <= _ROUNDING * size else S.square().cumsum(0)[-1].item()
     A, B, truncation = balanced(Q_B @ U, S, Vh @ Q_A.T, total=total, rank=rank, energy=energy)
@@ -168,19 +167,14 @@ def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _check_whole(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
-    first = _shapes(adapters[0].whole)
-    for adapter, name in zip(adapters[1:], names[1:], strict=True):
-        shapes = _shapes(adapter.whole)
+    first, *others = ({n: tuple(t.shape) for n, t in adapter.whole.items()} for adapter in adapters)
+    for shapes, name in zip(others, names[1:], strict=True):
         for tensor in sorted({*first, *shapes}):
             if first.get(tensor) != shapes.get(tensor):
                 raise ValueError(
                     f"adapters cannot be combined unless they bring the same whole tensors; {tensor!r} has shape "
                     f"{shapes.get(tensor, 'none')} in {name!r} and {first.get(tensor, 'none')} in {names[0]!r}"
                 )
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _check_same_task(first: AdapterFiles, other: AdapterFiles) -> None:
@@ -198,7 +192,7 @@ def _check_same_task(first: AdapterFiles, other: AdapterFiles) -> None:
 def _check_same_base(first: AdapterFiles, other: AdapterFiles) -> None:
     digests = [files.info.base_model.fingerprint if files.info else None for files in (first, other)]
     names = [files.base_name for files in (first, other)]
-    # The same weights may have several names, so names count only where a digest is missing.
+    # The same weights may have several names: these are compared only where a fingerprint is missing.
     pair = names if None in digests else digests
     if None not in pair and pair[0] != pair[1]:
         raise ValueError(

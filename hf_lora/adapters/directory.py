@@ -1,4 +1,4 @@
-"""The adapter directory: write it whole, read it strictly. A genuine PEFT adapter plus `hf_lora.json`."""
+"""The adapter directory: a PEFT adapter plus `hf_lora.json`, written whole and read strictly."""
 
 from __future__ import annotations
 
@@ -17,18 +17,11 @@ import transformers
 from torch import Tensor, nn
 
 from hf_lora._files import MAX_JSON_BYTES, parse_object, parse_tensors, read_bytes, replacing
-from hf_lora.adapters import info as sidecar
-from hf_lora.adapters import peft_format
-from hf_lora.adapters.info import AdapterInfo, BaseModel
-from hf_lora.adapters.peft_format import adapter_tensors, load_tensors
+from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
+from hf_lora.adapters.peft_format import PREFIX, adapter_tensors, from_peft, load_tensors, to_peft
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import base_prefix, belongs_to, find_head
-from hf_lora.lora.inject import (
-    base_parameters,
-    inject_lora,
-    injection,
-    remove_lora,
-)
+from hf_lora.lora.inject import base_parameters, inject_lora, injection, remove_lora
 from hf_lora.lora.targets import find_targets
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.pooling import pooling_of
@@ -38,15 +31,15 @@ from hf_lora.version import __version__
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _DIGESTED = (TENSORS, CONFIG)
-# Tensors of this rank may be made before their shapes are compared.
+# Up to this rank tensors may be made before the file's shapes are compared.
 _SMALL_RANK = 1024
-# For all patterns and modules of an adapter; honest ones take milliseconds.
+# The time for matching all patterns of an adapter; usual ones take milliseconds.
 _PATTERNS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter directory, read and checked against itself but not yet against a model."""
+    """The contents of an adapter directory, not yet compared with a model."""
 
     directory: Path
     config: LoRAConfig
@@ -56,7 +49,7 @@ class AdapterFiles:
 
     @property
     def base_name(self) -> str | None:
-        """The Hub id or path of the base model, from the sidecar or else from PEFT's file."""
+        """The Hub id or path of the base model, from `hf_lora.json` or else from PEFT's file."""
         own = self.info.base_model.name_or_path if self.info else None
         return own or self.peft_config.get("base_model_name_or_path")
 
@@ -71,10 +64,10 @@ def save_adapter(
 ) -> Path:
     """Write the adapter and head of an injected model as a PEFT adapter directory; returns its path.
 
-    tokenizer: saved beside, so that the directory is self-contained.
-    metrics: measured results for the sidecar; those already known are kept.
+    tokenizer: saved too, so that the directory needs nothing else but the base model.
+    metrics: results for `hf_lora.json`, added to those that it has.
     files: more files by name, such as the model card under "README.md".
-    The files appear whole or not at all. Raises ValueError for NaN or infinity, before writing.
+    All files appear or none. Raises ValueError for NaN or infinity, before writing.
     """
     directory = Path(directory)
     tensors = adapter_tensors(model)
@@ -87,7 +80,7 @@ def save_adapter(
     info = adapter_info(model)
     info = replace(info, metrics={**info.metrics, **(metrics or {})})
     base = info.base_model
-    config = peft_format.to_peft(model, injection(model), base_name=base.name_or_path, revision=base.revision)
+    config = to_peft(model, injection(model), base_name=base.name_or_path, revision=base.revision)
     with writing_adapter(directory, tensors, config, info) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -100,31 +93,30 @@ def save_adapter(
 def writing_adapter(
     directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], info: AdapterInfo | None
 ) -> Iterator[Path]:
-    """Write the files of an adapter, whole or not at all; yields their temporary folder, for more to be added.
+    """Write all files of an adapter or none; yields their temporary folder, for more files.
 
-    info: the sidecar's contents without the digests, which are added; None: no sidecar.
+    info: the contents of `hf_lora.json`; the digests are added here. None: no such file.
     """
-    with replacing(directory, last=(sidecar.FILE,)) as folder:
+    with replacing(directory, last=(FILE,)) as folder:
         safetensors.torch.save_file(dict(tensors), folder / TENSORS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield folder
         if info is not None:
-            digests = {name: _sha256((folder / name).read_bytes()) for name in _DIGESTED}
-            info = replace(info, sha256=digests)
-            (folder / sidecar.FILE).write_text(info.to_json(), encoding="utf-8")
+            info = replace(info, sha256={name: _sha256((folder / name).read_bytes()) for name in _DIGESTED})
+            (folder / FILE).write_text(info.to_json(), encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> LoRAConfig:
-    """Put the adapter and head of a directory, ours or peft's, into a plain model; returns its config.
+    """Put the adapter and head of a directory, ours or peft's, into a plain model; returns the config.
 
-    check_base: refuse a base model whose weights are not those the adapter was trained on.
-    Raises ValueError for anything that does not fit exactly; the model is then as it was.
+    check_base: refuse a base model with other weights than the adapter was trained on.
+    Raises ValueError for anything that does not fit; the model is then unchanged.
     """
     return load_files(model, read_adapter(directory), check_base=check_base)
 
 
 def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True) -> LoRAConfig:
-    """Put an adapter that was read into a plain model, as `load_adapter` does."""
+    """Put an adapter that was read into a plain model; `load_adapter` after `read_adapter`."""
     _check_pooling(model, files)
     head = _head_in(files, model)
     _check_ranks(model, files, head)
@@ -141,42 +133,37 @@ def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True
 
 
 def read_adapter(directory: str | Path) -> AdapterFiles:
-    """Read a directory and check that its files belong together. Raises ValueError naming what is wrong."""
+    """Read a directory and compare its files with each other. Raises ValueError naming what is wrong."""
     directory = Path(directory)
     for name in _DIGESTED:
         if not (directory / name).is_file():
-            present = (
+            found = (
                 sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no directory"
             )
             raise ValueError(
-                f"not an adapter directory; {name} is missing in {str(directory)!r}; got {present}"
+                f"not an adapter directory; {name} is missing in {str(directory)!r}; got {found}"
             )
-    # Each file is read once, so that what is checked is what is used.
+    # Each file is read once, so that the bytes that are checked are those that are used.
     contents = {
-        name: read_bytes(directory, name, limit=limit)
-        for name, limit in ((TENSORS, None), (CONFIG, MAX_JSON_BYTES))
+        TENSORS: read_bytes(directory, TENSORS),
+        CONFIG: read_bytes(directory, CONFIG, limit=MAX_JSON_BYTES),
     }
     info = None
-    if (directory / sidecar.FILE).is_file():
-        text = read_bytes(directory, sidecar.FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
-        info = AdapterInfo.from_json(text, str(directory / sidecar.FILE))
-        for name, expected in info.sha256.items():
-            if name in _DIGESTED and _sha256(contents[name]) != expected:
-                raise ValueError(
-                    f"{name} in {str(directory)!r} was changed after it was written; its sha256 is not the one in "
-                    f"{sidecar.FILE}; restore it, or delete {sidecar.FILE} to load the files as a bare PEFT adapter"
-                )
+    if (directory / FILE).is_file():
+        text = read_bytes(directory, FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
+        info = AdapterInfo.from_json(text, str(directory / FILE))
+        _check_digests(info, contents, directory)
     peft_config = parse_object(contents[CONFIG], str(directory / CONFIG))
     tensors = parse_tensors(contents[TENSORS], str(directory / TENSORS))
-    lora = info.lora if info else None
     if info is not None:
         _check_label_count(info, tensors, directory)
-    config = peft_format.from_peft(peft_config, tensors) if lora is None else LoRAConfig.from_dict(lora)
+    lora = info.lora if info else None
+    config = from_peft(peft_config, tensors) if lora is None else LoRAConfig.from_dict(lora)
     return AdapterFiles(directory, config, peft_config, tensors, info)
 
 
 def adapter_info(model: nn.Module) -> AdapterInfo:
-    """What the sidecar says of an injected model: as loaded or declared, else from `model.config`."""
+    """The contents of `hf_lora.json` for an injected model: as loaded or declared, else from `model.config`."""
     state = injection(model)
     info = state.info or _info_from_config(model)
     base = info.base_model
@@ -206,18 +193,26 @@ def _info_from_config(model: nn.Module) -> AdapterInfo:
     )
 
 
+def _check_digests(info: AdapterInfo, contents: Mapping[str, bytes], directory: Path) -> None:
+    for name, expected in info.sha256.items():
+        if name in _DIGESTED and _sha256(contents[name]) != expected:
+            raise ValueError(
+                f"{name} in {str(directory)!r} was changed after it was written; its sha256 is not the one in "
+                f"{FILE}; restore it, or delete {FILE} to load the files as a bare PEFT adapter"
+            )
+
+
 def _check_label_count(info: AdapterInfo, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """More labels than any tensor has rows have no head: none is made for them."""
+    """Refuse more labels than any tensor has rows, before a head of that size is made."""
     rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.ndim), default=0)
     if len(info.labels) > rows:
         raise ValueError(
-            f"{sidecar.FILE} in {str(directory)!r} lists {len(info.labels)} labels; got no head of that size in "
+            f"{FILE} in {str(directory)!r} lists {len(info.labels)} labels; got no head of that size in "
             f"{TENSORS}; expected at most {rows}"
         )
 
 
 def _check_pooling(model: nn.Module, files: AdapterFiles) -> None:
-    """A pooled head has no place in transformers' classifier, nor another pooling's."""
     if files.info is not None and files.info.pooling != pooling_of(model):
         raise ValueError(
             f"the adapter in {str(files.directory)!r} has a head with pooling={files.info.pooling!r}; got a model with "
@@ -226,16 +221,17 @@ def _check_pooling(model: nn.Module, files: AdapterFiles) -> None:
 
 
 def _check_ranks(model: nn.Module, files: AdapterFiles, head: list[str]) -> None:
-    """Refuse ranks that the file's tensors do not have before anything of that size is made."""
-    rows: dict[str, int] = {}
-    for key, tensor in files.tensors.items():
-        for end in (".lora_A.weight", ".lora_embedding_A"):
-            if key.endswith(end) and tensor.ndim:
-                rows[key.removeprefix(peft_format.PREFIX).removesuffix(end)] = tensor.shape[0]
+    """Refuse ranks that the file's tensors do not have, before tensors of that size are made."""
+    rows = {
+        key.removeprefix(PREFIX).removesuffix(end): tensor.shape[0]
+        for key, tensor in files.tensors.items()
+        for end in (".lora_A.weight", ".lora_embedding_A")
+        if key.endswith(end) and tensor.ndim
+    }
     deadline = time.monotonic() + _PATTERNS_SECONDS
     for target in find_targets(model, files.config, head):
         rank = files.config.rank_of(target.name)
-        files.config.alpha_of(target.name)
+        files.config.alpha_of(target.name)  # so that its patterns count too
         if rank > max(rows.get(target.name, 0), _SMALL_RANK):
             raise ValueError(
                 f"the adapter in {str(files.directory)!r} has another rank in its configuration than in its tensors "
@@ -263,25 +259,21 @@ def _check_fingerprint(model: nn.Module, files: AdapterFiles) -> None:
 def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
     """The modules that the adapter brings whole: the head, and others of its `modules_to_save`.
 
-    An adapter of ours brings the whole head. peft's may leave out a part of it that was not trained (DeBERTa's
-    pooler), which then belongs to the base; `load_trained` sees to it that the base has it.
+    Adapters of hf_lora bring the whole head. Those of peft may leave out an untrained part, such as DeBERTa's pooler.
     """
-    wanted = files.peft_config.get("modules_to_save") or []
-    head = [
-        name
-        for name in find_head(model)
-        if files.info is not None or any(name.endswith(suffix) for suffix in wanted)
-    ]
+    # As peft matches modules_to_save.
+    wanted = tuple(files.peft_config.get("modules_to_save") or ())
+    head = [name for name in find_head(model) if files.info is not None or name.endswith(wanted)]
     prefix = base_prefix(model)
-    inside = (
-        name for name, _ in model.named_modules() if name and (not prefix or belongs_to(name, [prefix]))
-    )
-    # As peft matches them; what has no tensor of its own in the file was matched by accident.
+    whole = [key for key in files.tensors if ".lora_" not in key]
+    # A module without a tensor in the file has a name that matches by accident.
     saved = [
         name
-        for name in inside
-        if any(name.endswith(suffix) for suffix in wanted)
-        and any(belongs_to(key, [peft_format.PREFIX + name]) for key in files.tensors if ".lora_" not in key)
+        for name, _ in model.named_modules()
+        if name
+        and name.endswith(wanted)
+        and (not prefix or belongs_to(name, [prefix]))
+        and any(belongs_to(key, [PREFIX + name]) for key in whole)
     ]
     return head + [name for name in saved if not belongs_to(name.rpartition(".")[0], saved)]
 

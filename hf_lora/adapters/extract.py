@@ -1,4 +1,4 @@
-"""An adapter from a full fine-tuning: the low-rank part of what it changed, and an account of the rest."""
+"""An adapter extracted from a fully fine-tuned model: the low-rank part of its change, and an account of the rest."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from hf_lora.lora.head import belongs_to, find_head
 from hf_lora.lora.inject import inject_lora, injection
 from hf_lora.lora.targets import find_targets
 
-# From here on a randomized SVD is worth it: the smaller side of the matrix, and how many ranks go into it.
+# A randomized SVD is faster for matrices whose smaller side is at least the first number, and at least `rank` times the
+# second.
 _LARGE, _RANKS_WITHIN = 256, 8
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 6
 
 
 @dataclass(frozen=True)
 class Change:
-    """How far a tensor moved: the Frobenius norms of tuned - base and of base."""
+    """The change of a tensor: the Frobenius norms of tuned - base (`moved`) and of base (`size`)."""
 
     moved: float
     size: float
 
     @property
     def relative(self) -> float:
-        """The norm of the change over that of the base; 1 for a change of nothing but zeros."""
+        """The norm of the change over that of the base; 1 if the base is zero and changed."""
         return self.moved / self.size if self.size else float(self.moved > 0.0)
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """An extracted adapter and what it covers.
+    """An extracted adapter, and which changes it holds.
 
-    modules_to_save: the modules that `adapter.whole` brings with all their tensors: head and LayerNorms.
-    bias: PEFT's mode, "all" if `adapter.whole` brings the biases, else "none".
-    truncations: what the rank cost, by module. `old_rank` is the smaller side of the weight.
-    covered: how far the weights moved whose change the factors approximate, by module.
-    carried: how far the tensors outside the head moved that are kept exactly, by name.
-    left_out: how far the changed tensors moved that the adapter has no place for, by name.
+    modules_to_save: the modules that are whole in `adapter.whole`: head and LayerNorms.
+    bias: PEFT's mode, "all" if `adapter.whole` has the biases, else "none".
+    truncations: the loss by the rank, by module. `old_rank` is the smaller side of the weight.
+    covered: by module, the change of the weights that the factors approximate.
+    carried: by name, the change of the tensors outside the head that are kept exactly.
+    left_out: by name, the change of the tensors for which the adapter has no place.
     """
 
     adapter: Adapter
@@ -66,13 +67,13 @@ def extract_adapter(
     head: Iterable[str] = (),
     keep_vectors: bool = True,
 ) -> Extraction:
-    """The adapter that turns the parameters of a base model into those of its fine-tuned copy, approximately.
+    """The adapter that approximately turns the parameters of a base model into those of its fine-tuned copy.
 
-    modules: dotted names of linear layers, weights `(out, in)`; each change is approximated at `rank` or,
-        exactly one of the two, at the smallest rank that keeps `energy` (as in `arithmetic.resize`).
+    modules: dotted names of linear layers, weights `(out, in)`. Their changes are approximated at `rank` or at the
+        smallest rank that keeps `energy`; exactly one of the two is given, as in `arithmetic.resize`.
     head: dotted names of modules taken whole from `tuned_tensors`; the base need not have them.
-    keep_vectors: carry changed tensors of one dimension exactly, LayerNorms as whole modules and biases all
-        together, since PEFT has no other place for them.
+    keep_vectors: keep changed tensors of one dimension exactly. PEFT's format allows this for LayerNorms as whole
+        modules, and for all biases together.
     Raises ValueError if names or shapes outside the head differ, or for an unusable module, rank or energy.
     """
     check_budget(rank, energy)
@@ -93,10 +94,8 @@ def extract_adapter(
         delta = tuned_tensors[weight].detach().float() - base_tensors[weight].detach().float()
         A, B, truncations[module] = _low_rank(delta, changes[weight].moved, rank, energy)
         factors[module] = Factors(A, B, scaling=1.0)
-    is_bias = {name for name in outside if bias == "all" and name.rpartition(".")[2] == "bias"}
-    whole = {
-        n: t.detach().float() for n, t in tuned_tensors.items() if belongs_to(n, to_save) or n in is_bias
-    }
+    biases = {name for name in outside if bias == "all" and _is_bias(name)}
+    whole = {n: t.detach().float() for n, t in tuned_tensors.items() if belongs_to(n, to_save) or n in biases}
     weights = {f"{module}.weight" for module in modules}
     rest = [name for name in outside if name in changed and name not in weights]
     return Extraction(
@@ -113,9 +112,9 @@ def extract_adapter(
 def linear_modules(
     model: nn.Module, *, projections: str | None = None, head: Iterable[str] | None = None
 ) -> list[str]:
-    """The linear layers outside the head, or only those in the roles of `projections`, by dotted name.
+    """The dotted names of the linear layers outside the head, or only of those in the roles of `projections`.
 
-    A fused weight comes whole with any of its roles. Raises ValueError for a role in another kind of layer.
+    A fused weight counts as a whole. Raises ValueError for a role in another kind of layer.
     """
     head = find_head(model) if head is None else tuple(head)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -131,16 +130,15 @@ def linear_modules(
 
 
 def inject_extraction(model: nn.Module, extraction: Extraction, info: AdapterInfo | None = None) -> None:
-    """Put an extracted adapter into the base model, as `load_adapter` would, so that it can be used and saved.
+    """Put an extracted adapter into the base model, for use and for `save_adapter`.
 
-    Raises ValueError if the model is adapted already or is another one.
+    Raises ValueError if the model is adapted already, or if the adapter does not fit it.
     """
     sizes = extraction.adapter.ranks_and_alphas()
     config = LoRAConfig(
-        rank=sizes["r"],
-        alpha=sizes["lora_alpha"],
-        rank_pattern=sizes["rank_pattern"],
-        alpha_pattern=sizes["alpha_pattern"],
+        rank=sizes.pop("r"),
+        alpha=sizes.pop("lora_alpha"),
+        **sizes,
         target_modules=tuple(extraction.adapter.factors),
         bias=extraction.bias,
     )
@@ -152,7 +150,7 @@ def inject_extraction(model: nn.Module, extraction: Extraction, info: AdapterInf
 def _common(
     base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], head: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """The base's tensors outside the head, which both must have in the same shape."""
+    """The base's tensors outside the head; both must have them in the same shape."""
     sides = [
         {name: tensor for name, tensor in tensors.items() if not belongs_to(name, head)}
         for tensors in (base, tuned)
@@ -172,7 +170,7 @@ def _change(base: Tensor, tuned: Tensor) -> Change:
 
 
 def _places(tensors: Mapping[str, Tensor], changed: set[str]) -> tuple[tuple[str, ...], str]:
-    """Where PEFT can keep changed vectors: modules of nothing but vectors, whole; all other biases at once."""
+    """Where PEFT can keep changed vectors: modules that have only vectors, and the mode of all other biases."""
     by_module: dict[str, list[str]] = {}
     for name in tensors:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -181,14 +179,18 @@ def _places(tensors: Mapping[str, Tensor], changed: set[str]) -> tuple[tuple[str
         for module, names in by_module.items()
         if module and changed.intersection(names) and all(tensors[name].ndim == 1 for name in names)
     )
-    biases = {name for name in changed if name.rpartition(".")[2] == "bias" and not belongs_to(name, norms)}
+    biases = any(_is_bias(name) and not belongs_to(name, norms) for name in changed)
     return norms, "all" if biases else "none"
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
 
 
 def _low_rank(
     delta: Tensor, size: float, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, Truncation]:
-    """A `(k, in)` and B `(out, k)` with B A near `delta` `(out, in)`, whose Frobenius norm is `size`."""
+    """A `(k, in)` and B `(out, k)`: B A approximates `delta` `(out, in)`, whose Frobenius norm is `size`."""
     side = min(delta.shape)
     if rank is not None and side >= _LARGE and rank * _RANKS_WITHIN <= side:
         # The sketch is random; its seed is fixed so that the same models give the same adapter.

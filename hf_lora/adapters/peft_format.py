@@ -1,4 +1,4 @@
-"""The PEFT side of an adapter directory: `adapter_config.json` and the names of the tensors."""
+"""PEFT's format: `adapter_config.json`, and the names of the tensors in `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_lora._files import check_types, shortened
-from hf_lora.adapters import peft_format
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to
 from hf_lora.lora.inject import Injection, injection, lora_layers, trained_biases
@@ -20,26 +19,19 @@ from hf_lora.lora.targets import has_suffix
 from hf_lora.models.pooling import HEAD as POOLED_HEAD
 
 PREFIX = "base_model.model."
-# The format below was read and written by this release of peft; it goes into the file for its readers.
+# Written into the file: the release of peft that the format was tested with.
 PEFT_VERSION = "0.21.2"
 
-# Keys of a PEFT configuration that mean an adapter we cannot represent, and the values that mean "unused".
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-    "lora_bias": (None, False),
-}
-# Initializations that leave the base weights as they are; the others rewrite them on load.
+# PEFT's options that hf_lora does not have; each is unused where it is null, false or an empty list.
+_UNSUPPORTED = (
+    *("layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
+    *("arrow_config", "monteclora_config", "kasa_config", "velora_config"),
+    *("use_bdlora", "use_qalora", "lora_bias"),
+)
+_UNUSED = (None, False, [])
+# Initializations that leave the base weights alone; the others rewrite them on load.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-# What the keys that are read may hold besides null.
+# The types of the keys that are read; each may also be null.
 _KINDS: dict[str, tuple[type, ...]] = {
     "r": (int,),
     "lora_alpha": (int, float),
@@ -72,7 +64,7 @@ def to_peft(
         **_ranks_and_alphas(model, config),
         "lora_dropout": config.dropout,
         "target_modules": sorted(shortest_suffixes(model, state)),
-        # peft looks each of these up in the base model, which has no pooled head.
+        # peft looks these modules up in the base model, which has no pooled head.
         "modules_to_save": sorted(name for name in state.head if name != POOLED_HEAD) or None,
         "bias": config.bias,
         "init_lora_weights": True,
@@ -87,18 +79,17 @@ def to_peft(
 
 
 def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
-    """The LoRAConfig of somebody's `adapter_config.json`; which modules are adapted is read off the tensors' keys.
+    """The LoRAConfig for the values of an `adapter_config.json`; the adapted modules are those of the tensors' keys.
 
-    Raises ValueError, naming the key, for anything that PEFT knows and we do not, and for tensors of modules
-    that the configuration does not name.
+    Raises ValueError for an option that hf_lora does not have, and for tensors of modules outside `target_modules`.
     """
     if values.get("peft_type") != "LORA":
         raise ValueError(
             f"not a LoRA adapter; got peft_type={shortened(values.get('peft_type'))}; expected 'LORA'"
         )
     check_types(values, _KINDS, "the adapter's PEFT configuration")
-    for key, unused in _UNSUPPORTED.items():
-        if values.get(key) not in unused:
+    for key in _UNSUPPORTED:
+        if values.get(key) not in _UNUSED:
             raise ValueError(
                 f"the adapter uses {key}, which hf_lora does not support; got {shortened(values[key])}"
             )
@@ -108,33 +99,24 @@ def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
             f"the adapter's init_lora_weights={shortened(init)} rewrites the base weights on load, which is refused; "
             "convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    given = {key: value for key, value in values.items() if value is not None}
     return LoRAConfig(
-        rank=_given(values, "r", 8),
-        alpha=_given(values, "lora_alpha", 8),
-        dropout=_given(values, "lora_dropout", 0.0),
-        target_modules=_adapted_modules(keys, values.get("target_modules")),
-        rank_pattern=values.get("rank_pattern") or {},
-        alpha_pattern=values.get("alpha_pattern") or {},
-        bias=_given(values, "bias", "none"),
-        variant="dora" if values.get("use_dora") else "lora",
-        scaling="rslora" if values.get("use_rslora") else "standard",
+        rank=given.get("r", 8),
+        alpha=given.get("lora_alpha", 8),
+        dropout=given.get("lora_dropout", 0.0),
+        target_modules=_adapted_modules(keys, given.get("target_modules")),
+        rank_pattern=given.get("rank_pattern", {}),
+        alpha_pattern=given.get("alpha_pattern", {}),
+        bias=given.get("bias", "none"),
+        variant="dora" if given.get("use_dora") else "lora",
+        scaling="rslora" if given.get("use_rslora") else "standard",
     )
-
-
-def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = values.get(key)
-    return default if value is None else value
 
 
 def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
-    """The modules that have factors in a file, checked against a list of suffixes if the configuration has one."""
-    found = (
-        key.removeprefix(PREFIX).removesuffix(end)
-        for key in keys
-        for end in _FACTOR_ENDS
-        if key.endswith(end)
-    )
-    names = tuple(sorted(set(found)))
+    """The modules with factors, checked against `target_modules` where that is a list of suffixes."""
+    parts = ((key.removeprefix(PREFIX), end) for key in keys for end in _FACTOR_ENDS if key.endswith(end))
+    names = tuple(sorted({key.removesuffix(end) for key, end in parts}))
     if not names:
         raise ValueError("the adapter has no LoRA tensors; expected keys that end in .lora_A.weight")
     if isinstance(declared, list):
@@ -148,32 +130,42 @@ def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
 
 
 def _ranks_and_alphas(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
-    """r, lora_alpha and their patterns, such that PEFT computes every module's rank and scaling.
+    """`r`, `lora_alpha` and their patterns: the config's, unless a layer has another rank in PEFT's format.
 
-    As they were given, unless parts or a subtracted start make ranks larger in PEFT than they are here.
+    That happens where parts of a fused weight are adapted, or where a start is subtracted.
     """
     layers = lora_layers(model)
     if all(layer.peft_rank == config.rank_of(name) for name, layer in layers.items()):
         patterns = {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
-        return {"r": config.rank, "lora_alpha": _plain(config.alpha), **patterns}
+        return {"r": config.rank, "lora_alpha": int_if_whole(config.alpha), **patterns}
     root = 0.5 if config.scaling == "rslora" else 1.0
     ranks = {name: layer.peft_rank for name, layer in layers.items()}
-    alphas = {name: _plain(layer.scaling * layer.peft_rank**root) for name, layer in layers.items()}
+    alphas = {name: int_if_whole(layer.scaling * layer.peft_rank**root) for name, layer in layers.items()}
+    return by_pattern(ranks, alphas)
+
+
+def by_pattern(ranks: Mapping[str, int], alphas: Mapping[str, float], anchor: str = "") -> dict[str, Any]:
+    """`r`, `lora_alpha`, `rank_pattern` and `alpha_pattern`: the commonest values, and the modules with others.
+
+    anchor: "^" makes a pattern match its module alone, and not also every longer name that ends with it.
+    """
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {anchor + re.escape(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {
+            anchor + re.escape(name): value for name, value in alphas.items() if value != alpha
+        },
     }
 
 
-def _plain(number: float) -> float | int:
+def int_if_whole(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
 def shortest_suffixes(model: nn.Module, state: Injection) -> list[str]:
-    """The shortest dotted endings that select exactly the adapted modules among those outside the head."""
+    """The shortest suffixes of dotted names that select the adapted modules and no others outside the head."""
     names = [target.name for target in state.targets]
     modules = [name for name, _ in model.named_modules() if ".parametrizations" not in f".{name}"]
     everything = {*names, *(name for name in modules if name and not belongs_to(name, state.head))}
@@ -185,68 +177,65 @@ def shortest_suffixes(model: nn.Module, state: Injection) -> list[str]:
 
 
 def bias_key(name: str, targets: Iterable[str]) -> str:
-    """The file's key of a trained bias: those of adapted modules are inside PEFT's wrapper."""
+    """PEFT's key of a trained bias; that of an adapted module is under `base_layer`."""
     module = name.removesuffix(".bias")
     return f"{PREFIX}{module}.base_layer.bias" if module in targets else f"{PREFIX}{name}"
 
 
 def without_duplicates(keys: Iterable[str]) -> list[str]:
-    """The keys of a file without the second copies of head tensors that peft writes with bias="all"."""
+    """The keys without the copies of head tensors that peft adds with bias="all"."""
     keys = list(keys)
-    return [key for key in keys if ".original_module." not in key and not _is_copy(key, keys)]
-
-
-def _is_copy(key: str, keys: list[str]) -> bool:
-    plain = key.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-    return plain != key and plain in keys
+    plain = {key: re.sub(r"\.modules_to_save\.(default\.)?", ".", key) for key in keys}
+    present = set(keys)
+    return [k for k in keys if ".original_module." not in k and (plain[k] == k or plain[k] not in present)]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What is saved, under PEFT's keys: A, B, the head and trained biases, fp32 on the CPU, contiguous."""
+    """The tensors to save, by PEFT's keys: A, B, the head and trained biases; fp32 on the CPU, contiguous."""
     own = model.state_dict()
     files = (*_factors(model, own).values(), _whole_tensors(model, own))
     return {key: as_saved(tensor) for part in files for key, tensor in part.items()}
 
 
 def as_saved(tensor: Tensor) -> Tensor:
-    """A tensor as adapter files hold it: fp32 on the CPU, and a copy, since safetensors refuses shared memory."""
+    """A copy in fp32 on the CPU; safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
 def _factors(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The keys and tensors of every adapted layer in an adapter file, made from the model's tensors by name."""
+    """By adapted module, PEFT's keys and tensors; `own`: the model's state dict."""
     layers = lora_layers(model)
     files: dict[str, dict[str, Tensor]] = {}
     for placement in injection(model).placements:
         name = placement.target.name
         layer = layers[name]
         factors = {f: own[f"{placement.layer}.{f}"] for f in FACTORS if getattr(layer, f) is not None}
-        inside = f"{peft_format.PREFIX}{name}."
+        inside = f"{PREFIX}{name}."
         files[name] = {inside + key: tensor for key, tensor in layer.to_peft(factors).items()}
     return files
 
 
 def _whole_tensors(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The keys and tensors of what is saved as it is: the head and the trained biases."""
+    """PEFT's keys and tensors of the head and the trained biases."""
     state = injection(model)
     targets = {target.module for target in state.targets}
-    head = {peft_format.PREFIX + name: own[name] for name in own if belongs_to(name, state.head)}
+    head = {PREFIX + name: own[name] for name in own if belongs_to(name, state.head)}
     biases = sorted(trained_biases(model, state))
-    return head | {peft_format.bias_key(name, targets): own[name] for name in biases}
+    return head | {bias_key(name, targets): own[name] for name in biases}
 
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy an adapter file's tensors into an injected model: every one, each with its exact shape.
+    """Copy the tensors of an adapter file into an injected model.
 
-    Raises ValueError, before any change, for missing, unexpected, wrongly shaped or non-finite tensors.
+    Raises ValueError, before any change, for a tensor that is missing, unexpected, not finite or of another shape.
     """
     own = model.state_dict()
     factors, whole = _factors(model, own), _whole_tensors(model, own)
     expected = {
         key: tuple(tensor.shape) for part in (*factors.values(), whole) for key, tensor in part.items()
     }
-    keys = _checked_copies(model, tensors, peft_format.without_duplicates(tensors), source)
+    keys = _without_base_weights(model, tensors, source)
     missing, unexpected = sorted(set(expected) - set(keys)), sorted(set(keys) - set(expected))
     if missing or unexpected:
         found = [f"{len(missing)} missing, first {missing[0]!r}"] if missing else []
@@ -259,10 +248,11 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
                 f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
                 + _label_hint(model, key, got)
             )
-    if (damaged := _damaged({key: tensors[key] for key in keys})) is not None:
+    damaged = _first_not_finite({key: tensors[key] for key in keys})
+    if damaged is not None:
         raise ValueError(f"{source} is damaged; {damaged!r} holds something else than finite numbers")
     for name, layer in lora_layers(model).items():
-        inside = len(f"{peft_format.PREFIX}{name}.")
+        inside = len(f"{PREFIX}{name}.")
         try:
             layer.load_peft({key[inside:]: tensors[key] for key in factors[name]})
         except ValueError as error:
@@ -271,32 +261,26 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
         tensor.copy_(tensors[key])
 
 
-def _damaged(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first key whose tensor holds NaN, infinity or no floating-point numbers; None where there is none."""
+def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first key whose tensor holds something else than finite floating-point numbers."""
     floating = all(tensor.is_floating_point() for tensor in tensors.values())
-    # NaN and infinity survive in a sum, and hundreds of sums are quicker than looking at every value.
+    # NaN and infinity survive in a sum, and summing is quicker than looking at every value.
     if floating and all(math.isfinite(tensor.sum().item()) for tensor in tensors.values()):
         return None
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            return key
-    # Finite numbers whose sum is not.
-    return None
+    bad = (k for k, t in tensors.items() if not t.is_floating_point() or not torch.isfinite(t).all())
+    return next(bad, None)
 
 
-def _checked_copies(
-    model: nn.Module, tensors: Mapping[str, Tensor], keys: list[str], source: str
-) -> list[str]:
-    """The keys without the copies of frozen weights that peft may add; each must be the base's own weight."""
-    copies = {
-        f"{peft_format.PREFIX}{name}.base_layer.weight": layer for name, layer in lora_layers(model).items()
-    }
-    for key in set(keys) & set(copies):
+def _without_base_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """The keys without duplicates and base weights, which peft may save too; these must equal the model's."""
+    copies = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in lora_layers(model).items()}
+    keys = without_duplicates(tensors)
+    for key in copies.keys() & set(keys):
         if not torch.equal(tensors[key], copies[key].base_weight.to(tensors[key])):
             raise ValueError(f"{source} brings another base weight than the model's; got {key!r}")
     return [key for key in keys if key not in copies]
 
 
 def _label_hint(model: nn.Module, key: str, got: tuple[int, ...]) -> str:
-    name = key.removeprefix(peft_format.PREFIX)
+    name = key.removeprefix(PREFIX)
     return f"; load the base with num_labels={got[0]}" if belongs_to(name, injection(model).head) else ""

@@ -1,10 +1,8 @@
-"""Adapters as values: the low-rank updates and whole tensors of an adapter directory, and back to one."""
+"""Adapters as values: from an adapter directory to its factors and whole tensors, and back."""
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, nextafter
@@ -14,16 +12,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lora.adapters import peft_format
 from hf_lora.adapters.directory import AdapterFiles, writing_adapter
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.adapters.peft_format import as_saved
+from hf_lora.adapters.peft_format import (
+    PEFT_VERSION,
+    PREFIX,
+    as_saved,
+    bias_key,
+    by_pattern,
+    from_peft,
+    int_if_whole,
+    without_duplicates,
+)
 from hf_lora.version import __version__
 
-# PEFT's names of A and B, under the module's: those of layers, and those of embeddings.
-_LAYER_KEYS = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING_KEYS = ("lora_embedding_A", "lora_embedding_B")
-_BASE_LAYER = ".base_layer."
+# PEFT's names of A and B after the module's name, for layers and for embeddings.
+_FACTOR_KEYS = {
+    False: (".lora_A.weight", ".lora_B.weight"),
+    True: (".lora_embedding_A", ".lora_embedding_B"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,9 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does to a model: `factors` by module, `whole` tensors by their name in the model.
+    """An adapter: `factors` by module, `whole` tensors by their name in the model.
 
-    The whole tensors are the head, trained biases, and everything else of PEFT's `modules_to_save`.
+    The whole tensors are the head, trained biases, and the rest of PEFT's `modules_to_save`.
     """
 
     factors: Mapping[str, Factors]
@@ -74,13 +81,14 @@ class Adapter:
     def from_files(cls, files: AdapterFiles) -> Adapter:
         """The adapter in a directory that was read.
 
-        Raises ValueError for DoRA and for biases of B, which are no low-rank sum, and for broken tensors.
+        Raises ValueError for NaN, and for tensors such as DoRA's, whose update is no low-rank product.
         """
         source = str(files.directory)
         sides: dict[tuple[str, bool], dict[int, Tensor]] = {}
         whole: dict[str, Tensor] = {}
-        for key in peft_format.without_duplicates(files.tensors):
-            name, tensor = key.removeprefix(peft_format.PREFIX), files.tensors[key]
+        # safetensors gives the tensors in any order.
+        for key in sorted(without_duplicates(files.tensors)):
+            name, tensor = key.removeprefix(PREFIX), files.tensors[key]
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"the adapter in {source!r} is damaged; got NaN or infinity in {key!r}")
             place = _factor_place(name)
@@ -90,16 +98,17 @@ class Adapter:
             elif ".lora_" in name:
                 raise ValueError(_not_low_rank(source, key))
             else:
-                whole[name.replace(_BASE_LAYER, ".")] = tensor
-        # The ranks and alphas of PEFT's file, which are those of its tensors; our own may count otherwise.
-        config = peft_format.from_peft(files.peft_config, files.tensors)
+                whole[name.replace(".base_layer.", ".")] = tensor
+        # PEFT's ranks and alphas are those of the tensors; the sidecar's may differ, for parts of fused weights.
+        config = from_peft(files.peft_config, files.tensors)
         factors = {}
         for (module, embedding), pair in sides.items():
-            shapes = [tuple(tensor.shape) for tensor in pair.values()]
-            if len(pair) != 2 or not pair[0].shape[0] == pair[1].shape[1] == config.rank_of(module):
+            rank = config.rank_of(module)
+            if len(pair) != 2 or not pair[0].shape[0] == pair[1].shape[1] == rank:
                 raise ValueError(
-                    f"A and B of {module!r} in {source!r} are no low-rank product; got shapes {shapes}; expected "
-                    f"rank {config.rank_of(module)}; a grouped convolution has no such product"
+                    f"A and B of {module!r} in {source!r} are no low-rank product; got shapes "
+                    f"{[tuple(tensor.shape) for tensor in pair.values()]}; expected rank {rank}; a grouped "
+                    "convolution has no such product"
                 )
             factors[module] = Factors(pair[0], pair[1], config.scaling_of(module), embedding)
         return cls(factors, whole)
@@ -110,17 +119,16 @@ class Adapter:
         return sum(entry.A.numel() + entry.B.numel() for entry in self.factors.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of `adapter_model.safetensors`, under PEFT's keys: fp32 on the CPU, contiguous."""
-        saved = {}
-        for module, entry in self.factors.items():
-            keys = _EMBEDDING_KEYS if entry.embedding else _LAYER_KEYS
-            for key, tensor in zip(keys, (entry.A, entry.B), strict=True):
-                saved[f"{peft_format.PREFIX}{module}.{key}"] = as_saved(tensor)
+        """The tensors of `adapter_model.safetensors`, by PEFT's keys: fp32 on the CPU, contiguous."""
+        saved = {
+            PREFIX + module + key: tensor
+            for module, entry in self.factors.items()
+            for key, tensor in zip(_FACTOR_KEYS[entry.embedding], (entry.A, entry.B), strict=True)
+        }
         for name, tensor in self.whole.items():
-            is_bias = name.endswith(".bias")
-            key = peft_format.bias_key(name, self.factors) if is_bias else peft_format.PREFIX + name
-            saved[key] = as_saved(tensor)
-        return saved
+            key = bias_key(name, self.factors) if name.endswith(".bias") else PREFIX + name
+            saved[key] = tensor
+        return {key: as_saved(tensor) for key, tensor in saved.items()}
 
     def ranks_and_alphas(self) -> dict[str, Any]:
         """`r`, `lora_alpha`, `rank_pattern` and `alpha_pattern`: the commonest values, and the exceptions.
@@ -129,17 +137,11 @@ class Adapter:
         """
         ranks = {module: entry.rank for module, entry in self.factors.items()}
         alphas = {module: _alpha(entry.scaling, entry.rank) for module, entry in self.factors.items()}
-        rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-        return {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {_exactly(module): value for module, value in ranks.items() if value != rank},
-            "alpha_pattern": {_exactly(module): value for module, value in alphas.items() if value != alpha},
-        }
+        return by_pattern(ranks, alphas, anchor="^")
 
 
 class Contents(NamedTuple):
-    """The contents of an adapter directory: tensors, `adapter_config.json`, sidecar (None: without one)."""
+    """The contents of an adapter directory: tensors, `adapter_config.json`, `hf_lora.json` (None: no such file)."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
@@ -147,19 +149,20 @@ class Contents(NamedTuple):
 
 
 def contents(adapter: Adapter, sources: Sequence[AdapterFiles]) -> Contents:
-    """What to write for an adapter that was computed from those in `sources`, which fit each other.
+    """The contents for an adapter that was computed from those in `sources`, which fit each other.
 
-    Labels, task and base model are theirs; metrics are not, since they were measured on another adapter.
+    Labels, task and base model are taken over. Metrics are not: they were measured with another adapter.
     """
     first = sources[0]
+    saved = {name for files in sources for name in files.peft_config.get("modules_to_save") or ()}
     config = {
         **first.peft_config,
         **adapter.ranks_and_alphas(),
-        "peft_version": peft_format.PEFT_VERSION,
+        "peft_version": PEFT_VERSION,
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": False,
-        "modules_to_save": _modules_to_save(sources),
+        "modules_to_save": sorted(saved) or None,
         "bias": max((files.config.bias for files in sources), key=("none", "lora_only", "all").index),
     }
     if set(Adapter.from_files(first).factors) != set(adapter.factors):
@@ -173,10 +176,7 @@ def contents(adapter: Adapter, sources: Sequence[AdapterFiles]) -> Contents:
 
 
 def write_adapter(directory: str | Path, new: Contents, *, copies: Iterable[Path] = ()) -> Path:
-    """Write an adapter directory, whole or not at all; returns its path.
-
-    copies: files to put beside, such as those of the tokenizer.
-    """
+    """Write all files of an adapter directory or none; returns its path. copies: more files, as of the tokenizer."""
     directory = Path(directory)
     with writing_adapter(directory, new.tensors, new.config, new.info) as folder:
         for path in copies:
@@ -186,11 +186,13 @@ def write_adapter(directory: str | Path, new: Contents, *, copies: Iterable[Path
 
 def _factor_place(name: str) -> tuple[str, bool, int] | None:
     """(module, whether it is an embedding, 0 for A or 1 for B) of a tensor's name; None for other tensors."""
-    for embedding, keys in ((False, _LAYER_KEYS), (True, _EMBEDDING_KEYS)):
-        for side, key in enumerate(keys):
-            if name.endswith(f".{key}"):
-                return name.removesuffix(f".{key}"), embedding, side
-    return None
+    places = (
+        (name.removesuffix(key), embedding, side)
+        for embedding, keys in _FACTOR_KEYS.items()
+        for side, key in enumerate(keys)
+        if name.endswith(key)
+    )
+    return next(places, None)
 
 
 def _not_low_rank(source: str, key: str) -> str:
@@ -204,25 +206,10 @@ def _not_low_rank(source: str, key: str) -> str:
 
 
 def _alpha(scaling: float, rank: int) -> float:
-    """The alpha for which alpha / rank is `scaling`: rounding may make a neighbour of the product the one."""
+    """The alpha for which alpha / rank is `scaling`: the product or, after rounding, one of its neighbours."""
     alpha = scaling * rank
     near = (alpha, nextafter(alpha, inf), nextafter(alpha, -inf))
-    best = min(near, key=lambda value: abs(value / rank - scaling))
-    return int(best) if best.is_integer() else best
-
-
-def _commonest(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _exactly(module: str) -> str:
-    """PEFT's pattern for this module alone: without the anchor it would match any name that ends so."""
-    return "^" + re.escape(module)
-
-
-def _modules_to_save(sources: Sequence[AdapterFiles]) -> list[str] | None:
-    names = {name for files in sources for name in files.peft_config.get("modules_to_save") or ()}
-    return sorted(names) or None
+    return int_if_whole(min(near, key=lambda value: abs(value / rank - scaling)))
 
 
 def _info(infos: Sequence[AdapterInfo]) -> AdapterInfo | None:
@@ -234,11 +221,11 @@ def _info(infos: Sequence[AdapterInfo]) -> AdapterInfo | None:
         first,
         base_model=max((info.base_model for info in infos), key=lambda base: base.fingerprint is not None),
         projections=first.projections if len({info.projections for info in infos}) == 1 else None,
-        # PEFT's file tells all of it: parts of fused weights, corrected starts and the like are multiplied out.
+        # PEFT's file has all of it: parts of fused weights and subtracted starts are multiplied out.
         lora=None,
         max_length=None if None in lengths else max(length for length in lengths if length),
         text_columns=first.text_columns if len({info.text_columns for info in infos}) == 1 else (),
-        # Of several adapters' sum they would be those of another classifier.
+        # The sum of several adapters is another classifier: it has to be calibrated anew.
         temperature=first.temperature if len(infos) == 1 else None,
         thresholds=first.thresholds if len(infos) == 1 else None,
         metrics={},
