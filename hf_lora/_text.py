@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 from unicodedata import category
 
+# A table of more labels than these is folded on a card, and cut on the terminal.
+MANY_LABELS = 20
+
 # Control and format characters, lone surrogates, line and paragraph separators.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 

@@ -1,4 +1,4 @@
-"""The training curve as a picture: losses and accuracy by step, from the Trainer's log."""
+"""The model card: YAML metadata and Markdown, and a picture of the training curve."""
 
 from __future__ import annotations
 
@@ -15,55 +15,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_lora._text import MANY_LABELS
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.cli.tables import MANY_LABELS
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import ParameterCount
 from hf_lora.models.pooling import NATIVE, POOLINGS
 from hf_lora.tasks.metrics import BASELINES, CLASS_F1, class_f1
 
-# The lines of the picture: key in the log, name, and how it is drawn.
-_LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("loss", "training loss", {"color": "#4a6fa5"}),
-    ("eval_loss", "validation loss", {"color": "#c1666b", "marker": "o"}),
-    ("eval_accuracy", "validation accuracy", {"color": "#48806a", "marker": "o", "linestyle": "--"}),
-)
-
-
-def training_curve(log_history: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """A PNG of the log; None where there are not two points to join, or matplotlib is not installed."""
-    points = {
-        key: [(entry["step"], entry[key]) for entry in log_history if key in entry] for key, _, _ in _LINES
-    }
-    if max(map(len, points.values())) < 2:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for key, name, style in _LINES:
-        if points[key]:
-            axes.plot(*zip(*points[key], strict=True), label=name, **style)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return as_png(figure)
-
-
-def as_png(figure: Any) -> bytes:
-    """A figure of matplotlib as a PNG, without a date, so that the same run gives the same file."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    return picture.getvalue()
-
-
 TEMPLATE = "model_card.md.jinja"
 CURVE = "training_curve.png"
-
-# The arguments that decide a run's result, in the order the card shows them.
+_NAME = "LoRA text classifier"
+_SPLITS = {"eval": "validation", "test": "test"}
+# The training arguments on the card, in this order.
 _HYPERPARAMETERS = (
     "learning_rate",
     "head_learning_rate",
@@ -82,8 +45,8 @@ _HYPERPARAMETERS = (
     "bf16",
     "fp16",
 )
-# Metrics of the card's metadata under the Hub's names for them.
-_INDEXED = {
+# The metrics in the metadata, and the Hub's names for them.
+_HUB_METRICS = {
     "accuracy": "accuracy",
     "f1_macro": "f1",
     "f1_micro": "f1",
@@ -91,31 +54,39 @@ _INDEXED = {
     "pearson": "pearsonr",
     "mse": "mse",
 }
+_BASELINE_ENDS = tuple(f"_{name}" for name in BASELINES)
+# The endings of keys that are no results of the adapter itself.
+_OTHER_ENDS = ("_runtime", "_per_second", "_disabled", "_uncalibrated", "calibration_error", *_BASELINE_ENDS)
 
-
-_ENDS = tuple(f"_{name}" for name in BASELINES)
+# The lines of the training curve: key in the Trainer's log, name, and style.
+_LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("loss", "training loss", {"color": "#4a6fa5"}),
+    ("eval_loss", "validation loss", {"color": "#c1666b", "marker": "o"}),
+    ("eval_accuracy", "validation accuracy", {"color": "#48806a", "marker": "o", "linestyle": "--"}),
+)
 
 
 @dataclass
-class CardFacts:
-    """What a card tells beyond the adapter itself; all of it measured or given by the user."""
+class RunSummary:
+    """The results of a run, and the user's words about model and data.
+
+    dataset_name: a Hub data set id; None for local files.
+    metrics: by name; `eval_...` for the validation split, `test_...` for the test split.
+    label_counts: by split and label. class_errors: by label, as `class_errors` and `class_errors_beside` count them.
+    seconds: the time of the training, without evaluations. device: the name of the device.
+    place: the repository or relative directory that the snippets name.
+    """
 
     model_name: str | None = None
     dataset_name: str | None = None
-    """A Hub data set id, or None for local files."""
     license: str | None = None
     language: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Results by name: `eval_...` on the validation split, `test_...` on the test split."""
     label_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     class_errors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """By label: `support`, `wrong`, `false_positives`, and `wrong_disabled` with the adapter switched off."""
     seconds: float | None = None
-    """How long the training took, without evaluations."""
     device: str | None = None
-    """What it ran on."""
     place: str | None = None
-    """The repository or relative directory that the snippets name."""
 
 
 def render_card(
@@ -123,14 +94,14 @@ def render_card(
     config: LoRAConfig,
     count: ParameterCount,
     *,
-    facts: CardFacts,
+    run: RunSummary,
     args: Any = None,
     log_history: Sequence[Mapping[str, Any]] = (),
     curve: str | None = None,
 ) -> str:
-    """The text of the card: YAML metadata and markdown.
+    """The text of the card: YAML metadata and Markdown.
 
-    args: the TrainingArguments of the run; log_history: the Trainer's. curve: the name of its picture beside the card.
+    args: the TrainingArguments of the run; log_history: the Trainer's; curve: the file name of the curve's picture.
     """
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -140,33 +111,61 @@ def render_card(
         resources.files("hf_lora.adapters").joinpath(TEMPLATE).read_text("utf-8")
     )
     return template.render(
-        metadata=_metadata(info, facts).to_yaml(),
-        name=facts.model_name or "LoRA text classifier",
+        metadata=_metadata(info, run).to_yaml(),
+        name=run.model_name or _NAME,
         info=info,
         pooled=None if info.pooling == NATIVE else POOLINGS.get(info.pooling).words,
         config=config,
         count=count,
-        facts=facts,
-        results=_results(facts.metrics),
-        baselines=_baselines(facts.metrics),
-        calibration=_calibration(facts.metrics),
+        run=run,
+        results=_results(run.metrics),
+        baselines_split=_baselines_split(run.metrics),
+        calibration=_calibration(run.metrics),
         hyperparameters=_hyperparameters(args),
         history=_history(log_history),
         curve=curve,
-        place=facts.place or "<this repository or directory>",
-        classes=_classes(facts.class_errors),
+        place=run.place or "<this repository or directory>",
+        classes=_classes(run.class_errors),
         many=MANY_LABELS,
         worse=[
             label
-            for label, row in facts.class_errors.items()
+            for label, row in run.class_errors.items()
             if row["wrong"] > row.get("wrong_disabled", row["wrong"])
         ],
         torch_version=importlib.metadata.version("torch").partition("+")[0],
     )
 
 
+def training_curve(log_history: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """A PNG of losses and accuracy by step; None for a log without two points, or without matplotlib.
+
+    It has no date in it, so that the same log gives the same bytes.
+    """
+    points = {
+        key: [(entry["step"], entry[key]) for entry in log_history if key in entry] for key, _, _ in _LINES
+    }
+    if max(map(len, points.values())) < 2:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for key, name, style in _LINES:
+        if points[key]:
+            axes.plot(*zip(*points[key], strict=True), label=name, **style)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    return picture.getvalue()
+
+
 def _cell(text: Any) -> str:
-    """Text that stays inside one cell of a markdown table."""
+    """The text as one cell of a Markdown table."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
@@ -174,26 +173,40 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _metadata(info: AdapterInfo, facts: CardFacts) -> ModelCardData:
+def _metadata(info: AdapterInfo, run: RunSummary) -> ModelCardData:
     base = _hub_id(info.base_model.name_or_path)
     tags = ["lora", "transformers", "hf_lora", "peft"] + ([f"base_model:adapter:{base}"] if base else [])
+    parts = (key.partition("_") for key in run.metrics)
+    listed = [(split, name) for split, _, name in parts if split in _SPLITS and name in _HUB_METRICS]
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=run.dataset_name or "local",
+            dataset_name=run.dataset_name or "local files",
+            dataset_split=_SPLITS[split],
+            metric_type=_HUB_METRICS[name],
+            metric_name=name,
+            metric_value=round(float(run.metrics[f"{split}_{name}"]), 6),
+        )
+        for split, name in listed
+    ]
     return ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
-        datasets=facts.dataset_name,
-        language=facts.language,
-        license=facts.license,
+        datasets=run.dataset_name,
+        language=run.language,
+        license=run.license,
         library_name="peft",
         pipeline_tag="text-classification",
         tags=tags,
-        model_name=facts.model_name or "LoRA text classifier",
-        eval_results=_eval_results(facts) or None,
-        metrics=sorted({_INDEXED[name] for _, name in _indexed(facts.metrics)}) or None,
+        model_name=run.model_name or _NAME,
+        eval_results=results or None,
+        metrics=sorted({_HUB_METRICS[name] for _, name in listed}) or None,
     )
 
 
 def _hub_id(name: str | None) -> str | None:
-    """The name, if it can be one on the Hub: its card rules refuse a local directory."""
+    """The name if it can be a Hub id; the Hub refuses cards that name a local directory."""
     if name is None or Path(name).exists():
         return None
     try:
@@ -203,76 +216,50 @@ def _hub_id(name: str | None) -> str | None:
     return name
 
 
-def _indexed(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(split, metric) of the results that the metadata lists."""
-    keys = (key.partition("_") for key in metrics)
-    return [(split, name) for split, _, name in keys if split in ("eval", "test") and name in _INDEXED]
-
-
-def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    splits = {"eval": "validation", "test": "test"}
-    return [
-        EvalResult(
-            task_type="text-classification",
-            dataset_type=facts.dataset_name or "local",
-            dataset_name=facts.dataset_name or "local files",
-            dataset_split=splits[split],
-            metric_type=_INDEXED[name],
-            metric_name=name,
-            metric_value=round(float(facts.metrics[f"{split}_{name}"]), 6),
-        )
-        for split, name in _indexed(facts.metrics)
-    ]
-
-
 def _results(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each metric with its value on the validation and on the test split."""
+    """One row for each metric: its value on the validation and test split, and those of the baselines."""
     names = dict.fromkeys(
         key.partition("_")[2]
         for key, value in metrics.items()
-        if _is_result(key) and isinstance(value, float)
+        if key.startswith(("eval_", "test_"))
+        and not key.endswith(_OTHER_ENDS)
+        and CLASS_F1 not in key
+        and isinstance(value, float)
     )
-    split = _measured_split(metrics)
+    split = _best_split(metrics)
     return [
         {
             "name": name,
             "eval": metrics.get(f"eval_{name}"),
             "test": metrics.get(f"test_{name}"),
-            **{suffix[1:]: metrics.get(f"{split}_{name}{suffix}") for suffix in _ENDS},
+            **{baseline: metrics.get(f"{split}_{name}_{baseline}") for baseline in BASELINES},
         }
         for name in names
     ]
 
 
-def _measured_split(metrics: Mapping[str, Any]) -> str:
-    """The split that baselines are shown on: the test split where there is one."""
+def _best_split(metrics: Mapping[str, Any]) -> str:
+    """The split of the baselines: the test split where there is one."""
     return "test" if any(key.startswith("test_") for key in metrics) else "eval"
 
 
-def _baselines(metrics: Mapping[str, Any]) -> str | None:
-    """What the split of the baselines is called; None where none were measured."""
-    if not any(key.endswith(_ENDS) for key in metrics):
-        return None
-    return {"eval": "validation", "test": "test"}[_measured_split(metrics)]
-
-
-def _is_result(key: str) -> bool:
-    other = ("_runtime", "_per_second", "_disabled", "_uncalibrated", "calibration_error", *_ENDS)
-    return key.startswith(("eval_", "test_")) and not key.endswith(other) and CLASS_F1 not in key
+def _baselines_split(metrics: Mapping[str, Any]) -> str | None:
+    """The name of the split of the baselines; None if there are none."""
+    measured = any(key.endswith(_BASELINE_ENDS) for key in metrics)
+    return _SPLITS[_best_split(metrics)] if measured else None
 
 
 def _calibration(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """By split, the expected calibration error before and after the temperature."""
-    keys = (f"{split}_calibration_error" for split in ("eval", "test"))
     return [
-        {"split": split, "before": metrics[f"{key}_uncalibrated"], "after": metrics[key]}
-        for split, key in zip(("validation", "test"), keys, strict=True)
+        {"split": name, "before": metrics[f"{key}_uncalibrated"], "after": metrics[key]}
+        for key, name in ((f"{split}_calibration_error", name) for split, name in _SPLITS.items())
         if f"{key}_uncalibrated" in metrics
     ]
 
 
 def _classes(errors: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
-    """One row for each label: its counts, precision, recall and F1; None where a quotient has nothing below it."""
+    """One row for each label: counts, precision, recall and F1; None for a division by zero."""
     rows = []
     for label, row in errors.items():
         right = row["support"] - row["wrong"]
@@ -299,7 +286,7 @@ def _hyperparameters(args: Any) -> list[tuple[str, Any]]:
 
 
 def _history(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each evaluation: epoch, step, its loss and accuracy, and the last training loss before it."""
+    """One row for each evaluation, with the last training loss before it."""
     rows, loss = [], None
     for entry in log_history:
         loss = entry.get("loss", loss)

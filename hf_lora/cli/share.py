@@ -146,16 +146,18 @@ def export(options: Namespace) -> None:
 
 
 def push(options: Namespace) -> None:
-    """Push an adapter directory to the Hub, and tell what was sent where."""
+    """Push an adapter directory to the Hub; print its files and the commit's URL."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
     from hf_lora._text import printable
-    from hf_lora.adapters.hub import checked_contents, push_contents
+    from hf_lora.adapters.hub import checked_contents, commit_page, push_contents
     from hf_lora.cli.tables import print_table
 
     disable_progress_bars()
     contents = checked_contents(options.adapter)
-    pushed = push_contents(
+    sizes = {path: len(content) for path, content in contents.items()}
+    commit = push_contents(
         contents,
         options.repo_id,
         private=options.private,
@@ -163,20 +165,17 @@ def push(options: Namespace) -> None:
         create_pr=options.create_pr,
         commit_message=options.commit_message,
     )
+    repo_id, url = commit.repo_url.repo_id, commit_page(commit)
     if options.json:
         report = {
-            "repo_id": pushed.repo_id,
-            "revision": pushed.revision,
-            "url": pushed.url,
-            "commit": pushed.commit.oid,
-            "pull_request": pushed.commit.pr_url,
-            "changed": bool(pushed.files),
-            "files": dict(pushed.files),
+            "repo_id": repo_id,
+            "revision": options.revision or constants.DEFAULT_REVISION,
+            "url": url,
+            "commit": commit.oid,
+            "pull_request": commit.pr_url,
+            "files": sizes,
         }
         print(json.dumps(report))
         return
-    if not pushed.files:
-        print(printable(f"nothing to push: {pushed.repo_id} has these {len(contents)} files already"))
-    else:
-        print_table(f"pushed to {pushed.repo_id}", ("file", "bytes"), list(pushed.files.items()))
-    print(printable(pushed.url))
+    print_table(f"pushed to {repo_id}", ("file", "bytes"), list(sizes.items()))
+    print(printable(url))

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from hf_lora._text import in_words, printable
+from hf_lora._text import MANY_LABELS, in_words, printable
 
 if TYPE_CHECKING:
     from hf_lora.insight.inspect import Comparison, Update
     from hf_lora.insight.spectra import Amplification
 
-# With more labels than these, only the worst get a row.
-MANY_LABELS = 20
 # The ranks whose energy `inspect` shows; its JSON has all of them.
 _ENERGY_RANKS = (1, 2, 4, 8, 16, 32)
 # Names of columns, and the attributes that they show.

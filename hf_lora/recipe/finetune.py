@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from hf_lora.adapters.card import CardFacts
+from hf_lora.adapters.card import RunSummary
 from hf_lora.adapters.loading import load_classifier
 from hf_lora.cli.parsing import parse_training
 from hf_lora.data import ClassificationData, prepare_data
@@ -141,7 +141,7 @@ def _run(
             print(f"processes: {args.world_size} ({args.parallel_mode.value})", flush=True)
     trainer = make_trainer(model, tokenizer, data, args, run_args)
     fresh = Snapshot.of(model)
-    trainer.facts = CardFacts(
+    trainer.facts = RunSummary(
         model_name=Path(args.output_dir).name,
         dataset_name=data_args.dataset_name,
         license=run_args.model_card_license,

@@ -148,7 +148,7 @@ class CheckpointingTrainer(Trainer):
         options["token"] = options.get("token") or args.hub_token
         options["revision"] = options.get("revision") or args.hub_revision
         assert self.hub_model_id is not None
-        return push_contents(contents, self.hub_model_id, **options).commit
+        return push_contents(contents, self.hub_model_id, **options)
 
     def _push_later(self, contents: Mapping[str, bytes], **options: Any) -> Future[CommitInfo | None]:
         """One push after the other, in a thread of its own; what hinders one is told and hinders nothing else."""

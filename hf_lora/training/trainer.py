@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_lora._files import write_text
-from hf_lora.adapters.card import CURVE, CardFacts, render_card, training_curve
+from hf_lora.adapters.card import CURVE, RunSummary, render_card, training_curve
 from hf_lora.adapters.directory import adapter_info, save_adapter
 from hf_lora.data.collation import quick_collator
 from hf_lora.lora.inject import base_parameters, injection, trainable_parameter_count
@@ -62,7 +62,7 @@ class LoRATrainer(CheckpointingTrainer):
     TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer that misses a trained parameter.
     """
 
-    facts: CardFacts
+    facts: RunSummary
     compute_metrics: Any
     data_collator: Any
     optimizer: torch.optim.Optimizer | None
@@ -79,7 +79,7 @@ class LoRATrainer(CheckpointingTrainer):
         self.model_accepts_loss_kwargs = False
         if kwargs.get("data_collator") is None:
             self.data_collator = quick_collator(self.data_collator)
-        self.facts = CardFacts()
+        self.facts = RunSummary()
         self._replaying: Callable[[Any], AbstractContextManager[None]] = ordinary
         self.lora_start: LoRAStart | None = None
         self.predicting: Callable[[Any], AbstractContextManager[None]] = ordinary
@@ -268,7 +268,7 @@ class LoRATrainer(CheckpointingTrainer):
             adapter_info(model),
             injection(model).config,
             trainable_parameter_count(model),
-            facts=self.facts,
+            run=self.facts,
             args=self.args,
             log_history=self.state.log_history,
             curve=CURVE if curve else None,

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import io
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.image
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lora.adapters.card import CURVE, CardFacts, render_card
+from hf_lora.adapters.card import CURVE, RunSummary, render_card, training_curve
 from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import ParameterCount
@@ -36,7 +38,7 @@ METRICS = {
     "train_runtime": 61.7,
     "global_step": 4242,
 }
-FACTS = CardFacts(
+RUN = RunSummary(
     model_name="news-lora",
     dataset_name="org/news",
     license="apache-2.0",
@@ -70,8 +72,8 @@ HISTORY = [
 ]
 
 
-def render(info: AdapterInfo = INFO, facts: CardFacts = FACTS, **options: Any) -> str:
-    return render_card(info, CONFIG, COUNT, facts=facts, **options)
+def render(info: AdapterInfo = INFO, run: RunSummary = RUN, **options: Any) -> str:
+    return render_card(info, CONFIG, COUNT, run=run, **options)
 
 
 def body(card: str) -> str:
@@ -128,12 +130,14 @@ def test_tables_show_the_facts(card: str) -> None:
         ["accuracy", "0.9123", "0.8765"],
         ["f1_macro", "0.8988", "0.8543"],
     ]
-    assert by_header[("label", "examples", "wrong", "wrong without", "precision", "recall", "F1")] == [
+    assert by_header[
+        ("label", "examples", "wrong", "encoder without adapter", "precision", "recall", "F1")
+    ] == [
         ["sport", "51", "4", "19", "0.8704", "0.9216", "0.8952"],  # 47/54, 47/51, 94/105
         ["trade", "42", "7", "3", "0.8974", "0.8333", "0.8642"],  # 35/39, 35/42, 70/81
         ["weather", "0", "0", "0", "", "", "0.0000"],
     ]
-    assert "What became worse: trade has more errors with the adapter than without it." in card
+    assert "More errors with the adapter than without it: trade." in card
     assert by_header[("setting", "value")] == [
         ["adapted projections", "qv"],
         ["head", "of the architecture"],
@@ -174,8 +178,8 @@ def test_every_number_in_the_text_is_a_fact(card: str) -> None:
     assert "`org/base-encoder` at `rev-x`" in card
 
 
-def plain(info: AdapterInfo, **facts: Any) -> tuple[AdapterInfo, CardFacts]:
-    return info, CardFacts(**facts)
+def plain(info: AdapterInfo, **run: Any) -> tuple[AdapterInfo, RunSummary]:
+    return info, RunSummary(**run)
 
 
 CASES = {
@@ -190,14 +194,14 @@ CASES = {
         metrics={"eval_f1_micro": 0.75},
         label_counts={"train": {"x": 1, "y": 2, "z": 3}},
     ),
-    "full": (INFO, FACTS),
+    "full": (INFO, RUN),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_task_renders_whole_tables_and_valid_code(case: str) -> None:
-    info, facts = CASES[case]
-    card = render(info, facts, args=ARGS, log_history=HISTORY)
+    info, run = CASES[case]
+    card = render(info, run, args=ARGS, log_history=HISTORY)
     for table in tables(card):
         assert {len(row) for row in table} == {len(table[0])}, table
         assert set("".join(table[1])) == {"-"}
@@ -211,20 +215,41 @@ def test_every_task_renders_whole_tables_and_valid_code(case: str) -> None:
 
 
 def test_card_without_metrics_claims_none() -> None:
-    info, facts = CASES["nothing measured"]
-    card = render(info, facts)
-    assert "Nothing was measured." in card
+    info, run = CASES["nothing measured"]
+    card = render(info, run)
+    assert "No results were measured." in card
     data = ModelCard(card).data.to_dict()
     assert "model-index" not in data and "metrics" not in data and "base_model" not in data
     assert data["tags"] == ["lora", "transformers", "hf_lora", "peft"]
     assert not {"hyperparameter", "metric", "epoch"} & {table[0][0] for table in tables(card)}
 
 
+def test_baselines_are_explained_once_in_the_words_of_the_task() -> None:
+    measured = {f"test_loss{end}": 0.5 for end in ("", "_probe", "_majority")}
+    for kind, own, other in (
+        ("single_label_classification", "majority class", "mean predictor"),
+        ("regression", "mean predictor", "majority class"),
+    ):
+        text = render(AdapterInfo(labels=("a",), problem_type=kind), RunSummary(metrics=measured))
+        assert f"| metric | validation | test | linear probe | {own} |" in text
+        assert text.count("The linear probe is the same head") == 1 and f"The {own} gives every text" in text
+        assert other not in text and "measured on the test split." in text
+
+
+def test_a_retrained_adapter_says_when_it_was_validated() -> None:
+    text = render(run=replace(RUN, metrics={**METRICS, "refit_examples": 1234}))
+    assert "Validation scores were measured before retraining." in text
+    assert "The final adapter was retrained on all 1,234 examples." in text
+
+
 def test_regression_card_indexes_its_own_metrics() -> None:
-    info, facts = CASES["regression"]
-    card = render(info, facts)
+    info, run = CASES["regression"]
+    card = render(info, run)
     results = {(r.metric_type, r.metric_value) for r in ModelCard(card).data.eval_results}
     assert results == {("pearsonr", 0.51), ("mse", 1.25)}
+    assert (
+        "text regression model" in card and "classifier. It was" not in card and "probabilities" not in card
+    )
     by_header = {tuple(table[0]): table[2:] for table in tables(card)}
     assert by_header[("metric", "validation", "test")] == [
         ["pearson", "0.5100", ""],
@@ -234,12 +259,12 @@ def test_regression_card_indexes_its_own_metrics() -> None:
 
 
 def test_the_curve_the_time_and_the_place_are_shown_where_they_are_known() -> None:
-    facts = CardFacts(seconds=61.7, device="2 threads of a CPU", place="me/news")
-    card = render(facts=facts, args=ARGS, curve=CURVE)
-    assert "![The losses by step](training_curve.png)" in card
+    run = RunSummary(seconds=61.7, device="2 threads of a CPU", place="me/news")
+    card = render(run=run, args=ARGS, curve=CURVE)
+    assert "![Training curve](training_curve.png)" in card
     assert "62 seconds on 2 threads of a CPU." in card
     assert card.count('"me/news"') == 3 and "<this repository" not in card
-    plain = render(facts=CardFacts(), args=ARGS)
+    plain = render(run=RunSummary(), args=ARGS)
     assert "](training_curve" not in plain and " seconds" not in plain
     assert plain.count('"<this repository or directory>"') == 3
 
@@ -247,7 +272,7 @@ def test_the_curve_the_time_and_the_place_are_shown_where_they_are_known() -> No
 @pytest.mark.parametrize("base", [".", "/models/bert", "a/b/c", None])
 def test_a_base_that_is_no_hub_id_stays_out_of_the_metadata(base: str | None) -> None:
     info = AdapterInfo(labels=("a", "b"), base_model=BaseModel(base))
-    data = ModelCard(render(info, CardFacts())).data.to_dict()
+    data = ModelCard(render(info, RunSummary())).data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data
     assert not [tag for tag in data["tags"] if tag.startswith("base_model")]
 
@@ -260,22 +285,22 @@ def test_seed_zero_is_shown() -> None:
 
 def test_label_with_a_pipe_does_not_break_the_tables() -> None:
     info = AdapterInfo(labels=("yes|no", "maybe"))
-    facts = CardFacts(
+    run = RunSummary(
         label_counts={"train": {"yes|no": 3, "maybe": 4}},
         class_errors={name: {"support": 9, "wrong": 8, "false_positives": 1} for name in info.labels},
     )
-    for table in tables(render(info, facts)):
+    for table in tables(render(info, run)):
         assert {len(row) for row in table} == {len(table[0])}, table
 
 
 @pytest.mark.parametrize("count", [20, 21])
 def test_the_rows_of_many_labels_are_folded(count: int) -> None:
     names = tuple(f"label {number}" for number in range(count))
-    facts = CardFacts(
+    run = RunSummary(
         label_counts={"train": dict.fromkeys(names, 3)},
         class_errors={name: {"support": 9, "wrong": 8, "false_positives": 1} for name in names},
     )
-    text = render(AdapterInfo(labels=names), facts)
+    text = render(AdapterInfo(labels=names), run)
     folded = [part.split("</details>")[0] for part in text.split("<details>")[1:]]
     long = [table for table in tables(text) if table[0][0] == "label"]
     assert [len(table) for table in long] == [count + 2, count + 2]
@@ -286,7 +311,7 @@ def test_the_rows_of_many_labels_are_folded(count: int) -> None:
         assert tables(part) == [table]
 
 
-def test_calibration_is_one_line_and_no_rows() -> None:
+def test_calibration_is_prose_and_no_rows() -> None:
     measured = {
         "eval_accuracy": 0.9,
         "eval_calibration_error": 0.01234,
@@ -294,18 +319,46 @@ def test_calibration_is_one_line_and_no_rows() -> None:
         "test_calibration_error": 0.02347,
         "test_calibration_error_uncalibrated": 0.20202,
     }
-    facts = replace(FACTS, metrics=measured)
-    text = render(replace(INFO, temperature=1.98765), facts)
-    [line] = [line for line in text.splitlines() if "calibrated on" in line]
-    assert line == (
-        "Scores are calibrated on the validation split, with a temperature of 1.988: expected calibration error "
-        "0.1010 before and 0.0123 after it (validation), 0.2020 before and 0.0235 after it (test)."
+    run = replace(RUN, metrics=measured)
+    text = render(replace(INFO, temperature=1.98765), run)
+    assert (
+        "Scores are calibrated on the validation split, with a temperature of 1.988.\n"
+        "Expected calibration error: 0.1010 before and 0.0123 after calibration (validation), "
+        "0.2020 before and 0.0235 after calibration (test).\n"
+        "peft and transformers give uncalibrated scores.\n"
+    ) in text
+    assert "calibration_error" not in text and "Scores are calibrated for such data only." in text
+    plain = render(INFO, run)
+    assert (
+        "calibrated on" not in plain
+        and "Scores are not calibrated: do not read them as probabilities." in plain
     )
-    assert "calibration_error" not in text and "scores are calibrated for no other." in text
-    plain = render(INFO, facts)
-    assert "calibrated on" not in plain and "scores are not probabilities: they were not calibrated." in plain
     kind = "multi_label_classification"
-    several = render(replace(INFO, problem_type=kind, temperature=2.0, thresholds=(0.2, 0.5, 0.7)), facts)
-    [line] = [line for line in several.splitlines() if "calibrated on" in line]
-    assert line.endswith("(test). So are the thresholds, one for each label, by its expected F1.")
+    several = render(replace(INFO, problem_type=kind, temperature=2.0, thresholds=(0.2, 0.5, 0.7)), run)
+    assert "(test).\nEach label has its own threshold. It was chosen on the validation split" in several
     assert all(len(row) == len(table[0]) for table in tables(several) for row in table)
+
+
+# The training curve
+
+LOG = [
+    {"loss": 1.5, "step": 10},
+    {"loss": 0.7, "step": 20},
+    {"eval_loss": 0.8, "eval_accuracy": 0.75, "step": 20},
+    {"loss": 0.4, "step": 30},
+    {"train_runtime": 3.0, "step": 30},
+]
+
+
+def test_the_picture_is_a_png_that_shows_every_line():
+    picture = training_curve(LOG)
+    assert picture == training_curve(LOG)
+    pixels = matplotlib.image.imread(io.BytesIO(picture), format="png")
+    assert pixels.shape[0] > 300 and pixels.shape[1] > 600
+    colors = {tuple(round(255 * float(c)) for c in pixel) for pixel in pixels[..., :3].reshape(-1, 3)}
+    assert {(0x4A, 0x6F, 0xA5), (0xC1, 0x66, 0x6B), (0x48, 0x80, 0x6A)} <= colors
+
+
+@pytest.mark.parametrize("log", [[], [{"loss": 1.0, "step": 1}], [{"train_runtime": 1.0, "step": 1}]])
+def test_less_than_two_points_are_no_curve(log):
+    assert training_curve(log) is None

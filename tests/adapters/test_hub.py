@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from hub_repositories import folder_files
-from hub_server import HubServer
+from fake_hub import FakeHub, folder_files
 from huggingface_hub import constants
 
 from hf_lora import TextClassifier
@@ -17,39 +13,11 @@ from hf_lora.adapters.hub import adapter_directory
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@contextmanager
-def answering_hub(
-    monkeypatch: pytest.MonkeyPatch, status: int, error_code: str | None = None
-) -> Iterator[list[str]]:
-    """A Hub on this machine that gives every request one status; yields the paths it was asked for."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(status)
-            if error_code:
-                self.send_header("X-Error-Code", error_code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    try:
-        yield asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    with FakeHub() as server:
+        server.use(monkeypatch, tmp_path, token="")
+        yield server
 
 
 def test_directory_is_returned_as_it_is(tmp_path: Path) -> None:
@@ -59,40 +27,41 @@ def test_directory_is_returned_as_it_is(tmp_path: Path) -> None:
 
 def test_cached_repository_is_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--org--adapter"
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "adapter_config.json").write_text("{}")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    assert adapter_directory("org/adapter", cache_dir=str(tmp_path)) == snapshot
-    assert adapter_directory("org/adapter", revision=COMMIT, cache_dir=str(tmp_path)) == snapshot
+    assert adapter_directory("org/adapter") == snapshot
+    assert adapter_directory("org/adapter", revision=COMMIT) == snapshot
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "a/b/c", "runs/my adapter"])
-def test_neither_directory_nor_hub_id(name: str, tmp_path: Path) -> None:
+def test_neither_directory_nor_hub_id(name: str) -> None:
     with pytest.raises(
         ValueError, match=r"no such adapter; got .* neither a directory nor a Hub id"
     ) as error:
-        adapter_directory(name, cache_dir=str(tmp_path))
+        adapter_directory(name)
     assert repr(name) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_offline_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         ValueError, match=r"'org/adapter', which is no directory, .*cannot be reached"
     ) as error:
-        adapter_directory("org/adapter", cache_dir=str(tmp_path))
+        adapter_directory("org/adapter")
     assert "\n" not in str(error.value)
 
 
-def test_hub_that_refuses_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+def test_hub_that_refuses_connections(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"'org/adapter', which is no directory, .*cannot be reached"):
-        adapter_directory("org/adapter", cache_dir=str(tmp_path))
+        adapter_directory("org/adapter")
 
 
 @pytest.mark.parametrize(
@@ -105,31 +74,13 @@ def test_hub_that_refuses_connections(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_refusal_of_the_hub_is_one_clear_error(
-    status: int, error_code: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int, error_code: str | None, message: str, hub: FakeHub
 ) -> None:
-    with (
-        answering_hub(monkeypatch, status, error_code) as asked,
-        pytest.raises(ValueError, match=message) as error,
-    ):
-        adapter_directory("org/adapter", revision="v9", cache_dir=str(tmp_path))
-    assert asked == ["/api/models/org/adapter/revision/v9"]
+    hub.fail("", status, code=error_code)
+    with pytest.raises(ValueError, match=message) as error:
+        adapter_directory("org/adapter", revision="v9")
+    assert hub.requests == ["GET /api/models/org/adapter/revision/v9"]
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A whole Hub, which the client of this process uses."""
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        yield server
 
 
 def others(adapter: Path) -> dict[str, bytes]:
@@ -144,7 +95,7 @@ def others(adapter: Path) -> dict[str, bytes]:
     return {**folder_files(adapter), **dict.fromkeys(extra, b"not the adapter's")}
 
 
-def test_only_the_adapters_files_are_fetched(hub: HubServer, adapter_dir: Path) -> None:
+def test_only_the_adapters_files_are_fetched(hub: FakeHub, adapter_dir: Path) -> None:
     repository = hub.publish("org/x", others(adapter_dir))
     folder = adapter_directory("org/x")
     assert folder_files(folder) == folder_files(adapter_dir)
@@ -153,7 +104,7 @@ def test_only_the_adapters_files_are_fetched(hub: HubServer, adapter_dir: Path) 
     assert fetched - {""} == set(folder_files(adapter_dir))
 
 
-def test_the_classifier_of_a_revision(hub: HubServer, adapter_dir: Path) -> None:
+def test_the_classifier_of_a_revision(hub: FakeHub, adapter_dir: Path) -> None:
     repository = hub.publish("org/x", others(adapter_dir))
     old = repository.refs["main"]
     repository.refs["v1"] = old
@@ -167,7 +118,7 @@ def test_the_classifier_of_a_revision(hub: HubServer, adapter_dir: Path) -> None
 
 
 def test_a_warm_cache_serves_offline_and_an_empty_one_says_so(
-    hub: HubServer, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish("org/x", others(adapter_dir))
     fetched = adapter_directory("org/x")
@@ -197,7 +148,7 @@ def test_a_warm_cache_serves_offline_and_an_empty_one_says_so(
     ],
 )
 def test_what_may_not_be_read_is_told_in_one_line(
-    name: str, revision: str | None, token: str | None, message: str, hub: HubServer
+    name: str, revision: str | None, token: str | None, message: str, hub: FakeHub
 ) -> None:
     hub.publish("org/open", {"adapter_config.json": b"{}"})
     hub.publish("org/gated", {"adapter_config.json": b"{}"}, gated=True)
@@ -208,7 +159,7 @@ def test_what_may_not_be_read_is_told_in_one_line(
 
 
 def test_a_token_opens_what_is_private_or_gated(
-    hub: HubServer, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish("me/hidden", folder_files(adapter_dir), private=True)
     hub.publish("me/gated", folder_files(adapter_dir), gated=True)
@@ -217,7 +168,7 @@ def test_a_token_opens_what_is_private_or_gated(
     assert folder_files(adapter_directory("me/gated")) == folder_files(adapter_dir)
 
 
-def test_a_download_that_breaks_off_goes_on(hub: HubServer, adapter_dir: Path) -> None:
+def test_a_download_that_breaks_off_goes_on(hub: FakeHub, adapter_dir: Path) -> None:
     hub.publish("org/x", others(adapter_dir))
     hub.fail("GET /storage", None)
     assert folder_files(adapter_directory("org/x")) == folder_files(adapter_dir)
@@ -228,7 +179,7 @@ def test_a_download_that_breaks_off_goes_on(hub: HubServer, adapter_dir: Path) -
     [(None, r"could not be fetched; .*broke off .*try again"), (403, "with status 403")],
 )
 def test_a_download_that_fails_is_told_and_the_next_try_fetches_the_rest(
-    status: int | None, message: str, hub: HubServer, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+    status: int | None, message: str, hub: FakeHub, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # between its own tries
     hub.publish("org/x", others(adapter_dir))
@@ -240,7 +191,7 @@ def test_a_download_that_fails_is_told_and_the_next_try_fetches_the_rest(
     assert folder_files(adapter_directory("org/x")) == folder_files(adapter_dir)
 
 
-def test_a_hub_that_does_not_work_is_told(hub: HubServer) -> None:
+def test_a_hub_that_does_not_work_is_told(hub: FakeHub) -> None:
     hub.publish("org/x", {"adapter_config.json": b"{}"})
     hub.fail("GET /api/models/org/x", 503, times=9)
     with pytest.raises(ValueError, match="'org/x', which is no directory, and the Hub cannot be reached"):

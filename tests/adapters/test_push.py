@@ -18,12 +18,12 @@ import peft
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from hub_repositories import folder_files
-from hub_server import HubServer
+from fake_hub import FakeHub, folder_files
 from huggingface_hub import constants, snapshot_download
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 from transformers.utils.hub import PushInProgress
+from werkzeug import Response
 
 from hf_lora import LoRATrainer, TextClassifier
 from hf_lora.adapters.directory import read_adapter
@@ -41,34 +41,19 @@ CARD = "---\nlicense: mit\n---\n# A card\n\n![curve](training_curve.png)\n<img s
 TEXTS = ["the film was good and kind", "the meal was awful", "this day was bright but cold"]
 
 
-@pytest.fixture(autouse=True)
-def unproxied(monkeypatch: Patch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-
-
 @pytest.fixture(params=[(".safetensors",), ()], ids=["large", "regular"])
-def hub(request: pytest.FixtureRequest, monkeypatch: Patch, tmp_path: Path) -> Iterator[HubServer]:
+def hub(request: pytest.FixtureRequest, monkeypatch: Patch, tmp_path: Path) -> Iterator[FakeHub]:
     """A Hub with large file storage, or one that takes every file as it is; the client of this process uses it."""
-    with HubServer(large=request.param) as server:
-        use(server, monkeypatch, tmp_path)
+    with FakeHub(large=request.param) as server:
+        server.use(monkeypatch, tmp_path, token="hf_me")
         yield server
 
 
 @pytest.fixture
-def large_hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as server:
-        use(server, monkeypatch, tmp_path)
+def large_hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[FakeHub]:
+    with FakeHub() as server:
+        server.use(monkeypatch, tmp_path, token="hf_me")
         yield server
-
-
-def use(hub: HubServer, monkeypatch: Patch, folder: Path, token: str = "hf_me") -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
-    monkeypatch.setenv("HF_TOKEN", token)
 
 
 @pytest.fixture
@@ -109,7 +94,7 @@ def contents_of(folder: Path, names: list[str]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def test_only_the_adapters_own_files_travel_in_one_commit(hub: HubServer, adapter: Path):
+def test_only_the_adapters_own_files_travel_in_one_commit(hub: FakeHub, adapter: Path):
     url = push_adapter(adapter, "me/x", commit_message="First")
     repository = hub.repositories["me/x"]
     assert repository.files() == contents_of(adapter, TRAVEL)
@@ -120,7 +105,7 @@ def test_only_the_adapters_own_files_travel_in_one_commit(hub: HubServer, adapte
     assert sum(request.startswith("PUT /storage/") for request in hub.requests) == len(large)
 
 
-def test_a_repeated_push_sends_nothing_and_a_changed_file_only_itself(hub: HubServer, adapter: Path):
+def test_a_repeated_push_sends_nothing_and_a_changed_file_only_itself(hub: FakeHub, adapter: Path):
     first = push_adapter(adapter, "me/x")
     hub.requests.clear()
     assert push_adapter(adapter, "me/x") == first
@@ -137,7 +122,7 @@ def test_a_repeated_push_sends_nothing_and_a_changed_file_only_itself(hub: HubSe
     assert not [request for request in hub.requests if "PUT" in request]
 
 
-def test_a_branch_is_made_and_main_stays(hub: HubServer, adapter: Path):
+def test_a_branch_is_made_and_main_stays(hub: FakeHub, adapter: Path):
     push_adapter(adapter, "me/x")
     main = hub.repositories["me/x"].files()
     (adapter / "README.md").write_text(CARD + "Second.\n")
@@ -159,7 +144,7 @@ def test_a_branch_is_made_and_main_stays(hub: HubServer, adapter: Path):
     ],
 )
 def test_a_revision_that_is_no_branch(
-    revision: str | None, message: str, large_hub: HubServer, adapter: Path
+    revision: str | None, message: str, large_hub: FakeHub, adapter: Path
 ) -> None:
     push_adapter(adapter, "me/x")
     repository = large_hub.repositories["me/x"]
@@ -170,7 +155,7 @@ def test_a_revision_that_is_no_branch(
     assert list(repository.refs) == ["main"] and len(repository.history()) == 2
 
 
-def test_a_pull_request_to_a_repository_of_others(hub: HubServer, adapter: Path):
+def test_a_pull_request_to_a_repository_of_others(hub: FakeHub, adapter: Path):
     repository = hub.publish("other/x", {"README.md": b"# Theirs\n"})
     assert push_adapter(adapter, "other/x", create_pr=True) == f"{hub.url}/other/x/discussions/1"
     assert repository.files("main") == {"README.md": b"# Theirs\n"}
@@ -181,7 +166,7 @@ def test_a_pull_request_to_a_repository_of_others(hub: HubServer, adapter: Path)
         push_adapter(adapter, "other/x", create_pr=True, revision="v2")
 
 
-def test_private_is_private_or_refused(large_hub: HubServer, adapter: Path):
+def test_private_is_private_or_refused(large_hub: FakeHub, adapter: Path):
     push_adapter(adapter, "me/hidden", private=True)
     push_adapter(adapter, "me/hidden", private=True)
     assert large_hub.repositories["me/hidden"].private
@@ -193,7 +178,7 @@ def test_private_is_private_or_refused(large_hub: HubServer, adapter: Path):
     assert large_hub.repositories["me/open"].files() == before
 
 
-def test_a_name_alone_is_the_users_own_and_an_organization_is_its_own(large_hub: HubServer, adapter: Path):
+def test_a_name_alone_is_the_users_own_and_an_organization_is_its_own(large_hub: FakeHub, adapter: Path):
     push_adapter(adapter, "short")
     push_adapter(adapter, "team/x")
     assert sorted(large_hub.repositories) == ["me/short", "team/x"]
@@ -211,7 +196,7 @@ def test_a_name_alone_is_the_users_own_and_an_organization_is_its_own(large_hub:
     ],
 )
 def test_who_may_not_is_told_in_one_line(
-    repo_id: str, token: str, message: str, large_hub: HubServer, adapter: Path, monkeypatch: Patch
+    repo_id: str, token: str, message: str, large_hub: FakeHub, adapter: Path, monkeypatch: Patch
 ):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(ValueError, match=message) as error:
@@ -220,14 +205,14 @@ def test_who_may_not_is_told_in_one_line(
     assert large_hub.repositories == {}
 
 
-def test_a_token_given_counts_more_than_that_of_the_environment(large_hub: HubServer, adapter: Path):
+def test_a_token_given_counts_more_than_that_of_the_environment(large_hub: FakeHub, adapter: Path):
     with pytest.raises(ValueError, match="403"):
         push_adapter(adapter, "me/x", token="hf_reader")
     push_adapter(adapter, "other/x", token="hf_other")
     assert list(large_hub.repositories) == ["other/x"]
 
 
-def test_offline_and_without_a_network(large_hub: HubServer, adapter: Path, monkeypatch: Patch):
+def test_offline_and_without_a_network(large_hub: FakeHub, adapter: Path, monkeypatch: Patch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"'me/x' cannot be pushed to; got HF_HUB_OFFLINE=1"):
         push_adapter(adapter, "me/x")
@@ -251,7 +236,7 @@ def test_offline_and_without_a_network(large_hub: HubServer, adapter: Path, monk
     ],
 )
 def test_what_was_interrupted_leaves_nothing_and_goes_through_when_repeated(
-    request_made: str, status: int | None, message: str, large_hub: HubServer, adapter: Path
+    request_made: str, status: int | None, message: str, large_hub: FakeHub, adapter: Path
 ):
     large_hub.fail(request_made, status)
     with pytest.raises(ValueError, match=message) as error:
@@ -263,18 +248,10 @@ def test_what_was_interrupted_leaves_nothing_and_goes_through_when_repeated(
     assert len(large_hub.repositories["me/x"].history()) == 2
 
 
-def test_an_answer_that_is_not_a_hubs(large_hub: HubServer, adapter: Path, monkeypatch: Patch):
-    large_hub.fail("POST /api/repos/create", 200)
-    monkeypatch.setattr("hub_connection.Connection._send", not_json)
+def test_an_answer_that_is_not_a_hubs(large_hub: FakeHub, adapter: Path):
+    large_hub.fail("POST /api/repos/create", Response(b"<p/>"))
     with pytest.raises(ValueError, match=r"'me/x' could not be pushed to; the Hub cannot be reached"):
         push_adapter(adapter, "me/x")
-
-
-def not_json(self: Any, *_: Any) -> None:
-    self.send_response(200)
-    self.send_header("Content-Length", "4")
-    self.end_headers()
-    self.wfile.write(b"<p/>")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +266,7 @@ def not_json(self: Any, *_: Any) -> None:
         ),
     ],
 )
-def test_a_bad_card_is_one_line(metadata: str, problem: str, large_hub: HubServer, adapter: Path):
+def test_a_bad_card_is_one_line(metadata: str, problem: str, large_hub: FakeHub, adapter: Path):
     (adapter / "README.md").write_text(f"---\n{metadata}\n---\n# Card\n")
     with pytest.raises(
         ValueError, match=rf"'me/x'.* the card's metadata is not valid \(.*{problem}"
@@ -299,7 +276,7 @@ def test_a_bad_card_is_one_line(metadata: str, problem: str, large_hub: HubServe
     assert large_hub.repositories["me/x"].files() == {}
 
 
-def test_the_token_itself_never_travels(large_hub: HubServer, adapter: Path):
+def test_the_token_itself_never_travels(large_hub: FakeHub, adapter: Path):
     config = adapter / "tokenizer_config.json"
     config.write_text(config.read_text().replace("{", '{"auth": "hf_me", ', 1))
     with pytest.raises(
@@ -309,7 +286,7 @@ def test_the_token_itself_never_travels(large_hub: HubServer, adapter: Path):
     assert large_hub.requests == []
 
 
-def test_nothing_broken_is_pushed(large_hub: HubServer, adapter: Path):
+def test_nothing_broken_is_pushed(large_hub: FakeHub, adapter: Path):
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"adapter_model.safetensors in .* was changed after it was written"):
@@ -325,7 +302,7 @@ def test_nothing_broken_is_pushed(large_hub: HubServer, adapter: Path):
 
 
 def test_a_base_model_that_others_cannot_have_is_told(
-    large_hub: HubServer, adapter: Path, tiny_bert_dir: Path, caplog: pytest.LogCaptureFixture
+    large_hub: FakeHub, adapter: Path, tiny_bert_dir: Path, caplog: pytest.LogCaptureFixture
 ):
     push_adapter(adapter, "me/x")
     assert [record.getMessage() for record in caplog.records if record.name == "hf_lora.adapters.hub"] == [
@@ -337,9 +314,7 @@ def run(*argv: object) -> int:
     return cli.main(["push", *map(str, argv)])
 
 
-def test_the_command_tells_what_it_sent_and_when_there_was_nothing_to_send(
-    large_hub: HubServer, adapter: Path, capsys: Captured
-):
+def test_the_command_prints_the_files_and_the_commit(large_hub: FakeHub, adapter: Path, capsys: Captured):
     argv = ("--adapter", adapter, "--repo_id", "me/x", "--commit_message", "Mine", "--private")
     assert run(*argv) == 0
     out = capsys.readouterr().out
@@ -350,10 +325,10 @@ def test_the_command_tells_what_it_sent_and_when_there_was_nothing_to_send(
     assert out.splitlines()[-1] == url
     assert repository.private and repository.history()[0] == "Mine"
     assert run(*argv) == 0
-    assert capsys.readouterr().out == f"nothing to push: me/x has these 8 files already\n{url}\n"
+    assert capsys.readouterr().out == out and repository.history() == ["Mine", "initial commit"]
 
 
-def test_the_commands_json(large_hub: HubServer, adapter: Path, capsys: Captured):
+def test_the_commands_json(large_hub: FakeHub, adapter: Path, capsys: Captured):
     argv = ("--adapter", adapter, "--repo_id", "me/x", "--json")
     assert run(*argv, "--revision", "v2") == 0
     report = json.loads(capsys.readouterr().out)
@@ -364,12 +339,11 @@ def test_the_commands_json(large_hub: HubServer, adapter: Path, capsys: Captured
         "url": f"{large_hub.url}/me/x/commit/{head}",
         "commit": head,
         "pull_request": None,
-        "changed": True,
         "files": {name: (adapter / name).stat().st_size for name in TRAVEL},
     }
     assert run(*argv, "--revision", "v2") == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again == {**report, "changed": False, "files": {}}
+    assert json.loads(capsys.readouterr().out) == report
+    (adapter / "README.md").write_text(CARD + "Changed.\n")
     assert run(*argv, "--create_pr") == 0
     request = json.loads(capsys.readouterr().out)
     assert request["pull_request"] == request["url"] == f"{large_hub.url}/me/x/discussions/1"
@@ -403,7 +377,7 @@ STEPS = [f"Training in progress, step {step}" for step in (6, 4, 2)]
     ],
 )
 def test_each_strategy_pushes_the_adapter_and_what_it_says_of_checkpoints(
-    strategy: str, messages: list[str], folders: list[str], large_hub: HubServer, tmp_path: Path
+    strategy: str, messages: list[str], folders: list[str], large_hub: FakeHub, tmp_path: Path
 ):
     run = pushing(tmp_path / "run", hub_model_id="me/run", hub_strategy=strategy)
     run.train()
@@ -431,7 +405,7 @@ def test_each_strategy_pushes_the_adapter_and_what_it_says_of_checkpoints(
     assert at_end == contents_of(tmp_path / "run", FILES + TOKENIZER)
 
 
-def test_a_run_goes_on_from_the_checkpoint_on_the_hub(large_hub: HubServer, tmp_path: Path):
+def test_a_run_goes_on_from_the_checkpoint_on_the_hub(large_hub: FakeHub, tmp_path: Path):
     whole = pushing(tmp_path / "whole", push_to_hub=False)
     whole.train()
     first = pushing(tmp_path / "first", hub_model_id="me/run", hub_strategy="checkpoint", save_total_limit=1)
@@ -458,9 +432,7 @@ class StopAt:
         return Stop()
 
 
-def test_the_arguments_of_the_hub_keep_their_meaning(
-    large_hub: HubServer, tmp_path: Path, monkeypatch: Patch
-):
+def test_the_arguments_of_the_hub_keep_their_meaning(large_hub: FakeHub, tmp_path: Path, monkeypatch: Patch):
     monkeypatch.setenv("HF_TOKEN", "")
     run = pushing(
         tmp_path / "named",
@@ -490,7 +462,7 @@ def test_the_arguments_of_the_hub_keep_their_meaning(
 
 @pytest.mark.parametrize("always", [False, True])
 def test_while_a_push_still_runs_the_next_one_waits_only_if_always_asked_for(
-    always: bool, large_hub: HubServer, tmp_path: Path
+    always: bool, large_hub: FakeHub, tmp_path: Path
 ):
     run = pushing(tmp_path / "run", hub_model_id="me/run", hub_strategy="every_save", hub_always_push=always)
     run.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
@@ -504,7 +476,7 @@ def test_while_a_push_still_runs_the_next_one_waits_only_if_always_asked_for(
     assert len(large_hub.repositories["me/run"].history()) == (2 if always else 1)
 
 
-def test_push_to_hub_without_the_argument(large_hub: HubServer, tmp_path: Path):
+def test_push_to_hub_without_the_argument(large_hub: FakeHub, tmp_path: Path):
     run = pushing(tmp_path / "run", push_to_hub=False, save_strategy="no")
     run.train()
     assert large_hub.requests == []
@@ -513,16 +485,14 @@ def test_push_to_hub_without_the_argument(large_hub: HubServer, tmp_path: Path):
     assert large_hub.repositories["me/run"].files() == contents_of(tmp_path / "run", FILES + TOKENIZER)
 
 
-def test_who_may_not_push_is_told_before_the_training(
-    large_hub: HubServer, tmp_path: Path, monkeypatch: Patch
-):
+def test_who_may_not_push_is_told_before_the_training(large_hub: FakeHub, tmp_path: Path, monkeypatch: Patch):
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(ValueError, match="'me/run' cannot be pushed to without an access token"):
         pushing(tmp_path / "run", hub_model_id="me/run")
 
 
 def test_a_push_that_fails_loses_nothing_of_the_run(
-    large_hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    large_hub: FakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     run = pushing(tmp_path / "run", hub_model_id="me/run", hub_strategy="every_save")
     large_hub.fail("POST /api/models/me/run/commit", 500, times=2)
@@ -540,7 +510,7 @@ def test_a_push_that_fails_loses_nothing_of_the_run(
     assert [message.partition(":")[0] for message in told] == [
         f"not pushed ({at})" for at in (STEPS[2], STEPS[1])
     ]
-    large_hub.fail("POST /api/models/me/run", None, times=9)
+    large_hub.fail("POST /api/models/me/run/commit", None, times=9)
     with pytest.raises(
         ValueError, match=r"the adapter is saved in '.*run', but not on the Hub: 'me/run'.*hf-lora push"
     ):
@@ -590,7 +560,7 @@ print(json.dumps({
 
 
 def test_trained_pushed_and_loaded_by_name_elsewhere(tiny_bert_dir: Path, tiny_csv: Path, tmp_path: Path):
-    with HubServer() as hub:
+    with FakeHub() as hub:
         hub.publish("org/tiny-bert", folder_files(tiny_bert_dir))
         train = [
             *("--model_name_or_path", "org/tiny-bert", "--train_file", str(tiny_csv), "--precision", "fp32"),
@@ -646,7 +616,7 @@ def test_the_script_that_checks_an_adapter(adapter_dir: Path):
     assert result["push"]["files"] == len(adapter_contents(adapter_dir))
 
 
-def elsewhere(hub: HubServer, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def elsewhere(hub: FakeHub, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A new process whose Hub this is, with its own cache."""
     variables = {**os.environ, **hub.environment("hf_me", home), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(

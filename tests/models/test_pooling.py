@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_lora import LoRAConfig, TextClassifier, inject_lora, load_adapter, load_classifier, save_adapter
-from hf_lora.adapters.card import CardFacts, render_card
+from hf_lora.adapters.card import RunSummary, render_card
 from hf_lora.lora.head import find_head
 from hf_lora.lora.inject import injection, trainable_parameter_count
 from hf_lora.models.bundled import resolve_base
@@ -259,7 +259,7 @@ def test_the_cards_lines_for_peft_give_our_logits(pooled_dir: Path) -> None:
         info,
         injection(model).config,
         trainable_parameter_count(model),
-        facts=CardFacts(place=str(pooled_dir)),
+        run=RunSummary(place=str(pooled_dir)),
     )
     words = {
         "mean": "mean of the tokens",
