@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import check_hub
-import peft
 import pytest
-import torch
 from conftest import tiny_tokenizer
 from fake_hub import FakeHub, folder_files
+from helpers_training import arguments, assert_same_tensors, dataset, injected
 from huggingface_hub import constants, snapshot_download
-from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification
+from transformers import TrainerCallback
 from transformers.utils.hub import PushInProgress
 from werkzeug import Response
 
-from hf_lora import LoRATrainer, TextClassifier
+from hf_lora import LoRATrainer
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.hub import adapter_contents, push_adapter
 from hf_lora.adapters.info import FILE
 from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.cli import main as cli
 from hf_lora.training.checkpoints import checkpoints, problem
-from tests.training.test_trainer import arguments, assert_same_tensors, dataset, injected
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
-ROOT = Path(__file__).parents[2]
 CARD = "---\nlicense: mit\n---\n# A card\n\n![curve](training_curve.png)\n<img src='./matrix.png'>\n"
-TEXTS = ["the film was good and kind", "the meal was awful", "this day was bright but cold"]
 
 
 @pytest.fixture(params=[(".safetensors",), ()], ids=["large", "regular"])
@@ -419,17 +410,14 @@ def test_a_run_goes_on_from_the_checkpoint_on_the_hub(large_hub: FakeHub, tmp_pa
     assert_same_tensors(adapter_tensors(second.model), adapter_tensors(whole.model))
 
 
-class StopAt:
-    """A callback that ends the training after a step."""
+class StopAt(TrainerCallback):
+    """Ends the training after a step."""
 
-    def __new__(cls, step: int) -> Any:
-        from transformers import TrainerCallback
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                control.should_training_stop = state.global_step >= step
-
-        return Stop()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
 
 
 def test_the_arguments_of_the_hub_keep_their_meaning(large_hub: FakeHub, tmp_path: Path, monkeypatch: Patch):
@@ -510,7 +498,7 @@ def test_a_push_that_fails_loses_nothing_of_the_run(
     assert [message.partition(":")[0] for message in told] == [
         f"not pushed ({at})" for at in (STEPS[2], STEPS[1])
     ]
-    large_hub.fail("POST /api/models/me/run/commit", None, times=9)
+    large_hub.fail("POST /api/validate-yaml", None, times=9)
     with pytest.raises(
         ValueError, match=r"the adapter is saved in '.*run', but not on the Hub: 'me/run'.*hf-lora push"
     ):
@@ -519,106 +507,3 @@ def test_a_push_that_fails_loses_nothing_of_the_run(
     large_hub.failures.clear()
     push_adapter(tmp_path / "run", "me/run")
     assert large_hub.repositories["me/run"].files() == contents_of(tmp_path / "run", FILES + TOKENIZER)
-
-
-# All of it, in processes of their own
-
-LOAD = """
-import json, sys
-from pathlib import Path
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-from hf_lora import TextClassifier
-from hf_lora.adapters.hub import adapter_directory
-
-texts = json.loads(sys.argv[1])
-classifier = TextClassifier.from_pretrained("me/tiny", precision="fp32", merge=False)
-ours = classifier.logits(texts)
-labels = json.loads((adapter_directory("me/tiny") / "hf_lora.json").read_text())["labels"]
-fetched = sorted(path.name for path in adapter_directory("me/tiny").iterdir())
-
-from peft import PeftModel
-base = AutoModelForSequenceClassification.from_pretrained("org/tiny-bert", num_labels=2)
-model = PeftModel.from_pretrained(base, "me/tiny").eval()
-tokenizer = AutoTokenizer.from_pretrained("me/tiny")
-with torch.no_grad():
-    theirs = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
-
-model = AutoModelForSequenceClassification.from_pretrained(
-    "me/tiny", num_labels=len(labels), id2label=dict(enumerate(labels))
-)
-classify = pipeline("text-classification", model=model, tokenizer="me/tiny")
-
-from huggingface_hub import constants
-constants.HF_HUB_OFFLINE = True
-offline = TextClassifier.from_pretrained("me/tiny", precision="fp32", merge=False).logits(texts)
-print(json.dumps({
-    "ours": ours.tolist(), "peft": theirs.tolist(), "fetched": fetched,
-    "pipeline": [(row["label"], row["score"]) for row in classify(texts)], "offline": offline.tolist(),
-}))
-"""
-
-
-def test_trained_pushed_and_loaded_by_name_elsewhere(tiny_bert_dir: Path, tiny_csv: Path, tmp_path: Path):
-    with FakeHub() as hub:
-        hub.publish("org/tiny-bert", folder_files(tiny_bert_dir))
-        train = [
-            *("--model_name_or_path", "org/tiny-bert", "--train_file", str(tiny_csv), "--precision", "fp32"),
-            *(
-                "--max_seq_length",
-                "32",
-                "--max_steps",
-                "4",
-                "--per_device_train_batch_size",
-                "8",
-                "--learning_rate",
-                "5e-2",
-                "--use_cpu",
-            ),
-            *("--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "me/tiny"),
-        ]
-        result = elsewhere(hub, tmp_path / "one", "-m", "hf_lora.cli.main", "train", *train)
-        assert result.returncode == 0, result.stderr
-        repository = hub.repositories["me/tiny"]
-        local = adapter_contents(tmp_path / "run")
-        assert {path: repository.files()[path] for path in local} == local
-        assert not [path for path in repository.files() if path.endswith((".pt", ".bin", ".pth"))]
-        hub.publish("me/tiny", {**repository.files(), "model.safetensors": b"0" * 64, "sub/vocab.txt": b"x"})
-
-        result = elsewhere(hub, tmp_path / "two", "-c", LOAD, json.dumps(TEXTS))
-        assert result.returncode == 0, result.stderr
-        loaded = json.loads(result.stdout.splitlines()[-1])
-        assert loaded["fetched"] == sorted(set(local) & set(loaded["fetched"])) and FILE in loaded["fetched"]
-
-    classifier = TextClassifier.from_pretrained(
-        tmp_path / "run", base=str(tiny_bert_dir), precision="fp32", merge=False
-    )
-    logits = classifier.logits(TEXTS)
-    assert_close(torch.tensor(loaded["ours"]), logits, rtol=0, atol=0)
-    assert_close(torch.tensor(loaded["offline"]), logits, rtol=0, atol=0)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=2)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
-    encoded = classifier.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        expected = theirs(**encoded).logits
-    assert_close(torch.tensor(loaded["peft"]), expected, rtol=1e-5, atol=1e-6)
-    assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    scores, labels = logits.softmax(-1).max(-1)
-    names = [classifier.info.labels[index] for index in labels.tolist()]
-    assert [row[0] for row in loaded["pipeline"]] == names
-    assert_close(torch.tensor([row[1] for row in loaded["pipeline"]]), scores, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_script_that_checks_an_adapter(adapter_dir: Path):
-    result = check_hub.check(str(adapter_dir), TEXTS)
-    assert result["equal"] and set(result["ways"]) == {"hf_lora", "peft", "pipeline"}
-    assert result["push"]["files"] == len(adapter_contents(adapter_dir))
-
-
-def elsewhere(hub: FakeHub, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A new process whose Hub this is, with its own cache."""
-    variables = {**os.environ, **hub.environment("hf_me", home), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *argv], env=variables, capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
