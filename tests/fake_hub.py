@@ -27,7 +27,6 @@ from werkzeug import Request, Response
 
 # By token: the user's name, and the namespaces in which the token may create and change repositories.
 USERS = {"hf_me": ("me", ("me", "team")), "hf_reader": ("me", ()), "hf_other": ("other", ("other",))}
-LICENSES = ("apache-2.0", "mit", "other")
 
 
 class Refused(Exception):
@@ -395,16 +394,6 @@ def card_problems(text: str) -> list[str]:
         for name, what in (("base_model", "model"), ("datasets", "dataset"))
         if name in metadata and not re.fullmatch(r"([\w.-]{1,96}/)?[\w.-]{1,96}", str(metadata[name]))
     ]
-    if metadata.get("license", "other") not in LICENSES:
-        problems.append(f'"license" must be one of {list(LICENSES)}')
-    required = {"task": ("type",), "dataset": ("type", "name"), "metrics": ("type", "value")}
-    results = [result for model in metadata.get("model-index", []) for result in model["results"]]
-    for number, result in enumerate(results):
-        for part, keys in required.items():
-            entries = result.get(part, {})
-            for entry in entries if isinstance(entries, list) else [entries]:
-                missing = (key for key in keys if key not in entry)
-                problems += [
-                    f'"model-index[0].results[{number}].{part}.{key}" is required' for key in missing
-                ]
+    if metadata.get("license", "mit") not in ("mit", "apache-2.0"):
+        problems.append('"license" must be one of the known ones')
     return problems

@@ -28,22 +28,10 @@ _NAME = "LoRA text classifier"
 _SPLITS = {"eval": "validation", "test": "test"}
 # The training arguments on the card, in this order.
 _HYPERPARAMETERS = (
-    "learning_rate",
-    "head_learning_rate",
-    "lora_plus_ratio",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "max_tokens_per_batch",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "label_smoothing_factor",
-    "class_weights",
-    "optim",
-    "seed",
-    "bf16",
-    "fp16",
+    *("learning_rate", "head_learning_rate", "lora_plus_ratio", "num_train_epochs"),
+    *("per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps"),
+    *("lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "class_weights"),
+    *("optim", "seed", "bf16", "fp16"),
 )
 # The metrics in the metadata, and the Hub's names for them.
 _HUB_METRICS = {

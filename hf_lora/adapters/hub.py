@@ -30,23 +30,12 @@ from hf_lora.adapters.directory import read_adapter
 logger = logging.getLogger(__name__)
 
 # The files of an adapter directory; nothing else of a repository is fetched.
-ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "hf_lora.json",
-    "README.md",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "entity_vocab.json",
-    "merges.txt",
-    "bpe.codes",
-    "added_tokens.json",
-    "spiece.model",
-    "sentencepiece*",
-    "*.model",
+_OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "hf_lora.json", "README.md")
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "entity_vocab.json"),
+    *("merges.txt", "bpe.codes", "spiece.model", "sentencepiece*", "*.model"),
 )
-_OWN_FILES, _TOKENIZER_FILES = ADAPTER_FILES[:4], ADAPTER_FILES[4:]
+ADAPTER_FILES = _OWN_FILES + _TOKENIZER_FILES
 _TOKENIZER_ENDINGS = (".json", ".txt", ".model", ".codes")
 _PICTURE = re.compile(
     r"""!\[[^\]]*\]\(<?(?:\./)?([\w.-]+\.png)>?|<img[^>]+src=["'](?:\./)?([\w.-]+\.png)["']"""

@@ -1,4 +1,4 @@
-"""`hf_lora.json`: what an adapter directory knows beyond PEFT's own two files."""
+"""`hf_lora.json`: what PEFT's two files do not hold. docs/reference/hf_lora_json.md describes every key."""
 
 from __future__ import annotations
 
@@ -13,25 +13,19 @@ from hf_lora.tasks.calibration import Calibration
 
 FILE = "hf_lora.json"
 FORMAT_VERSION = 1
-# What each key may hold besides null.
+# The types of the keys; all but labels and format_version may also be null.
 _KINDS: dict[str, tuple[type, ...]] = {
-    "problem_type": (str,),
-    "pooling": (str,),
+    **dict.fromkeys(("problem_type", "pooling", "projections", "hf_lora_version"), (str,)),
+    **dict.fromkeys(("lora", "base_model", "metrics", "sha256"), (dict,)),
     "max_length": (int,),
     "text_columns": (list,),
-    "projections": (str,),
-    "lora": (dict,),
-    "base_model": (dict,),
-    "metrics": (dict,),
-    "sha256": (dict,),
-    "hf_lora_version": (str,),
     "transformers_version": (str,),
 }
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The pretrained model an adapter was trained on: Hub id (or path), revision, digest of its weights."""
+    """The pretrained model: Hub id or path, revision, and a digest of the weights."""
 
     name_or_path: str | None = None
     revision: str | None = None
@@ -40,13 +34,14 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The sidecar's contents. `labels` are in the order of the head's outputs; `metrics` as measured.
+    """The contents of `hf_lora.json`.
 
-    pooling: how tokens become one vector: "native", as transformers' own head does, or a name of
-        `hf_lora.models.pooling.POOLINGS`, whose head peft has no class for.
-    lora: the LoRAConfig, of which PEFT's file can hold only a part.
-    temperature: what `predict` divides logits by before the softmax or sigmoid; None, as of a regression: 1.
-    thresholds: of a multi-label classifier, the probability above which each label is given; None: 0.5.
+    labels: in the order of the head's outputs.
+    pooling: how token states become the head's input: "native", the architecture's own head, or a name of
+        `hf_lora.models.pooling.POOLINGS`.
+    lora: the LoRAConfig; PEFT's file can hold only a part of it.
+    temperature: logits are divided by it before the softmax or sigmoid; None: 1.
+    thresholds: multi-label only: the probability above which each label is given; None: 0.5.
     """
 
     labels: tuple[str, ...]
@@ -88,7 +83,7 @@ class AdapterInfo:
 
     @classmethod
     def from_json(cls, text: str, source: str = FILE) -> AdapterInfo:
-        """Parse the file's text. Raises ValueError, naming `source`, for anything but what `to_json` writes."""
+        """Parse the file's text. Raises ValueError, naming `source`, for anything that `to_json` does not write."""
         values = parse_object(text.encode("utf-8", "surrogatepass"), source)
         version = values.get("format_version")
         if version != FORMAT_VERSION:

@@ -28,23 +28,18 @@ _UNSUPPORTED = (
     *("arrow_config", "monteclora_config", "kasa_config", "velora_config"),
     *("use_bdlora", "use_qalora", "lora_bias"),
 )
-_UNUSED = (None, False, [])
+_UNUSED: tuple[Any, ...] = (None, False, [])
 # Initializations that leave the base weights alone; the others rewrite them on load.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # The types of the keys that are read; each may also be null.
 _KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("bias", "base_model_name_or_path", "revision"), (str,)),
+    **dict.fromkeys(("use_dora", "use_rslora"), (bool,)),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
     "target_modules": (list, str),
     "modules_to_save": (list,),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
-    "bias": (str,),
-    "use_dora": (bool,),
-    "use_rslora": (bool,),
-    "base_model_name_or_path": (str,),
-    "revision": (str,),
 }
 _FACTOR_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
