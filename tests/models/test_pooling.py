@@ -266,7 +266,7 @@ def test_the_cards_lines_for_peft_give_our_logits(pooled_dir: Path) -> None:
         "cls": "first token",
         "mean_layers": "means of the tokens in three layers",
     }
-    assert f"Its head is a linear layer on the {words[info.pooling]}, for" in card
+    assert f"Its head is a linear layer on the {words[info.pooling]}. " in card
     assert f"| head | linear, on the {words[info.pooling]} |" in card
     (lines,) = (block for block in re.findall(r"```python\n(.*?)```", card, re.S) if "from peft" in block)
     found: dict[str, Any] = {}

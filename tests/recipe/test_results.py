@@ -158,10 +158,9 @@ def test_the_card_and_the_terminal_tell_it(
 ) -> None:
     text = (multi.directory / "README.md").read_text()
     before, after = (multi.metrics[f"eval_calibration_error{suffix}"] for suffix in ("_uncalibrated", ""))
-    assert (
-        f"with a temperature of {multi.info.temperature:.3f}: expected calibration error {before:.4f}" in text
-    )
-    assert f"{after:.4f} after it (validation)" in text and "one for each label" in text
+    assert f"with a temperature of {multi.info.temperature:.3f}.\n" in text
+    assert f"Expected calibration error: {before:.4f} before and {after:.4f} after calibration (val" in text
+    assert "Each label has its own threshold." in text
     run = Run(tiny_bert_dir, tmp_path, SINGLE, held_out=19)
     out = " ".join(capsys.readouterr().out.split())
     assert "not fitted: that takes a validation split of at least 20 texts" in out
