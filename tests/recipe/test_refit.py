@@ -159,7 +159,7 @@ def test_the_test_split_judges_the_adapter(refitted, files: dict[str, Path], cap
 def test_card_and_terminal_say_so(train: Train, refitted, single, tmp_path: Path, capsys) -> None:
     words = "retrained on all 60 examples"
     assert words in ModelCard.load(refitted[0] / "README.md").text
-    assert "retrained" not in ModelCard.load(single[0] / "README.md").text
+    assert "retrained on" not in ModelCard.load(single[0] / "README.md").text
     train(tmp_path / "run")
     printed = " ".join(capsys.readouterr().out.split())
     assert "refit: on all 60 examples" in printed and "the results under eval are of" in printed
@@ -246,7 +246,7 @@ def test_a_training_that_failed_is_not_kept(
     assert metrics["refit_runtime"] > 0 and "refit_examples" not in metrics
     printed = " ".join(capsys.readouterr().out.split())
     assert "not kept, since it does worse on the validation split" in printed and "s, not kept;" in printed
-    assert "retrained" not in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "retrained on" not in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("why", ["rank 0", "safeguard"])
