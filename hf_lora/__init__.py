@@ -26,7 +26,10 @@ if TYPE_CHECKING:
         trainable_parameter_count,
         unmerge_lora,
     )
+    from hf_lora.recipe.finetune import finetune
     from hf_lora.recipe.head_start import start_head
+    from hf_lora.recipe.options import FinetuneOptions
+    from hf_lora.recipe.results import FinetuneResult
     from hf_lora.serving.classifier import TextClassifier
     from hf_lora.training.arguments import LoRATrainingArguments
     from hf_lora.training.gradient_init import start_lora
@@ -50,16 +53,22 @@ _HOMES = {
     "LoRATrainer": "training.trainer",
     "LoRATrainingArguments": "training.arguments",
     "TextClassifier": "serving.classifier",
+    "finetune": "recipe.finetune",
+    "FinetuneOptions": "recipe.options",
+    "FinetuneResult": "recipe.results",
     "start_head": "recipe.head_start",
     "start_lora": "training.gradient_init",
 }
 
 __all__ = [
+    "FinetuneOptions",
+    "FinetuneResult",
     "LoRAConfig",
     "LoRATrainer",
     "LoRATrainingArguments",
     "TextClassifier",
     "__version__",
+    "finetune",
     "head_parameters",
     "inject_lora",
     "load_adapter",

@@ -1,4 +1,4 @@
-"""Runs of the recipe on tiny texts, and scikit-learn's plain regression."""
+"""Runs as `hf-lora train` makes them, small trainers on tiny texts, and scikit-learn's plain regression."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from hf_lora import (
     LoRATrainingArguments,
     load_classifier,
 )
-from hf_lora.data import DataConfig, prepare_data
+from hf_lora.cli.train import parse_settings
+from hf_lora.data import ClassificationData, DataConfig, prepare_data
+from hf_lora.recipe.finetune import Finetuning
+from hf_lora.recipe.progress import Lines
+from hf_lora.recipe.settings import Recipe
 
 
 def prepared(
@@ -48,9 +52,21 @@ def regressions_loss(x: np.ndarray, y: np.ndarray, strength: float) -> float:
     return float(log_loss(y, regression.predict_proba(x)))
 
 
+def recipe_of(argv: list[str]) -> Recipe:
+    """The recipe that a command line gives."""
+    settings = parse_settings(argv)
+    del settings["quiet"], settings["dry_run"]
+    return Recipe.from_settings(settings)
+
+
+def run_training(argv: list[str], *, data: ClassificationData | None = None) -> dict[str, Any]:
+    """Train as a command line says, with lines that are printed; returns what was written to `metrics.json`."""
+    return dict(Finetuning(recipe_of(argv), data=data, progress=Lines()).run().metrics)
+
+
 def command(base: Path, output: Path, *flags: object) -> list[str]:
+    """The flags of a quick run on a tiny encoder, in one precision on every machine."""
     argv = ["--model_name_or_path", base, "--output_dir", output, "--max_seq_length", 32, "--use_cpu", "True"]
-    # In one precision on every machine, so that the numbers can be compared with peft's.
     # The probe of these toy texts leaves LoRA nothing to learn; tests/recipe/test_head_start.py is about it.
     argv += ["--precision", "fp32", "--head_init", "random"]
     argv += ["--per_device_train_batch_size", 8, "--num_train_epochs", 1, "--disable_tqdm", "True", *flags]

@@ -11,7 +11,7 @@ import io
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
 import tables
@@ -33,24 +33,18 @@ COMMANDS = {
 
 def option_topics() -> list[tuple[str, list[tuple[str, str, Any, str]]]]:
     """(topic, [(name, type, default, help)]) of every option of `hf-lora train`."""
-    from hf_lora.recipe.arguments import GROUPS, TRAINING_DEFAULTS
-    from hf_lora.training.arguments import LoRATrainingArguments, TrainingArguments
+    from hf_lora.cli.train import TerminalOptions
+    from hf_lora.recipe.options import all_options, options_of
 
-    stock = {entry.name for entry in fields(TrainingArguments)}
-    topics = [
-        (str(group.__doc__).rstrip("."), [_entry(field) for field in fields(group)]) for group in GROUPS
+    topics = {**all_options(), "terminal": tuple(options_of(TerminalOptions))}
+    return [
+        (title[0].upper() + title[1:], [(o.name, _kind(o.type), o.default, o.help) for o in entries])
+        for title, entries in topics.items()
     ]
-    training = [
-        _entry(field, TRAINING_DEFAULTS.get(field.name, field.default))
-        for field in fields(LoRATrainingArguments)
-        if field.name not in stock or field.name in ("output_dir", "seed", *TRAINING_DEFAULTS)
-    ]
-    return [*topics, ("Training", training)]
 
 
-def _entry(field: Any, default: Any = MISSING) -> tuple[str, str, Any, str]:
-    kind = getattr(field.type, "__name__", str(field.type)).removesuffix(" | None")
-    return field.name, kind, field.default if default is MISSING else default, field.metadata.get("help", "")
+def _kind(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)).removesuffix(" | None")
 
 
 def options() -> Iterable[str]:

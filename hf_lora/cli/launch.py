@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # What accelerate's launcher takes besides its file, and overrides in it.
-_OVERRIDES = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
+OVERRIDES = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ def take_launch_options(argv: Sequence[str]) -> tuple[Launch | None, list[str]]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
-    for name in _OVERRIDES:
+    for name in OVERRIDES:
         parser.add_argument(f"--{name}")
     options, rest = parser.parse_known_args(list(argv))
-    given = {name: value for name in _OVERRIDES if (value := getattr(options, name)) is not None}
+    given = {name: value for name in OVERRIDES if (value := getattr(options, name)) is not None}
     if options.accelerate_config is None:
         if given:
             raise ValueError(
@@ -87,6 +87,6 @@ def _file(name: str) -> Path:
 
 def _folder() -> Path:
     """Where the configurations are: beside this file when installed, in `scripts` of a checkout."""
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[1]
     installed = here / "accelerate_configs"
     return installed if installed.is_dir() else here.parent / "scripts" / "accelerate"

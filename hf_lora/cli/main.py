@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from hf_lora.cli import change, inspect, predict, share
+from hf_lora.cli import change, inspect, predict, share, train
 from hf_lora.cli.sweep_arguments import add_sweep_commands
-from hf_lora.recipe.arguments import help_text
 from hf_lora.version import __version__
 
 
@@ -20,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["train"]:
-            return _train(argv[1:])
+            return train.run(argv[1:])
         options = _options(argv)
         _quiet_libraries()
         if "run" in options:
@@ -53,9 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf-lora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="fine-tune a model and export the adapter", add_help=False)
 
-    for module in (predict, inspect, share, change):
+    for module in (train, predict, inspect, share, change):
         module.register(commands)
     add_sweep_commands(commands)
     return parser
@@ -70,29 +68,6 @@ def _options(argv: list[str]) -> argparse.Namespace:
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     return options
-
-
-def _train(argv: list[str]) -> int:
-    if not argv or {"-h", "--help"} & set(argv):
-        print(help_text())
-        return 0
-    if "--help_all" in argv:
-        from hf_lora.cli.parsing import make_parser as make_training_parser
-
-        print(make_training_parser().format_help())
-        return 0
-    from hf_lora.cli.launch import relaunched, take_launch_options
-
-    launch, argv = take_launch_options(argv)
-    if launch is not None:
-        return relaunched(launch, argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    from hf_lora.recipe.finetune import run_training
-    from hf_lora.training.distributed import leave
-
-    run_training(argv)
-    leave()
-    return 0
 
 
 def _first_to_fail() -> bool:

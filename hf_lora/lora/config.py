@@ -53,7 +53,9 @@ class LoRAConfig:
     Raises ValueError for any value outside these.
     """
 
-    rank: int = option(8, help="Rank r of the updates B A.")
+    rank: int = option(
+        8, help="Rank r of the updates B A; lora_rank 0: no LoRA, the adapter is a linear probe."
+    )
     alpha: float = option(16.0, help="The updates are scaled by alpha / rank.")
     dropout: float = option(0.0, help="Dropout on the input of A.")
     projections: str = option("qkvo", help="Projections to adapt: any letters of qkvo.")
@@ -71,6 +73,7 @@ class LoRAConfig:
         "kaiming",
         help="How A and B start: kaiming, gaussian, normal, orthogonal, pissa, olora, or gradient (A along the "
         "gradient of the training loss, before the first step; kaiming until then).",
+        flag="",
     )
     variant: str = option(
         "lora",

@@ -1,11 +1,8 @@
-"""One training run from the command line's arguments: data, model, LoRATrainer, adapter, metrics.json.
-
-The same for `hf-lora train` and for `accelerate launch scripts/train.py`.
-"""
+"""Fine-tuning from data to a measured, saved classifier: what `hf-lora train` does, as Python."""
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import os
 import time
@@ -14,34 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from hf_lora.adapters.card import RunSummary
 from hf_lora.adapters.loading import load_classifier
-from hf_lora.cli.parsing import parse_training
-from hf_lora.data import ClassificationData, prepare_data
+from hf_lora.data import ClassificationData, DataConfig, prepare_data
 from hf_lora.lora.config import LoRAConfig
-from hf_lora.lora.inject import inject_lora, trainable_parameter_count
+from hf_lora.lora.inject import trainable_parameter_count
 from hf_lora.models.cpu import set_threads
-from hf_lora.models.loading import choose_precision, load_tokenizer, meta_classifier
-from hf_lora.models.pooling import AUTO, choose_pooling
+from hf_lora.models.loading import choose_precision, load_tokenizer
+from hf_lora.models.pooling import AUTO, check_pooling, choose_pooling
 from hf_lora.models.verify import probe_batch, verify_injection
-from hf_lora.recipe.arguments import FROM_DATA, DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hf_lora.recipe.compare import Snapshot, baseline_logits, keep_the_better, watched
-from hf_lora.recipe.head_start import HeadStart, start_head
+from hf_lora.recipe.head_start import start_head
+from hf_lora.recipe.options import FROM_DATA, FinetuneOptions
 from hf_lora.recipe.output import prepare_output, reserved
+from hf_lora.recipe.progress import Lines, Progress, attach, data_facts, stage
 from hf_lora.recipe.refit import refit, refit_probe
-from hf_lora.recipe.results import finish, validated
-from hf_lora.recipe.run_settings import (
+from hf_lora.recipe.results import FinetuneResult, measure_test, measure_validation, write_results
+from hf_lora.recipe.settings import (
+    Recipe,
     choose_epochs,
     choose_rate,
     choose_refit,
     choose_smoothing,
-    data_config,
-    hub_options,
     is_sharded,
     last_layer_only,
-    lora_config,
 )
 from hf_lora.tasks.metrics import compute_metrics
 from hf_lora.training.arguments import LoRATrainingArguments
@@ -52,198 +47,268 @@ from hf_lora.training.trainer import LoRATrainer
 logger = logging.getLogger(__name__)
 
 
-def run_training(argv: list[str], *, data: ClassificationData | None = None) -> dict[str, Any]:
-    """Parse `argv`, train, evaluate and export; returns what it wrote to `metrics.json`.
+def finetune(
+    model: str,
+    train: Any = None,
+    validation: Any = None,
+    test: Any = None,
+    *,
+    output_dir: str | Path | None = None,
+    lora: LoRAConfig | None = None,
+    args: LoRATrainingArguments | None = None,
+    options: FinetuneOptions | None = None,
+    data: DataConfig | None = None,
+    progress: Progress | bool | None = None,
+    **settings: Any,
+) -> FinetuneResult:
+    """Fine-tune a pretrained encoder with LoRA into a text classifier: all that `hf-lora train` does.
 
-    data: what `prepare_data` gives for these arguments, where several runs share it; None: it is prepared here.
-    Raises ValueError, in one line, for anything the user can mend.
+    model: a Hub id or a directory.
+    train, validation, test: each a path, a `Dataset`, a DataFrame or a list of dicts; `train` may be a `DatasetDict`
+        with all of them. Without `validation` a part of `train` is held out.
+    output_dir: where the adapter, `metrics.json` and checkpoints go.
+    settings: any option of `hf-lora train` by its name, such as `learning_rate=1e-3`, `lora_rank=4` or
+        `max_seq_length=64`; `hf-lora train --help_all` lists them, and so does the reference.
+    lora, data, options, args: the same as objects, in the place of single options. `args` is used as it is, with the
+        Trainer's own defaults.
+    progress: what is told meanwhile; True: lines that are printed; None: nothing.
+
+    The same call gives the same adapter, bit for bit, and so does the command line with the same options.
+    Raises ValueError or OSError, in one line, for anything the user can mend; nothing is lost then.
     """
-    model_args, data_args, lora_args, run_args, args = parse_training(argv)
-    if run_args.dry_run:
-        return dry_run(model_args, lora_config(lora_args), args)
-    with reserved(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
-        return _run(model_args, data_args, lora_args, run_args, args, data)
+    splits = {"train": train, "validation": validation, "test": test}
+    given = {split: table for split, table in splits.items() if table is not None}
+    paths = {f"{split}_file": str(table) for split, table in given.items() if isinstance(table, str | Path)}
+    tables = {split: table for split, table in given.items() if f"{split}_file" not in paths}
+    objects = {"lora": lora, "args": args, "options": options, "data": data}
+    output = args.output_dir if output_dir is None and args is not None else output_dir
+    recipe = Recipe.from_settings(
+        {**settings, **paths, "model_name_or_path": model, "output_dir": output and str(output)},
+        tables=tables,
+        objects={name: value for name, value in objects.items() if value is not None},
+    )
+    if isinstance(progress, bool):
+        progress = Lines() if progress else None
+    return Finetuning(recipe, progress=progress).run()
 
 
-def _run(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    lora_args: LoRAArguments,
-    run_args: RunArguments,
-    args: LoRATrainingArguments,
-    data: ClassificationData | None,
-) -> dict[str, Any]:
-    if lora_args.lora_rank == 0 and lora_args.head_init == "random":
-        raise ValueError(
-            "nothing would be trained; got lora_rank=0 with head_init=random; expected head_init=probe with it"
+class Finetuning:
+    """One run. The methods stand in the order in which `run` calls them; each leaves what the next ones need.
+
+    data: what `prepare_data` gives for this recipe, where several runs share it.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, data: ClassificationData | None = None, progress: Progress | None = None
+    ) -> None:
+        self.recipe, self.options = recipe, recipe.options
+        self.args = copy.copy(recipe.args)
+        self.given_data = data
+        first = self.args.process_index == 0
+        self.progress = progress if first and progress is not None else Progress()
+        self.is_probe = recipe.lora is None
+        self.spent: dict[str, float] = {}
+
+    def run(self) -> FinetuneResult:
+        """The whole run."""
+        if self.is_probe and self.options.head_init == "random":
+            raise ValueError(
+                "nothing would be trained; got lora_rank=0 with head_init=random; expected head_init=probe with it"
+            )
+        if self.options.pooling != AUTO:
+            check_pooling(self.options.pooling)
+        output = Path(self.args.output_dir)
+        with reserved(output) if self.args.process_index == 0 else nullcontext():
+            overwrite = self.options.overwrite_output_dir
+            self.resume = on_first(lambda: prepare_output(self.args, overwrite=overwrite))
+            self.prepare_data()
+            self.choose_settings()
+            self.load_model()
+            self.make_trainer()
+            self.start()
+            self.train()
+            self.measure()
+            self.retrain()
+            return self.save()
+
+    def prepare_data(self) -> None:
+        """Read, check, split and tokenize the data."""
+        set_seed(self.args.seed)
+        if not torch.cuda.is_available():
+            self.args.dataloader_pin_memory = (
+                False  # has no effect without a GPU but a warning at every epoch
+            )
+        if self.args.device.type == "cpu":
+            set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        model = self.recipe.model
+        self.tokenizer = load_tokenizer(model.model_name_or_path, revision=model.model_revision, **model.hub)
+        if self.given_data is not None:
+            self.data = self.given_data
+        else:
+            with self.args.main_process_first(desc="preparing the data"):
+                self.data = prepare_data(self.recipe.data, self.tokenizer, tables=self.recipe.tables)
+        for topic, text in data_facts(self.data):
+            self.progress.fact(topic, text)
+
+    def choose_settings(self) -> None:
+        """What is left open and depends on the data: rate, epochs, label smoothing, whether to retrain in the end."""
+        examples, held_out = len(self.data.splits["train"]), len(self.data.splits["validation"])
+        self.refits = choose_refit(
+            self.options.refit,
+            self.args,
+            held_out=self.data.held_out,
+            examples=examples + held_out,
+            stopping=self.options.early_stopping_patience is not None,
         )
-    resume = on_first(lambda: prepare_output(args, run_args))
-    set_seed(args.seed)
-    if not torch.cuda.is_available():
-        args.dataloader_pin_memory = False  # has no effect without a GPU but a warning at every epoch
-    if args.device.type == "cpu":
-        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    hub = hub_options(model_args)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision, **hub)
-    if data is None:
-        with args.main_process_first(desc="preparing the data"):
-            data = prepare_data(data_config(data_args, model_args, args), tokenizer)
-    if args.process_index == 0:
-        print(data.report, flush=True)
-    examples = len(data.splits["train"])
-    refits = choose_refit(
-        run_args.refit,
-        args,
-        held_out=data.held_out,
-        examples=examples + len(data.splits["validation"]),
-        stopping=run_args.early_stopping_patience is not None,
-    )
-    chosen = (
-        choose_rate(args, examples),
-        choose_epochs(args, examples),
-        choose_smoothing(args, data.problem_type),
-    )
-    if args.process_index == 0:
-        print(*filter(None, chosen), sep="\n", flush=True)
-    precision = choose_precision(
-        run_args.precision, args.device, autocast=args.bf16 or args.fp16, sharded=is_sharded(args)
-    )
-    pooling = choose_pooling(
-        lora_args.pooling,
-        model_args.model_name_or_path,
-        labels=len(data.labels),
-        last_only=last_layer_only(args, lora_args.lora_rank),
-        revision=model_args.model_revision,
-        **hub,
-    )
-    # Once more, so that the head and A do not depend on what the data preparation drew.
-    set_seed(args.seed)
-    with whole_weights():
-        model, tokenizer = load_classifier(
-            model_args.model_name_or_path,
-            data.labels,
-            lora_config(lora_args),
-            problem_type=data.problem_type,
-            pooling=pooling.pooling,
-            max_length=data.max_length,
-            text_columns=data.text_columns,
-            revision=model_args.model_revision,
-            dtype=precision.dtype,
-            **hub,
+        left_open = any(getattr(self.args, name) == 0 for name in FROM_DATA)
+        chosen = f"{choose_rate(self.args, examples)}, {choose_epochs(self.args, examples)}"
+        choose_smoothing(self.args, self.data.task)
+        if left_open:
+            chosen += " (chosen by the number of examples)"
+        if not self.is_probe:
+            self.progress.fact("training", chosen)
+
+    def load_model(self) -> None:
+        """The pretrained encoder with head and LoRA, checked to act on the output."""
+        args, model = self.args, self.recipe.model
+        place = {"revision": model.model_revision, **model.hub}
+        precision = choose_precision(
+            self.options.precision, args.device, autocast=args.bf16 or args.fp16, sharded=is_sharded(args)
         )
-    report = verify_injection(model, probe_batch(model, tokenizer), allow_unused=True)
-    if args.ddp_find_unused_parameters is None:
-        # Looking for them costs a walk through the graph at every step; the probe has just looked.
-        args.ddp_find_unused_parameters = bool(report.unused)
-    if args.process_index == 0:
-        print(trainable_parameter_count(model), precision, report, pooling, sep="\n", flush=True)
+        pooling = choose_pooling(
+            self.options.pooling,
+            model.model_name_or_path,
+            labels=len(self.data.labels),
+            last_only=last_layer_only(args, self.is_probe),
+            **place,
+        )
+        # Once more, so that the head and A do not depend on what the data preparation drew.
+        set_seed(args.seed)
+        with whole_weights():
+            self.model, self.tokenizer = load_classifier(
+                model.model_name_or_path,
+                self.data.labels,
+                self.recipe.lora_config,
+                problem_type=self.data.problem_type,
+                pooling=pooling.pooling,
+                max_length=self.data.max_length,
+                text_columns=self.data.text_columns,
+                dtype=precision.dtype,
+                **place,
+            )
+        report = verify_injection(self.model, probe_batch(self.model, self.tokenizer), allow_unused=True)
+        if args.ddp_find_unused_parameters is None:
+            # Looking for them costs a walk through the graph at every step; the probe has just looked.
+            args.ddp_find_unused_parameters = bool(report.unused)
+        self.progress.fact("model", f"{model.model_name_or_path}, {trainable_parameter_count(self.model)}")
+        reason = pooling.reason.partition(";")[0]
+        self.progress.fact("encoder", f"{precision.name}, {pooling.pooling} pooling ({reason})")
         if args.world_size > 1:
-            print(f"processes: {args.world_size} ({args.parallel_mode.value})", flush=True)
-    trainer = make_trainer(model, tokenizer, data, args, run_args)
-    fresh = Snapshot.of(model)
-    trainer.facts = RunSummary(
-        model_name=Path(args.output_dir).name,
-        dataset_name=data_args.dataset_name,
-        license=run_args.model_card_license,
-        language=run_args.language,
-        label_counts=data.report.label_counts,
-        place=args.hub_model_id or (None if Path(args.output_dir).is_absolute() else args.output_dir),
-    )
-    stops = lora_args.lora_rank == 0
-    start = start_head(
-        trainer,
-        "probe" if stops else lora_args.head_init,
-        penalty=1.0 if stops else lora_args.head_penalty,
-        choose_layers=lora_args.pooling == AUTO,
-        on_all=refits,
-    )
-    if args.process_index == 0:
-        print(start, flush=True)
-    seconds = start.seconds
-    if lora_args.lora_rank > 0:
-        lora_start = choose_start(trainer, lora_args.lora_init, start.kind)
-        seconds += lora_start.seconds
-        if args.process_index == 0:
-            print(lora_start, flush=True)
-    baselines = baseline_logits(trainer, data, start.warm)
-    # And once more: training draws the same with any start.
-    set_seed(args.seed)
-    train_metrics = {"warm_start_runtime": seconds, "train_runtime": 0.0}
-    is_probe = lora_args.lora_rank == 0
-    if not is_probe:
-        metrics, is_probe = train_timed(trainer, data, start, resume)
-        train_metrics |= metrics
-    validation = validated(trainer, data, baselines)
-    if refits:
-        again = (
-            refit_probe(trainer, data, start)
-            if is_probe
-            else refit(trainer, data, start, fresh, lora_args.lora_init, validation.outputs)
+            self.progress.fact("processes", f"{args.world_size} ({args.parallel_mode.value})")
+
+    def make_trainer(self) -> None:
+        """LoRATrainer with the metrics of the task; early stopping where it is asked for."""
+        args, patience = self.args, self.options.early_stopping_patience
+        if patience is not None:
+            args.load_best_model_at_end = True
+            args.metric_for_best_model = args.metric_for_best_model or "loss"
+            if args.greater_is_better is None:
+                args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+        self.trainer = LoRATrainer(
+            model=self.model,
+            args=args,
+            train_dataset=self.data.splits["train"],
+            eval_dataset=self.data.splits["validation"],
+            processing_class=self.tokenizer,
+            compute_metrics=compute_metrics(
+                self.data.problem_type, self.data.labels, by_class=bool(args.report_to)
+            ),
+            callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
         )
-        train_metrics |= again.metrics()
-        if args.process_index == 0:
-            print(again, flush=True)
-    return finish(trainer, data, train_metrics, baselines, validation)
+        attach(self.trainer, self.progress)
+        self.fresh = Snapshot.of(self.model)
+        output = Path(args.output_dir)
+        self.trainer.facts = RunSummary(
+            model_name=output.name,
+            dataset_name=self.recipe.data.dataset_name,
+            license=self.options.model_card_license,
+            language=self.options.language,
+            label_counts=self.data.report.label_counts,
+            place=args.hub_model_id or (None if output.is_absolute() else args.output_dir),
+        )
 
+    def start(self) -> None:
+        """The linear probe, the head that begins there, and A along the gradient of the training loss."""
+        options = self.options
+        with stage(self.progress, "features", self.trainer):
+            self.head = start_head(
+                self.trainer,
+                "probe" if self.is_probe else options.head_init,
+                penalty=1.0 if self.is_probe else options.head_penalty,
+                choose_layers=options.pooling == AUTO,
+                on_all=self.refits,
+            )
+            self.baselines = baseline_logits(self.trainer, self.data, self.head.warm)
+        self.progress.fact("head", str(self.head))
+        seconds = self.head.seconds
+        if not self.is_probe:
+            lora_start = choose_start(self.trainer, self.recipe.lora_init, self.head.kind)
+            seconds += lora_start.seconds
+            self.progress.fact("LoRA", str(lora_start))
+        self.spent = {"warm_start_runtime": seconds, "train_runtime": 0.0}
 
-def train_timed(
-    trainer: LoRATrainer, data: ClassificationData, start: HeadStart, resume: str | None
-) -> tuple[dict[str, float], bool]:
-    """Train, and keep the probe that it started from if that is better.
-
-    Returns the metrics of training and whether the probe was kept. The seconds of evaluations are taken from those
-    of training.
-    """
-    before = Snapshot.of(trainer.model) if start.kind == "probe" and start.warm else None
-    with watched(trainer) as evaluations:
-        metrics = trainer.train(resume_from_checkpoint=resume).metrics
-    metrics["evaluation_runtime"] = evaluations.seconds
-    metrics["train_runtime"] = max(0.0, metrics["train_runtime"] - evaluations.seconds)
-    kept = None
-    if before is not None and start.warm is not None:
+    def train(self) -> None:
+        """Train, and keep the probe where LoRA did clearly worse. Evaluations do not count as seconds of training."""
+        # And once more: training draws the same with any start.
+        set_seed(self.args.seed)
+        if self.is_probe:
+            return
+        warm = self.head.warm if self.head.kind == "probe" else None
+        before = Snapshot.of(self.model) if warm is not None else None
+        with watched(self.trainer) as evaluations:
+            self.spent |= self.trainer.train(resume_from_checkpoint=self.resume).metrics
+        self.spent["evaluation_runtime"] = evaluations.seconds
+        self.spent["train_runtime"] = max(0.0, self.spent["train_runtime"] - evaluations.seconds)
+        if before is None or warm is None:
+            return
         began = time.perf_counter()
-        kept = keep_the_better(trainer, data, before, start.warm, evaluations.outputs())
-        metrics["evaluation_runtime"] += time.perf_counter() - began
-        if kept is not None and trainer.is_world_process_zero():
+        with stage(self.progress, "comparing with the linear probe", self.trainer):
+            kept = keep_the_better(self.trainer, self.data, before, warm, evaluations.outputs())
+        self.spent["evaluation_runtime"] += time.perf_counter() - began
+        self.is_probe = kept is not None
+        if kept is not None and self.trainer.is_world_process_zero():
             logger.warning(kept)
-    return metrics, kept is not None
 
+    def measure(self) -> None:
+        """Results on the validation split, on which temperature and thresholds are fitted."""
+        with stage(self.progress, "validation", self.trainer):
+            self.validation, self.info, self.outputs = measure_validation(
+                self.trainer, self.data, self.baselines
+            )
 
-def make_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    data: ClassificationData,
-    args: LoRATrainingArguments,
-    run_args: RunArguments,
-) -> LoRATrainer:
-    """The LoRATrainer of a run, with the metrics of its problem type and early stopping if asked for."""
-    callbacks: list[TrainerCallback] = []
-    if run_args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=run_args.early_stopping_patience))
-        args.load_best_model_at_end = True
-        args.metric_for_best_model = args.metric_for_best_model or "loss"
-        if args.greater_is_better is None:
-            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
-    return LoRATrainer(
-        model=model,
-        args=args,
-        train_dataset=data.splits["train"],
-        eval_dataset=data.splits["validation"],
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics(data.problem_type, data.labels, by_class=bool(args.report_to)),
-        callbacks=callbacks,
-    )
+    def retrain(self) -> None:
+        """Train once more on all examples, the held-out ones too, where the examples are few."""
+        if not self.refits:
+            return
+        if self.is_probe:
+            again = refit_probe(self.trainer, self.data, self.head)
+        else:
+            again = refit(
+                self.trainer,
+                self.data,
+                self.head,
+                self.fresh,
+                self.recipe.lora_init,
+                self.outputs,
+                progress=self.progress,
+            )
+        self.spent |= again.metrics()
+        self.progress.fact("retraining", str(again))
 
-
-def dry_run(model_args: ModelArguments, config: LoRAConfig, args: LoRATrainingArguments) -> dict[str, Any]:
-    """Print the resolved configuration and the modules that would be adapted, without loading weights."""
-    model = meta_classifier(
-        model_args.model_name_or_path, revision=model_args.model_revision, **hub_options(model_args)
-    )
-    names = inject_lora(model, config)
-    left_open = {name: "from the data" for name in FROM_DATA if getattr(args, name) == 0}
-    training = args.to_dict() | left_open
-    print(json.dumps({"lora": config.to_dict(), "training": training}, indent=2, sort_keys=True))
-    print("\n".join(names))
-    print(f"{len(names)} modules; {trainable_parameter_count(model)} with a head of 2 labels")
-    return {"modules": names}
+    def save(self) -> FinetuneResult:
+        """Measure the test split, write the adapter and `metrics.json`, and push them where that is asked for."""
+        test = None
+        if "test" in self.data.splits:
+            with stage(self.progress, "test", self.trainer):
+                test = measure_test(self.trainer, self.data, self.baselines, self.info)
+        return write_results(self.trainer, self.info, self.validation, test, self.spent)

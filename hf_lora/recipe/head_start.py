@@ -22,7 +22,7 @@ from hf_lora.lora.head import belongs_to
 from hf_lora.lora.inject import injection
 from hf_lora.models.pooling import PooledClassifier, pooling_of
 from hf_lora.models.verify import evaluating, relative_difference
-from hf_lora.recipe.arguments import HEAD_PENALTY
+from hf_lora.recipe.options import HEAD_PENALTY
 from hf_lora.tasks import Task, task_of
 from hf_lora.tasks.metrics import first_output
 from hf_lora.tasks.probe import Probe, fit_probe
@@ -188,15 +188,14 @@ class HeadStart:
     seconds: float
 
     def __str__(self) -> str:
+        kind = "linear probe" if self.kind == "probe" else self.kind
         fitted = ""
         if self.warm is not None:
-            probe, start = self.warm.probe, self.warm.start
-            fitted = f"; probe of {probe.examples:,} examples, C = {probe.strength:g}"
+            probe = self.warm.probe
+            fitted = f"; {probe.examples:,} examples, C = {probe.strength:g}"
             if self.warm.last_layer:
                 fitted += ", better on the last layer alone, which the head reads now"
-            if self.kind == "probe" and start is not probe:
-                fitted += f", LoRA starts from C = {start.strength:.2g}"
-        return f"head: {self.kind} ({self.reason}{fitted}, {self.seconds:.1f} s)"
+        return f"{kind}: {self.reason}{fitted}; {self.seconds:.1f} s"
 
 
 def start_head(

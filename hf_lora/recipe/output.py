@@ -11,7 +11,6 @@ from filelock import FileLock, Timeout
 
 from hf_lora._files import writing
 from hf_lora.adapters.directory import CONFIG
-from hf_lora.recipe.arguments import RunArguments
 from hf_lora.training.arguments import LoRATrainingArguments
 from hf_lora.training.checkpointing import tell_broken
 from hf_lora.training.checkpoints import checkpoints, clear_leftovers, delete, newest_complete
@@ -49,7 +48,7 @@ def reserved(output: Path) -> Iterator[None]:
             output.rmdir()
 
 
-def prepare_output(args: LoRATrainingArguments, run_args: RunArguments) -> str | None:
+def prepare_output(args: LoRATrainingArguments, *, overwrite: bool = False) -> str | None:
     """The checkpoint to resume from, if any. Raises ValueError rather than mix two runs in one directory."""
     output = Path(args.output_dir)
     clear_leftovers(output)
@@ -64,7 +63,7 @@ def prepare_output(args: LoRATrainingArguments, run_args: RunArguments) -> str |
     if resume is not None:
         return str(resume)
     found = checkpoints(output)
-    if run_args.overwrite_output_dir:
+    if overwrite:
         for checkpoint in found:
             delete(checkpoint)
     elif found or (output / CONFIG).is_file():

@@ -16,6 +16,7 @@ from transformers import set_seed
 from hf_lora.data import ClassificationData
 from hf_lora.recipe.compare import Snapshot, clearly_better, validation_quality
 from hf_lora.recipe.head_start import HeadStart, install
+from hf_lora.recipe.progress import Progress, attach
 from hf_lora.training.arguments import silent
 from hf_lora.training.gradient_init import choose_start
 from hf_lora.training.preemption import ending_on_sigterm
@@ -37,11 +38,11 @@ class Refit:
 
     def __str__(self) -> str:
         outcome = (
-            "what the validation split says is of the training before"
+            "validation scores were measured before it"
             if self.kept
-            else "not kept, since it does worse on the validation split, though it was trained on it"
+            else "not kept: it does worse on the validation split, though it was trained on it"
         )
-        return f"refit: on all {self.examples:,} examples, {self.seconds:.1f} s; {outcome}"
+        return f"on all {self.examples:,} examples, {self.seconds:.1f} s; {outcome}"
 
 
 def refit_probe(trainer: LoRATrainer, data: ClassificationData, start: HeadStart) -> Refit:
@@ -58,6 +59,7 @@ def refit(
     fresh: Snapshot,
     lora_init: str,
     outputs: np.ndarray | None = None,
+    progress: Progress | None = None,
 ) -> Refit:
     """Train the model of a trainer that has trained again, from the start, on its evaluation set too.
 
@@ -79,6 +81,7 @@ def refit(
     again = LoRATrainer(
         model=model, args=args, train_dataset=examples, processing_class=trainer.processing_class
     )
+    attach(again, progress or Progress(), f"retraining on all {len(examples):,} examples")
     choose_start(again, lora_init, start.kind)
     set_seed(args.seed)
     with ending_on_sigterm(trainer.state.global_step):

@@ -1,12 +1,13 @@
-"""What a training run ends with: calibration, results with and without the adapter, the adapter, tables."""
+"""What a run has measured, by split and side, and how it is measured and written."""
 
 from __future__ import annotations
 
 import json
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,107 +19,172 @@ from transformers.trainer_utils import PredictionOutput
 from hf_lora._files import write_text
 from hf_lora.adapters.directory import TENSORS, adapter_info
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.cli.tables import print_class_errors, print_table
 from hf_lora.data import ClassificationData
-from hf_lora.lora.inject import injection, lora_disabled, trainable_parameter_count
-from hf_lora.recipe.compare import Baselines
-from hf_lora.tasks.calibration import MIN_EXAMPLES, Calibration
-from hf_lora.tasks.metrics import BASELINES, CLASS_F1, first_output
+from hf_lora.lora.inject import ParameterCount, injection, lora_disabled, trainable_parameter_count
+from hf_lora.serving.classifier import TextClassifier
+from hf_lora.tasks.calibration import Calibration
+from hf_lora.tasks.metrics import CLASS_F1, first_output
 from hf_lora.training.trainer import LoRATrainer
 
+METRICS = "metrics.json"
+# How the keys of `metrics.json` begin, by split.
+PREFIXES = {"validation": "eval", "test": "test"}
+# How they end, by side: with the adapter; before calibration; of the encoder without adapter; of the linear probe; of
+# the best answer that does not look at the text.
+SIDES = {
+    "adapter": "",
+    "uncalibrated": "_uncalibrated",
+    "disabled": "_disabled",
+    "probe": "_probe",
+    "baseline": "_majority",
+}
+_TIMING = ("runtime", "_per_second")
 # What `metrics.json` keeps of the metrics of training: its loss, and where the seconds went.
-_RUNTIMES = ("train_runtime", "warm_start_runtime", "evaluation_runtime", "refit_runtime")
-_FROM_TRAINING = ("train_loss", *_RUNTIMES, "refit_examples")
+_FROM_TRAINING = (
+    *("train_loss", "train_runtime", "warm_start_runtime", "evaluation_runtime"),
+    *("refit_runtime", "refit_examples"),
+)
+
+
+class Scores(dict[str, float]):
+    """Metrics by name; `scores.accuracy` is `scores["accuracy"]`."""
+
+    def __getattr__(self, name: str) -> float:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no metric {name!r}; expected one of {', '.join(self) or 'none'}") from None
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one split says of the model at one moment, and the adapter's info with what was fitted on it.
+class SplitResult:
+    """What was measured on one split. The adapter's metrics are attributes too: `result.test.accuracy`.
 
-    outputs: `(examples, labels)`, in the split's order.
+    adapter: with the adapter, decided as `predict` decides. uncalibrated: those of them that calibration changed,
+    before it. disabled: the encoder without adapter. probe: the linear probe; empty where there is none. baseline: the
+    majority class, or of a regression the mean predictor. class_errors: by label `support`, `wrong`, `wrong_disabled`.
+    timing: seconds, and examples and batches a second.
     """
 
-    metrics: dict[str, Any]
-    class_errors: dict[str, dict[str, int]]
+    adapter: Scores
+    disabled: Scores
+    baseline: Scores
+    probe: Scores = field(default_factory=Scores)
+    uncalibrated: Scores = field(default_factory=Scores)
+    class_errors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    timing: Mapping[str, float] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> float:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.adapter, name)
+
+    def keys(self, split: str) -> Iterator[tuple[str, float]]:
+        """The entries of `metrics.json`, flat."""
+        prefix = PREFIXES[split]
+        for side, ending in SIDES.items():
+            yield from ((f"{prefix}_{name}{ending}", value) for name, value in getattr(self, side).items())
+        yield from ((f"{prefix}_{name}", value) for name, value in self.timing.items())
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A run: its results, and where they are.
+
+    metrics: what `metrics.json` holds. parameters: trained, and all.
+    """
+
+    output_dir: Path
+    validation: SplitResult
+    test: SplitResult | None
+    metrics: Mapping[str, Any]
     info: AdapterInfo
-    outputs: np.ndarray
+    parameters: ParameterCount
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels' names, in the order of the outputs."""
+        return self.info.labels
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training: the start, the training and a retraining, without evaluations."""
+        names = ("warm_start_runtime", "train_runtime", "refit_runtime")
+        return sum(self.metrics.get(name, 0.0) for name in names)
+
+    @cached_property
+    def classifier(self) -> TextClassifier:
+        """The classifier, loaded from `output_dir` at the first use."""
+        return TextClassifier.from_pretrained(self.output_dir)
 
 
-def validated(trainer: LoRATrainer, data: ClassificationData, baselines: Baselines) -> Measured:
-    """Results on the validation split; temperature and thresholds are fitted on it."""
+def measure_validation(
+    trainer: LoRATrainer, data: ClassificationData, baselines: Mapping[str, Mapping[str, np.ndarray]]
+) -> tuple[SplitResult, AdapterInfo, np.ndarray]:
+    """Results on the validation split, the adapter's info with what is fitted on it, and the outputs `(n, labels)`.
+
+    Temperature and thresholds are fitted. Every process has all predictions, and fits the same.
+    """
     info = adapter_info(trainer.accelerator.unwrap_model(trainer.model)).calibrated(Calibration())
-    return _results(trainer, data, baselines, info, "validation", "eval")
+    pair = _predicted(trainer, data, "validation")
+    info = info.calibrated(info.task.calibrate(pair[0].predictions, pair[0].label_ids))
+    result = _measured(trainer, data, info, *pair, "validation", baselines)
+    return result, info, np.asarray(pair[0].predictions)
 
 
-def finish(
+def measure_test(
     trainer: LoRATrainer,
     data: ClassificationData,
-    train_metrics: dict[str, float],
-    baselines: Baselines,
-    validation: Measured,
-) -> dict[str, Any]:
-    """Evaluate on the test split, save the adapter, write and show `metrics.json`.
+    baselines: Mapping[str, Mapping[str, np.ndarray]],
+    info: AdapterInfo,
+) -> SplitResult:
+    """Results on the test split, with the calibration of `info`."""
+    return _measured(trainer, data, info, *_predicted(trainer, data, "test"), "test", baselines)
 
-    validation: of `validated`, with the calibration that is saved with the adapter.
+
+def write_results(
+    trainer: LoRATrainer,
+    info: AdapterInfo,
+    validation: SplitResult,
+    test: SplitResult | None,
+    spent: Mapping[str, float],
+) -> FinetuneResult:
+    """Write the adapter and `metrics.json`; push them last, so that a push that fails takes nothing along.
+
+    spent: the metrics of training.
     """
-    args = trainer.args
-    output = Path(args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    info, errors, metrics = validation.info, validation.class_errors, dict(validation.metrics)
-    if "test" in data.splits:
-        test = _results(trainer, data, baselines, info, "test", "test")
-        metrics |= test.metrics
-        errors = test.class_errors
-    injection(model).info = info
-    if info.temperature is not None:
-        metrics["temperature"] = info.temperature
+    args, output = trainer.args, Path(trainer.args.output_dir)
+    injection(trainer.accelerator.unwrap_model(trainer.model)).info = info
     count = trainable_parameter_count(trainer.model)
+    metrics: dict[str, Any] = dict(validation.keys("validation"))
+    metrics |= {} if test is None else dict(test.keys("test"))
+    metrics |= {} if info.temperature is None else {"temperature": info.temperature}
     metrics |= {
-        **{name: train_metrics[name] for name in _FROM_TRAINING if name in train_metrics},
+        **{name: spent[name] for name in _FROM_TRAINING if name in spent},
         "trainable_parameters": count.trainable,
         "total_parameters": count.total,
         "epochs": trainer.state.epoch,
         "global_step": trainer.state.global_step,
         "peak_memory_mb": peak_memory_mb(),
     }
+    errors = (test or validation).class_errors
     trainer.facts.metrics, trainer.facts.class_errors = metrics, errors
-    spent = train_metrics["train_runtime"] + train_metrics.get("refit_runtime", 0.0)
-    trainer.facts.seconds, trainer.facts.device = spent, device_name(args.device)
+    trainer.facts.seconds = spent["train_runtime"] + spent.get("refit_runtime", 0.0)
+    trainer.facts.device = device_name(args.device)
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
-        metrics["adapter_bytes"] = (output / TENSORS).stat().st_size
-        metrics["class_errors"] = errors
-        write_text(output / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-        show(metrics, errors, str(count), output)
+        metrics |= {"adapter_bytes": (output / TENSORS).stat().st_size, "class_errors": errors}
+        write_text(output / METRICS, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     if args.push_to_hub:
-        # Last, so that a push that fails takes nothing along.
         trainer.push_to_hub()
-    return metrics
+    return FinetuneResult(output, validation, test, metrics, info, count)
 
 
-def _results(
-    trainer: LoRATrainer,
-    data: ClassificationData,
-    baselines: Baselines,
-    info: AdapterInfo,
-    split: str,
-    prefix: str,
-) -> Measured:
-    """Results on a split with the adapter and with it disabled; on the validation split `info` is fitted first."""
-    result, disabled = predicted(trainer, data, split, prefix)
-    if split == "validation":
-        # Every process has all predictions, and fits the same.
-        info = info.calibrated(data.task.calibrate(result.predictions, result.label_ids))
-    metrics = measured(trainer, info, result, disabled, prefix)
-    metrics |= measured_baselines(trainer, baselines.get(split, {}), result.label_ids, prefix)
-    errors = data.task.class_errors(result.predictions, disabled.predictions, result.label_ids, data.labels)
-    return Measured(metrics, errors, info, np.asarray(result.predictions))
-
-
-def predicted(
-    trainer: LoRATrainer, data: ClassificationData, split: str, prefix: str
+def _predicted(
+    trainer: LoRATrainer, data: ClassificationData, split: str
 ) -> tuple[PredictionOutput, PredictionOutput]:
-    """What the Trainer gives for a split with the adapter, and with it disabled."""
+    """What the Trainer gives for a split with the adapter, and without it."""
+    prefix = PREFIXES[split]
     result = trainer.predict(data.splits[split], metric_key_prefix=prefix)
     with lora_disabled(trainer.model):
         disabled = trainer.predict(data.splits[split], metric_key_prefix=prefix)
@@ -126,114 +192,50 @@ def predicted(
     return first, second
 
 
-def measured(
+def _measured(
     trainer: LoRATrainer,
+    data: ClassificationData,
     info: AdapterInfo,
     result: PredictionOutput,
     disabled: PredictionOutput,
-    prefix: str,
-) -> dict[str, Any]:
-    """The metrics of a split as `info` makes answers of its outputs; under `..._disabled` without the adapter.
-
-    Under `..._uncalibrated` are those that temperature and thresholds changed, as they were before.
-    """
-    metrics = dict(result.metrics or {})
-    timing = ("_runtime", "_per_second")
-    metrics |= {
-        f"{name}_disabled": value
-        for name, value in (disabled.metrics or {}).items()
-        if not name.endswith(timing)
+    split: str,
+    baselines: Mapping[str, Mapping[str, np.ndarray]],
+) -> SplitResult:
+    """The metrics of a split, as `info` makes answers of its outputs."""
+    compute: Any = trainer.compute_metrics
+    found = {
+        name.removeprefix(f"{PREFIXES[split]}_"): value for name, value in (result.metrics or {}).items()
     }
-    for calibration, suffix, given in (
-        (Calibration(), "_uncalibrated", result),
-        (info.calibration, "", result),
-        (info.calibration, "_disabled", disabled),
+    timing = {name: found.pop(name) for name in list(found) if name.endswith(_TIMING)}
+    without = {
+        name.removeprefix(f"{PREFIXES[split]}_"): value for name, value in (disabled.metrics or {}).items()
+    }
+    sides = {"adapter": Scores(found), "uncalibrated": Scores()}
+    sides["disabled"] = Scores({name: without[name] for name in found if name in without})
+    for side, calibration, given in (
+        ("uncalibrated", Calibration(), result),
+        ("adapter", info.calibration, result),
+        ("disabled", info.calibration, disabled),
     ):
-        found = info.task.reliability(given.predictions, given.label_ids, calibration)
-        if found is not None:
-            metrics[f"{prefix}_calibration_error{suffix}"] = found.error
+        reliability = info.task.reliability(given.predictions, given.label_ids, calibration)
+        if reliability is not None:
+            sides[side]["calibration_error"] = reliability.error
     if info.thresholds is not None:
-        decided = _by_thresholds(trainer, info, result)
-        # The ranking of a label's scores, of which the area is, does not depend on where they are cut.
-        changed = [name for name in decided if name != "roc_auc"]
-        metrics |= {f"{prefix}_{name}_uncalibrated": metrics[f"{prefix}_{name}"] for name in changed}
-        metrics |= {f"{prefix}_{name}": decided[name] for name in changed}
-        without = _by_thresholds(trainer, info, disabled)
-        metrics |= {f"{prefix}_{name}_disabled": without[name] for name in changed}
-    return metrics
-
-
-def measured_baselines(
-    trainer: LoRATrainer, baselines: Mapping[str, np.ndarray], references: Any, prefix: str
-) -> dict[str, float]:
-    """The metrics of other outputs for the same examples, each under its name: `..._probe`, `..._majority`."""
-    assert trainer.compute_metrics is not None
-    return {
-        f"{prefix}_{metric}_{name}": value
-        for name, outputs in baselines.items()
-        for metric, value in trainer.compute_metrics(EvalPrediction(outputs, references)).items()
-        if CLASS_F1 not in metric
-    }
-
-
-def _by_thresholds(trainer: LoRATrainer, info: AdapterInfo, result: PredictionOutput) -> dict[str, float]:
-    assert trainer.compute_metrics is not None
-    outputs = info.calibration.decision_outputs(np.asarray(result.predictions))
-    return trainer.compute_metrics(EvalPrediction(outputs, result.label_ids))
-
-
-def show(metrics: dict[str, Any], errors: dict[str, dict[str, int]], count: str, output: Path) -> None:
-    """Print the run's results as tables."""
-    others = ("_disabled", "_uncalibrated", *(f"_{name}" for name in BASELINES))
-    skipped = ("_runtime", "_per_second", "loss", "calibration_error", *others)
-    names = [
-        n
-        for n in metrics
-        if n.startswith(("eval_", "test_")) and not n.endswith(skipped) and CLASS_F1 not in n
-    ]
-    columns = {"with adapter": "", "adapter disabled": "_disabled"}
-    if any(f"{name}_uncalibrated" in metrics for name in names):
-        columns["at thresholds of 0.5"] = "_uncalibrated"
-    columns |= {
-        title: f"_{name}"
-        for name, title in BASELINES.items()
-        if any(f"{metric}_{name}" in metrics for metric in names)
-    }
-    rows = [(name, *(metrics.get(f"{name}{suffix}") for suffix in columns.values())) for name in names]
-    print_table("results", ("metric", *columns), rows)
-    if errors:
-        print_class_errors(errors, "in metrics.json")
-    facts = [
-        ("parameters", count),
-        ("start", f"{metrics['warm_start_runtime']:.1f} s"),
-        ("training", f"{metrics['train_runtime']:.1f} s, {metrics['global_step']} steps"),
-        ("peak memory", f"{metrics['peak_memory_mb']:.0f} MB"),
-        ("adapter", f"{output} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"),
-    ]
-    if "refit_runtime" in metrics:
-        kept = metrics.get("refit_examples")
-        outcome = "not kept" if kept is None else f"on all {kept:,} examples"
-        note = "the results under eval are of the training before"
-        facts.insert(3, ("refit", f"{metrics['refit_runtime']:.1f} s, {outcome}; {note}"))
-    calibration = calibration_fact(metrics)
-    if calibration is not None:
-        facts.insert(0, ("calibration", calibration))
-    print_table("run", ("what", "value"), facts)
-
-
-def calibration_fact(metrics: dict[str, Any]) -> str | None:
-    """The temperature with the calibration errors before and after it, in one line; None for a regression."""
-    if not any(name.endswith("calibration_error") for name in metrics):
-        return None
-    if "temperature" not in metrics:
-        return f"not fitted: that takes a validation split of at least {MIN_EXAMPLES} texts"
-    errors = [
-        f"{metrics[f'{prefix}_calibration_error_uncalibrated']:.4f} -> "
-        f"{metrics[f'{prefix}_calibration_error']:.4f} ({split})"
-        for prefix, split in (("eval", "validation"), ("test", "test"))
-        if f"{prefix}_calibration_error" in metrics
-    ]
-    return f"temperature {metrics['temperature']:.3f}; expected calibration error {', '.join(errors)}"
+        for side, given in (("adapter", result), ("disabled", disabled)):
+            outputs = info.calibration.decision_outputs(np.asarray(given.predictions))
+            decided = compute(EvalPrediction(outputs, given.label_ids))
+            # The ranking of a label's scores, of which the area is, does not depend on where they are cut.
+            decided.pop("roc_auc", None)
+            if side == "adapter":
+                sides["uncalibrated"] |= {name: sides[side][name] for name in decided}
+            sides[side] |= decided
+    for name, outputs in baselines.get(split, {}).items():
+        values = compute(EvalPrediction(outputs, result.label_ids))
+        sides["probe" if name == "probe" else "baseline"] = Scores(
+            {metric: value for metric, value in values.items() if CLASS_F1 not in metric}
+        )
+    errors = info.task.class_errors(result.predictions, disabled.predictions, result.label_ids, data.labels)
+    return SplitResult(**sides, class_errors=errors, timing=timing)
 
 
 def device_name(device: torch.device) -> str:

@@ -42,7 +42,7 @@ class LoRAStart:
 
     def __str__(self) -> str:
         spent = f", {self.seconds:.1f} s" if self.seconds else ""
-        return f"LoRA: {self.init} ({self.reason}{spent})"
+        return f"{self.init} ({self.reason}{spent})"
 
 
 def start_lora(trainer: Any, examples: int = EXAMPLES) -> LoRAStart:

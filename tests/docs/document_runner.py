@@ -27,8 +27,6 @@ def make_finetune_tiny() -> None:
     """Let `from hf_lora import finetune` give one that is told to be quick, whatever the document says."""
     import hf_lora
 
-    if "finetune" not in hf_lora.__all__:
-        return  # until it has landed
     finetune = hf_lora.finetune
 
     def quick(*args: Any, **settings: Any) -> Any:
@@ -78,11 +76,11 @@ def check_flags(task: dict[str, Any], _: Any) -> None:
 def check_launch(task: dict[str, Any], _: Any) -> None:
     """`hf-lora train` with flags for accelerate: both parts are understood, and nothing is started."""
     from hf_lora.cli.launch import take_launch_options
-    from hf_lora.cli.parsing import parse_training
+    from hf_lora.cli.train import parse_settings
 
     launch, argv = take_launch_options(task["argv"])
     assert launch is not None and launch.config.is_file()
-    parse_training([*argv, "--train_file", "train.csv", "--output_dir", "launched"])
+    parse_settings([*argv, "--train_file", "train.csv", "--output_dir", "launched"])
 
 
 KINDS = {"python": run_python, "hf-lora": run_command, "flags": check_flags, "launch": check_launch}

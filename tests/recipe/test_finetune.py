@@ -8,27 +8,34 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
 from conftest import BAD, GOOD, LABELS, WORDS, write_texts
+from datasets import Dataset, DatasetDict
 from helpers_cli import head_on_base, read_texts, scored
-from helpers_recipe import command
+from helpers_recipe import command, run_training
 from helpers_serving import peft_logits, plain_logits
 from huggingface_hub import ModelCard
 from tiny_run import until
 from torch import Tensor
 from transformers import AutoModel
 
-from hf_lora import LoRAConfig, TextClassifier
+from hf_lora import (
+    FinetuneOptions,
+    FinetuneResult,
+    LoRAConfig,
+    LoRATrainingArguments,
+    TextClassifier,
+    finetune,
+)
 from hf_lora.cli import main as cli
-from hf_lora.recipe.arguments import LoRAArguments
-from hf_lora.recipe.finetune import lora_config, run_training
+from hf_lora.recipe.progress import Progress
 
 Train = Callable[..., dict[str, Any]]
 
@@ -230,14 +237,15 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(
 
 
 def test_dry_run_prints_and_writes_nothing(
-    train: Train, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bert_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--train_file", texts, "--dry_run", "--lora_projections", "vq", "--lora_layers", -1]
-    flags += ["--num_train_epochs", 2]
-    result = train(tmp_path / "out", *flags, "--token", "hf_secret", "--hub_token", "hf_secret")
+    flags += ["--num_train_epochs", 2, "--token", "hf_secret", "--hub_token", "hf_secret"]
+    argv = command(tiny_bert_dir, tmp_path / "out", *flags)
+    del argv[argv.index("--num_train_epochs") : argv.index("--num_train_epochs") + 2]
+    assert cli.main(["train", *argv]) == 0
     out = capsys.readouterr().out
     modules = [f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
-    assert result == {"modules": modules}
     assert "\n".join(modules) in out and "2 modules;" in out
     settings = json.loads(out[: out.index("\n}\n") + 2])
     assert settings["lora"]["projections"] == "qv" and settings["lora"]["layers"] == [-1]
@@ -248,19 +256,22 @@ def test_dry_run_prints_and_writes_nothing(
 
 
 def test_dry_run_passes_on_trust_in_remote_code(
-    train: Train, tiny_bert_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bert_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_lora.recipe import finetune as training
+    from hf_lora.models import loading
 
     passed: dict[str, Any] = {}
-    original = training.meta_classifier
+    original = loading.meta_classifier
 
     def recorded(base: str, **options: Any) -> Any:
         passed.update(options)
         return original(base, **options)
 
-    monkeypatch.setattr(training, "meta_classifier", recorded)
-    train(tmp_path / "out", "--train_file", "x.csv", "--dry_run", "--trust_remote_code")
+    monkeypatch.setattr(loading, "meta_classifier", recorded)
+    argv = command(
+        tiny_bert_dir, tmp_path / "out", "--train_file", "x.csv", "--trust_remote_code", "--dry_run"
+    )
+    assert cli.main(["train", *argv]) == 0
     assert passed.get("trust_remote_code") is True
 
 
@@ -380,42 +391,6 @@ def test_frozen_head_is_not_trained(train: Train, texts: Path, tmp_path: Path) -
     first, last = tensors(tmp_path / "checkpoint-1"), tensors(tmp_path)
     changed = {key for key in last if not torch.equal(first[key], last[key])}
     assert changed == {key for key in last if ".lora_" in key}
-
-
-# What the command line asks for if it is asked for nothing: A along the gradient.
-DEFAULT = LoRAConfig(rank=8, alpha=16.0, init="gradient")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, DEFAULT),
-        ({"lora_rank": 3}, replace(DEFAULT, rank=3)),
-        ({"lora_alpha": 2.5}, replace(DEFAULT, alpha=2.5)),
-        ({"lora_dropout": 0.25}, replace(DEFAULT, dropout=0.25)),
-        ({"lora_projections": "vq"}, replace(DEFAULT, projections="qv")),
-        ({"lora_target_modules": ["query"]}, replace(DEFAULT, target_modules=("query",))),
-        (
-            {"lora_target_modules": ["self.query", "value"]},
-            replace(DEFAULT, target_modules=("self.query", "value")),
-        ),
-        (
-            {"lora_target_modules": [r".*\.(query|key)"]},
-            replace(DEFAULT, target_modules=r".*\.(query|key)"),
-        ),
-        ({"lora_target_modules": ["all-linear"]}, replace(DEFAULT, target_modules="all-linear")),
-        ({"lora_layers": [0, -1]}, replace(DEFAULT, layers=(0, -1))),
-        ({"lora_rank_pattern": '{"query": 2}'}, replace(DEFAULT, rank_pattern={"query": 2})),
-        ({"lora_alpha_pattern": '{"query": 0.5}'}, replace(DEFAULT, alpha_pattern={"query": 0.5})),
-        ({"lora_bias": "lora_only"}, replace(DEFAULT, bias="lora_only")),
-        ({"lora_init": "gaussian"}, replace(DEFAULT, init="gaussian")),
-        ({"train_head": False}, replace(DEFAULT, train_head=False)),
-    ],
-)
-def test_every_lora_argument_reaches_the_config(arguments: dict[str, Any], expected: LoRAConfig) -> None:
-    config = lora_config(LoRAArguments(**arguments))
-    assert config == expected
-    assert not arguments or config != lora_config(LoRAArguments())
 
 
 LONG_RUN = ["--num_train_epochs", 5, "--per_device_train_batch_size", 4, "--save_strategy", "steps"]
@@ -564,7 +539,7 @@ def test_a_run_in_bf16_says_so_and_gives_an_ordinary_adapter(
     argv = command(tiny_bert_dir, tmp_path / "run", "--train_file", texts)
     argv[argv.index("--precision") + 1] = "bf16"
     metrics = run_training(argv)
-    assert "precision: bf16 (as asked for)" in capsys.readouterr().out
+    assert "encoder: bf16, native pooling (" in capsys.readouterr().out
     tensors = safetensors.torch.load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     rows, names = read_texts(texts)
@@ -579,4 +554,136 @@ def test_the_flags_of_transformers_keep_their_meaning(
     argv = command(tiny_bert_dir, tmp_path / "run", "--train_file", texts, "--bf16", "True")
     argv[argv.index("--precision") + 1] = "auto"
     run_training(argv)
-    assert "precision: fp32 (cast at every step, as --bf16 or --fp16 asks for)" in capsys.readouterr().out
+    assert "encoder: fp32, native pooling (" in capsys.readouterr().out
+
+
+# What `finetune` is told on the tiny encoder; the same as `command` tells the command line.
+QUICK = {
+    "max_seq_length": 32,
+    "use_cpu": True,
+    "precision": "fp32",
+    "head_init": "random",
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_bert_dir: Path, texts: Path, held_out: tuple[Path, Path], tmp_path_factory) -> FinetuneResult:
+    output = tmp_path_factory.mktemp("tuned") / "run"
+    return finetune(str(tiny_bert_dir), texts, test=held_out[1], output_dir=output, **QUICK)
+
+
+def test_data_in_memory_give_the_same_adapter_as_files_and_the_command_line(
+    tuned: FinetuneResult, tiny_bert_dir: Path, texts: Path, held_out: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = {
+        name: list(csv.DictReader(path.open())) for name, path in (("train", texts), ("test", held_out[1]))
+    }
+    forms: dict[str, dict[str, Any]] = {
+        "dicts": rows,
+        "frames": {name: pd.DataFrame(table) for name, table in rows.items()},
+        "datasets": {name: Dataset.from_list(table) for name, table in rows.items()},
+        "splits": {"train": DatasetDict({name: Dataset.from_list(table) for name, table in rows.items()})},
+    }
+    for name, tables in forms.items():
+        result = finetune(str(tiny_bert_dir), output_dir=tmp_path / name, **tables, **QUICK)
+        assert same(result.output_dir, tuned.output_dir), name
+        assert result.test is not None and result.test.accuracy == tuned.metrics["test_accuracy"]
+    run_training(command(tiny_bert_dir, tmp_path / "cli", "--train_file", texts, "--test_file", held_out[1]))
+    assert same(tmp_path / "cli", tuned.output_dir)
+
+
+def test_a_result_has_metrics_by_split_and_side(tuned: FinetuneResult, held_out: tuple[Path, Path]) -> None:
+    assert json.loads((tuned.output_dir / "metrics.json").read_text()) == tuned.metrics
+    assert tuned.test is not None
+    for side, ending in (
+        ("adapter", ""),
+        ("disabled", "_disabled"),
+        ("probe", "_probe"),
+        ("baseline", "_majority"),
+    ):
+        assert getattr(tuned.test, side).accuracy == tuned.metrics[f"test_accuracy{ending}"]
+        assert getattr(tuned.validation, side)["f1_macro"] == tuned.metrics[f"eval_f1_macro{ending}"]
+    assert tuned.test.class_errors == tuned.metrics["class_errors"]
+    with pytest.raises(AttributeError, match="no metric 'bleu'; expected one of loss, accuracy"):
+        tuned.test.bleu  # noqa: B018
+    rows, names = read_texts(held_out[1])
+    answers = tuned.classifier.predict(rows)
+    right = [answer["label"] == name for answer, name in zip(answers, names, strict=True)]
+    assert tuned.test.accuracy == pytest.approx(np.mean(right))
+    assert tuned.labels == LABELS and tuned.parameters.trainable == tuned.metrics["trainable_parameters"]
+
+
+def test_the_same_call_again_gives_the_same_adapter_and_leaves_its_arguments_alone(
+    tiny_bert_dir: Path, texts: Path, tmp_path: Path
+) -> None:
+    args = LoRATrainingArguments(
+        str(tmp_path / "a"), use_cpu=True, learning_rate=0.0, num_train_epochs=0, max_steps=3
+    )
+    given = {"args": args, "lora": LoRAConfig(rank=2), "options": FinetuneOptions(head_init="random")}
+    for name in "ab":
+        finetune(str(tiny_bert_dir), texts, output_dir=tmp_path / name, max_seq_length=32, **given)
+    assert same(tmp_path / "a", tmp_path / "b")
+    assert (args.output_dir, args.learning_rate) == (str(tmp_path / "a"), 0.0)
+
+
+class Told(Progress):
+    """Everything that a run tells."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, str] = {}
+        self.stages: list[str] = []
+        self.bars: dict[str, tuple[int, int]] = {}
+        self.epochs: list[float] = []
+
+    def fact(self, topic: str, text: str) -> None:
+        self.facts[topic] = text
+
+    def begin(self, stage: str) -> None:
+        self.stages.append(stage)
+
+    def advance(self, done: int, total: int) -> None:
+        self.bars[self.stages[-1]] = done, total
+
+    def evaluated(self, epoch: float, metrics: Any) -> None:
+        self.epochs.append(epoch)
+        assert {"loss", "accuracy"} <= set(metrics)
+
+
+def test_a_run_tells_what_it_understood_and_how_far_it_is(
+    tiny_bert_dir: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = Told()
+    settings = {**QUICK, "num_train_epochs": 2}
+    finetune(str(tiny_bert_dir), texts, output_dir=tmp_path / "run", progress=told, **settings)
+    assert told.facts["task"] == "single label classification of 'text'; labels negative 19, positive 19"
+    assert told.facts["examples"] == "train 38, validation 10; validation is held out of train"
+    assert told.facts["lengths"] == "at most 8 tokens; none is cut at 32"
+    assert told.facts["training"].startswith("learning rate 0.00055, 2 epochs of 5 steps")
+    stages = [stage for stage in told.stages if stage != "validation"]
+    assert stages == ["features", "epoch 1/2", "epoch 2/2", "retraining on all 48 examples"]
+    assert told.bars["epoch 2/2"] == (5, 5)
+    assert told.bars["retraining on all 48 examples"] == (12, 12)
+    assert told.bars["features"][0] == told.bars["features"][1] > 0
+    assert told.epochs == [1.0, 2.0]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_rnk": 4}, "unknown option lora_rnk; did you mean lora_rank?"),
+        ({"output_dir": None}, "output_dir is missing; expected such as 'runs/mine'"),
+        ({"train": None}, "no data given; expected a train_file or a dataset_name"),
+        ({"train": 3}, "train"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    settings: dict[str, Any], message: str, tiny_bert_dir: Path, texts: Path, tmp_path: Path
+) -> None:
+    given = {"train": texts, "output_dir": tmp_path / "run", **QUICK, **settings}
+    with pytest.raises(ValueError) as error:
+        finetune(str(tiny_bert_dir), **given)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import write_texts
+from helpers_recipe import run_training
 
 from hf_lora.cli import main as cli
 from hf_lora.recipe import series_progress
-from hf_lora.recipe.finetune import run_training
 from hf_lora.recipe.learning_curve import Curve, CurveRuns, Point, Scores, Size, parse_shots
 from hf_lora.recipe.learning_curve_plot import plot_curve
 

@@ -1,80 +1,59 @@
+"""The one definition of every option."""
+
 from __future__ import annotations
 
-import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 
 import pytest
+from transformers import TrainingArguments
 
-from hf_lora.data import DataConfig
-from hf_lora.recipe.arguments import GROUPS, TRAINING_DEFAULTS, help_text
-from hf_lora.training.arguments import LoRATrainingArguments
+from hf_lora.recipe.options import (
+    COMMON,
+    TOPICS,
+    TrainingOptions,
+    all_options,
+    check_names,
+    training_defaults,
+    transformers_options,
+)
 
-ALL = [(group, entry) for group in GROUPS for entry in fields(group)]
+ALL = [entry for group in all_options().values() for entry in group]
 
 
-def block(name: str) -> str:
-    """What `train --help` says of one argument."""
-    found = re.search(rf"^  --{name}\n((?: {{8}}.*\n?)+)", help_text() + "\n", flags=re.MULTILINE)
-    assert found, name
-    return " ".join(found.group(1).split())
+def test_the_names_read_from_the_source_are_those_of_transformers() -> None:
+    assert transformers_options() == {entry.name for entry in fields(TrainingArguments)}
 
 
-@pytest.mark.parametrize(("group", "entry"), ALL, ids=[entry.name for _, entry in ALL])
-def test_help_has_every_argument_with_text_and_default(group: type, entry) -> None:
-    shown = block(entry.name)
-    assert shown.startswith(" ".join(entry.metadata["help"].split()))
-    if entry.default is MISSING:
-        assert shown.endswith("(required)")
-    elif entry.default is not None:
-        assert shown.endswith(f"(default: {entry.default})")
+def test_every_option_has_one_definition() -> None:
+    names = [entry.name for entry in ALL]
+    assert len(names) == len(set(names))
+    assert set(names) >= set(COMMON)
+    own = {
+        entry.name
+        for title, owner, _ in TOPICS
+        for entry in all_options()[title]
+        if owner is not TrainingOptions
+    }
+    assert not own & transformers_options()
+
+
+def test_training_options_are_arguments_of_the_trainer_with_another_default() -> None:
+    theirs = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    assert {entry.name for entry in fields(TrainingOptions)} <= set(theirs)
+    assert [name for name, value in training_defaults().items() if theirs[name] == value] == []
+    for entry in fields(TrainingOptions):
+        described = entry.name not in training_defaults()
+        assert not described or entry.name == "output_dir" or entry.default in (theirs[entry.name], None)
+
+
+@pytest.mark.parametrize("entry", ALL, ids=[entry.name for entry in ALL])
+def test_every_option_has_words(entry) -> None:
+    assert len(entry.help) > 8 and (entry.help.endswith(".") or ";" in entry.help)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "head_learning_rate",
-        "lora_plus_ratio",
-        "class_weights",
-        "max_tokens_per_batch",
-        "cache_frozen_prefix",
-        "frozen_prefix_cache_gb",
-    ],
+    ("name", "near"), [("lora_rnk", "lora_rank"), ("lr", "lora"), ("weight_deca", "weight_decay")]
 )
-def test_help_has_our_own_training_arguments(name: str) -> None:
-    assert name in {entry.name for entry in fields(LoRATrainingArguments)}
-    assert len(block(name)) > 20
-
-
-def test_help_tells_output_dir_and_resuming() -> None:
-    assert block("output_dir").endswith("(required)")
-    assert "last one" in block("resume_from_checkpoint")
-
-
-def test_help_shows_our_defaults_of_training_arguments() -> None:
-    known = {entry.name for entry in fields(LoRATrainingArguments)}
-    lines = help_text().splitlines()
-    for name, value in TRAINING_DEFAULTS.items():
-        # Rate and epochs are chosen from the data, and the help says how.
-        assert name in ("learning_rate", "num_train_epochs") or f"  --{name} (default: {value})" in lines
-        assert name in known
-    assert any("2 if they make 200 steps" in line for line in lines)
-    assert any("the root of their number" in line for line in lines)
-
-
-def test_no_name_is_taken_twice() -> None:
-    names = [entry.name for _, entry in ALL] + [entry.name for entry in fields(LoRATrainingArguments)]
-    assert [name for name in names if names.count(name) > 1] == []
-
-
-def test_data_arguments_are_fields_of_data_config() -> None:
-    [data] = [group for group in GROUPS if group.__name__ == "DataArguments"]
-    names = {entry.name for entry in fields(data)} - {"max_seq_length", "split_seed"} | {"max_length"}
-    assert names | {"seed", "cache_dir", "token"} == {entry.name for entry in fields(DataConfig)}
-
-
-def test_data_defaults_are_those_of_data_config() -> None:
-    [data] = [group for group in GROUPS if group.__name__ == "DataArguments"]
-    library = {entry.name: entry.default for entry in fields(DataConfig)}
-    library["split_seed"] = None  # the run's own seed
-    for entry in fields(data):
-        assert entry.default == library[entry.name.replace("max_seq_length", "max_length")], entry.name
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"^unknown option {name}; (did you mean {near}|hf-lora train)"):
+        check_names([name])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import write_texts
 from helpers_cli import read_texts
+from helpers_recipe import run_training
 from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.dummy import DummyClassifier
@@ -20,7 +21,6 @@ from transformers import AutoModelForSequenceClassification
 from hf_lora import TextClassifier
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.cli import main as cli
-from hf_lora.recipe.finetune import run_training
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_sentence_encoders_probe_reads_three_layers_and_lora_the_last(
     (base / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
     train(base, tmp_path / "run", files, "--lora_rank", rank, *flags)
     printed = capsys.readouterr().out
-    assert f"pooling: {expected} (by the 1_Pooling/config.json" in printed
+    assert f"{expected} pooling (by the 1_Pooling/config.json" in printed
     narrowed = "better on the last layer alone" in printed
     assert read_adapter(tmp_path / "run").info.pooling == ("mean" if narrowed else expected)
 

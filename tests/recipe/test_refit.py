@@ -16,7 +16,7 @@ import torch
 from conftest import LABELS, write_texts
 from datasets import concatenate_datasets
 from helpers_cli import read_texts
-from helpers_recipe import prepared, regressions_loss
+from helpers_recipe import prepared, regressions_loss, run_training
 from helpers_training import Terminate
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -26,7 +26,6 @@ from transformers import set_seed
 from hf_lora import LoRATrainer, TextClassifier
 from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.recipe.compare import Snapshot
-from hf_lora.recipe.finetune import run_training
 from hf_lora.recipe.head_start import frozen_features, install, output_layer, start_head
 from hf_lora.recipe.refit import refit
 from hf_lora.training.gradient_init import choose_start, start_lora
@@ -162,7 +161,11 @@ def test_card_and_terminal_say_so(train: Train, refitted, single, tmp_path: Path
     assert "retrained on" not in ModelCard.load(single[0] / "README.md").text
     train(tmp_path / "run")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "refit: on all 60 examples" in printed and "the results under eval are of" in printed
+    assert "retraining on all 60 examples ..." in printed
+    assert (
+        "retraining: on all 60 examples, " in printed
+        and "validation scores were measured before it" in printed
+    )
 
 
 @pytest.mark.slow

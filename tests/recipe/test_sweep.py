@@ -14,15 +14,15 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import write_texts
+from helpers_recipe import run_training
+from hf_lora.recipe.arguments import DataArguments, ModelArguments
+from hf_lora.recipe.run_settings import data_config
 
 from hf_lora import LoRATrainer
 from hf_lora.cli import main as cli
 from hf_lora.data import prepare_data
 from hf_lora.models.loading import load_tokenizer
 from hf_lora.recipe import series_progress
-from hf_lora.recipe.arguments import DataArguments, ModelArguments
-from hf_lora.recipe.finetune import run_training
-from hf_lora.recipe.run_settings import data_config
 from hf_lora.recipe.sweep import Sweep, parse_projections, parse_ranks
 from hf_lora.recipe.sweep_results import Result, choose, table_rows
 from hf_lora.training.arguments import LoRATrainingArguments

@@ -119,7 +119,7 @@ def test_the_model_computes_what_it_did_and_nothing_else_has_changed(tmp_path: P
         assert parameter.grad is None
         assert name not in others or torch.equal(parameter, others[name]), name
     assert injection(model).config.init == "gradient" and trainer.lora_start is start
-    assert str(start).startswith("LoRA: gradient (A along the gradient of 10 examples, ")
+    assert str(start).startswith("gradient (A along the gradient of 10 examples, ")
     batch = default_data_collator(list(trainer.train_dataset))
     assert_close(model.eval()(**batch).logits, plain.eval()(**batch).logits)
 
@@ -233,10 +233,10 @@ def test_automatic_is_the_gradient_but_with_a_random_head(tmp_path: Path) -> Non
         start = choose_start(trainer, "auto", head)
         assert start.init == injection(trainer.model).config.init == init
         assert not awaits_start(trainer)
-    assert str(start) == "LoRA: kaiming (the gradient of a random head says nothing)"
+    assert str(start) == "kaiming (the gradient of a random head says nothing)"
     assert choose_start(trainer, "gradient", "random").init == "gradient"
     trainer, _ = trainer_of("bert", tmp_path, LoRAConfig(rank=2, init="pissa"))
-    assert str(choose_start(trainer, "pissa", "probe")) == "LoRA: pissa (as asked for)"
+    assert str(choose_start(trainer, "pissa", "probe")) == "pissa (as asked for)"
 
 
 def _merge(trainer: LoRATrainer) -> None:

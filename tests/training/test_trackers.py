@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 from conftest import LABELS
+from helpers_recipe import run_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from hf_lora.recipe.finetune import run_training
 
 
 def test_tensorboard_has_lora_settings_and_metrics_by_class(

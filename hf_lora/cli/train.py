@@ -1,0 +1,253 @@
+"""`hf-lora train`: from flags and YAML to a run, and what a person sees of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hf_lora._choices import option
+from hf_lora.cli.launch import OVERRIDES, relaunched, take_launch_options
+from hf_lora.recipe.options import (
+    COMMON,
+    FROM_DATA,
+    Option,
+    all_options,
+    check_names,
+    options_of,
+    training_defaults,
+)
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+    from hf_lora.recipe.settings import Recipe
+
+_WIDTH, _COLUMN = 100, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TerminalOptions:
+    """The terminal."""
+
+    quiet: bool = option(False, help="Print the results alone, as plain lines.")
+    dry_run: bool = option(False, help="Print the settings and the modules to adapt, and stop.")
+
+
+_HELP = """\
+usage: hf-lora train [CONFIG.yaml] --model_name_or_path M (--train_file F | --dataset_name D) --output_dir O [options]
+
+Fine-tune a pretrained encoder with LoRA on a text classification data set.
+
+examples:
+  hf-lora train --model_name_or_path bert-base-uncased --train_file reviews.csv --output_dir runs/reviews
+  hf-lora train --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --train_file train.csv \\
+      --test_file test.csv --few_shot 32 --output_dir runs/few
+"""
+_MORE = """
+A YAML file holds the same names as keys; flags override it.
+hf-lora train --help_all lists all options, those of transformers.TrainingArguments included.
+Set HF_LORA_TRACEBACK=1 to see where an error comes from."""
+
+
+def register(commands: Any) -> None:
+    """Name the command in `hf-lora --help`; its hundreds of flags are parsed here."""
+    commands.add_parser("train", help="fine-tune a model and export the adapter", add_help=False)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train as the command line says; returns the exit code."""
+    argv = list(argv)
+    if not argv or {"-h", "--help"} & set(argv):
+        print(help_text())
+        return 0
+    if "--help_all" in argv:
+        print(full_help())
+        return 0
+    check_flags(argv)
+    launch, argv = take_launch_options(argv)
+    if launch is not None:
+        return relaunched(launch, argv)
+    from transformers.utils import logging as transformers_logging
+
+    from hf_lora.cli.display import display_of, show_results
+    from hf_lora.recipe.finetune import Finetuning
+    from hf_lora.recipe.settings import Recipe
+    from hf_lora.training.distributed import leave
+
+    transformers_logging.disable_progress_bar()
+    settings = parse_settings(argv)
+    quiet, dry = settings.pop("quiet"), settings.pop("dry_run")
+    recipe = Recipe.from_settings(settings)
+    if dry:
+        dry_run(recipe)
+        return 0
+    with display_of(quiet=quiet) as display:
+        result = Finetuning(recipe, progress=display).run()
+    if recipe.args.process_index == 0:
+        show_results(result, plain=quiet or not sys.stdout.isatty())
+    leave()
+    return 0
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Raise ValueError, with the nearest known one, for an unknown flag: before anything heavy is imported."""
+    flags = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    ours = [entry.name for entry in options_of(TerminalOptions)]
+    # --no_x switches off what is on by default.
+    names = [flag for flag in flags if not flag.startswith("no_")]
+    check_names(names, also=[*ours, *OVERRIDES, "accelerate_config", "help_all"], prefix="--")
+
+
+def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
+    """Every option by its name, from `[CONFIG.yaml] --flags`; a flag overrides the file.
+
+    Raises ValueError, in one line, for unknown or unusable flags and for a bad file.
+    """
+    parser, argv = make_parser(), list(argv)
+    if argv and not argv[0].startswith("-"):
+        settings = read_yaml(Path(argv[0]))
+        # None has no spelling on the command line: it becomes the default.
+        parser.set_defaults(**{key: None for key, value in settings.items() if value is None})
+        argv = [*_flags(settings, parser), *argv[1:]]
+    return vars(parser.parse_args(argv))
+
+
+def make_parser() -> HfArgumentParser:
+    """The parser of `hf-lora train`: our options and all of TrainingArguments."""
+    from transformers import HfArgumentParser
+
+    from hf_lora.training.arguments import LoRATrainingArguments
+
+    class TrainingParser(HfArgumentParser):
+        """Tells a mistake in one line, without the usage of hundreds of flags."""
+
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"{message}; hf-lora train --help lists the options")
+
+    ours = [
+        *(all_options()[title] for title in ("model", "data", "LoRA", "run")),
+        options_of(TerminalOptions),
+    ]
+    groups = [*map(_flag_class, ours), LoRATrainingArguments]
+    parser = TrainingParser(groups, prog="hf-lora train", allow_abbrev=False)
+    parser.set_defaults(**training_defaults())
+    actions = {action.dest: action for action in parser._actions}
+    actions["output_dir"].required = True
+    actions["resume_from_checkpoint"].nargs = "?"
+    actions["resume_from_checkpoint"].const = "last"
+    return parser
+
+
+def _flag_class(options: Iterable[Option]) -> type:
+    """A dataclass whose fields are options under their flags, for HfArgumentParser."""
+    entries = [
+        (entry.name, entry.type, field(default=entry.default, metadata={"help": entry.help}))
+        for entry in options
+    ]
+    return make_dataclass("Flags", entries, kw_only=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file. Raises ValueError, in one line, if it is not a mapping of known names."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} is no configuration; expected lines such as 'learning_rate: 1e-3'")
+    also = [entry.name for entry in options_of(TerminalOptions)]
+    check_names(map(str, values), f"key in {str(path)!r}: ", also=also)
+    return values
+
+
+def _flags(settings: dict[str, Any], parser: HfArgumentParser) -> list[str]:
+    """The settings as command-line flags, so that both are checked by the same parser."""
+    choices = {action.dest: action.choices or () for action in parser._actions}
+    return [
+        flag
+        for key, value in settings.items()
+        if value is not None
+        for flag in _flag(key, value, yaml_no="no" in choices[key])
+    ]
+
+
+def _flag(key: str, value: Any, *, yaml_no: bool) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    if yaml_no and value is False:
+        return [f"--{key}=no"]  # YAML reads a bare `no` as false
+    # One word, since a value of its own may start with a dash.
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def help_text() -> str:
+    """The text of `hf-lora train --help`: the options that people use."""
+    ours = {entry.name: entry for group in all_options().values() for entry in group}
+    lines = _option_lines([*(ours[name] for name in COMMON), *options_of(TerminalOptions)])
+    return "\n".join([_HELP, "options:", *lines, _MORE])
+
+
+def full_help() -> str:
+    """The text of `hf-lora train --help_all`: every option, by topic."""
+    from hf_lora.training.arguments import LoRATrainingArguments
+
+    lines, known = [_HELP.rstrip()], set()
+    for title, entries in {**all_options(), "terminal": tuple(options_of(TerminalOptions))}.items():
+        lines += ["", f"{title}:", *_option_lines(entries)]
+        known |= {entry.name for entry in entries}
+    others = [
+        Option(
+            entry.name,
+            entry.name,
+            LoRATrainingArguments,
+            entry.type,
+            entry.default,
+            str(entry.metadata["help"]),
+        )
+        for entry in fields(LoRATrainingArguments)
+        if entry.name not in known and "help" in entry.metadata
+    ]
+    return "\n".join([*lines, "", "transformers.TrainingArguments:", *_option_lines(others), _MORE])
+
+
+def _option_lines(entries: Iterable[Option]) -> Iterator[str]:
+    for entry in entries:
+        shown = "required" if entry.required else f"default: {_plain(entry.default)}"
+        left = entry.default is None or entry.default is MISSING or entry.name in FROM_DATA
+        text = entry.help if left and not entry.required else f"{entry.help} ({shown})"
+        flag = f"  --{entry.name}"
+        words = textwrap.wrap(" ".join(text.split()), _WIDTH - _COLUMN)
+        if len(flag) >= _COLUMN:
+            yield flag
+            flag = ""
+        yield flag.ljust(_COLUMN) + words[0]
+        yield from (" " * _COLUMN + line for line in words[1:])
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print the settings and the modules that would be adapted; no weights are loaded."""
+    from hf_lora.lora.inject import inject_lora, trainable_parameter_count
+    from hf_lora.models.loading import meta_classifier
+
+    model = meta_classifier(
+        recipe.model.model_name_or_path, revision=recipe.model.model_revision, **recipe.model.hub
+    )
+    names = inject_lora(model, recipe.lora_config)
+    left_open = {name: "from the data" for name in FROM_DATA if getattr(recipe.args, name) == 0}
+    settings = {"lora": recipe.lora_config.to_dict(), "training": recipe.args.to_dict() | left_open}
+    print(json.dumps(settings, indent=2, sort_keys=True))
+    print("\n".join(names))
+    print(f"{len(names)} modules; {trainable_parameter_count(model)} with a head of 2 labels")

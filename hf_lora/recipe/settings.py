@@ -1,0 +1,221 @@
+"""A run's settings as one value, and what is chosen from the data where they leave it open."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_lora.data.config import DataConfig
+from hf_lora.data.splits import FEW_EXAMPLES
+from hf_lora.lora.config import LoRAConfig
+from hf_lora.recipe.options import (
+    FinetuneOptions,
+    ModelOptions,
+    all_options,
+    check_names,
+    training_defaults,
+)
+from hf_lora.tasks import Task
+from hf_lora.training.arguments import LoRATrainingArguments
+
+# A linear probe is the smallest adapter there is, whose B stays zero: PEFT's files have no rank 0.
+PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
+# Whether a run retrains on all examples, the held-out ones included, once it has been measured.
+REFITS = ("auto", "always", "never")
+# Where the examples are few, each step is led by what only these have, and there are as many steps all the same.
+RATE, ENOUGH_EXAMPLES = 2e-3, 500
+# Two epochs where they make so many steps, else three, and more where those make hardly any.
+ENOUGH_STEPS, FEWEST_STEPS, MOST_EPOCHS = 200, 60, 30
+_REQUIRED = {"model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2", "output_dir": "runs/mine"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one run is told.
+
+    lora: None for a linear probe, which adapts nothing. tables: data in memory, by split.
+    """
+
+    model: ModelOptions
+    data: DataConfig
+    lora: LoRAConfig | None
+    options: FinetuneOptions
+    args: LoRATrainingArguments
+    tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Mapping[str, Any],
+        *,
+        tables: Mapping[str, Any] | None = None,
+        objects: Mapping[str, Any] | None = None,
+    ) -> Recipe:
+        """From options by their names; what is left out has its default.
+
+        tables: data in memory, by split. objects: `lora`, `data`, `options` or `args`, each in the place of the options
+        of its topic. Raises ValueError, in one line, for an unknown name and for a value that is not usable.
+        """
+        check_names(settings)
+        objects, tables = objects or {}, dict(tables or {})
+        values = dict(settings)
+        for name, example in _REQUIRED.items():
+            if not values.get(name):
+                raise ValueError(f"{name} is missing; expected such as {example!r}")
+        model = ModelOptions(**_take(values, "model"))
+        data = _take(values, "data")
+        lora, options = _take(values, "LoRA"), _take(values, "run")
+        if "args" in objects:
+            output = values.pop("output_dir")
+        for name, given in (("lora", lora), ("options", options), ("args", values), ("data", data)):
+            twice = given.keys() - {"train_file", "validation_file", "test_file"}
+            if name in objects and twice:
+                raise ValueError(f"{name}= and {min(twice)} are both given; expected one of the two")
+        args = objects.get("args")
+        if args is None:
+            args = LoRATrainingArguments(**{**training_defaults(), **values})
+        else:
+            args = copy.copy(args)
+            args.output_dir = output
+        place = {"cache_dir": model.cache_dir, "token": model.token}
+        if "data" in objects:
+            data_config = replace(objects["data"], **data, **place)
+        else:
+            seed = args.seed if data.get("seed") is None else data["seed"]
+            data_config = DataConfig(**{**data, **place, "seed": seed})
+        if not tables and not any((data_config.dataset_name, data_config.train_file, data_config.test_file)):
+            raise ValueError("no data given; expected a train_file or a dataset_name")
+        return cls(
+            model=model,
+            data=data_config,
+            lora=objects["lora"] if "lora" in objects else lora_config(lora),
+            options=objects.get("options") or FinetuneOptions(**options),
+            args=args,
+            tables=tables,
+        )
+
+    @property
+    def lora_config(self) -> LoRAConfig:
+        """What is injected: of a linear probe the smallest adapter. `init` is what `lora_init` asks for."""
+        if self.lora is None:
+            return PROBE_CONFIG
+        return replace(self.lora, init="gradient" if self.lora_init == "auto" else self.lora_init)
+
+    @property
+    def lora_init(self) -> str:
+        """`options.lora_init`; where that is auto, another initialization that the LoRAConfig names."""
+        init = self.options.lora_init
+        if init == "auto" and self.lora is not None and self.lora.init != "kaiming":
+            return self.lora.init
+        return init
+
+
+def _take(values: dict[str, Any], title: str) -> dict[str, Any]:
+    """The values of a topic's options by field, removed from `values`."""
+    return {entry.field: values.pop(entry.name) for entry in all_options()[title] if entry.name in values}
+
+
+def lora_config(values: Mapping[str, Any]) -> LoRAConfig | None:
+    """A LoRAConfig from fields as flags and YAML give them: lists, JSON texts, rank 0 for None."""
+    values = dict(values)
+    if values.get("rank") == 0:
+        return None
+    targets = values.get("target_modules")
+    if isinstance(targets, Sequence) and not isinstance(targets, str) and len(targets) == 1:
+        # One word may be a regular expression, or all-linear.
+        plain = targets[0].replace(".", "").replace("_", "").isalnum()
+        values["target_modules"] = tuple(targets) if plain else targets[0]
+    for name in ("rank_pattern", "alpha_pattern"):
+        values[name] = _mapping(f"lora_{name}", values.get(name))
+    for name in ("target_modules", "layers"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    return LoRAConfig(**values)
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, str):
+        return value or {}
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON; got {value!r} ({error})") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f'{name} is not a JSON object; got {value!r}; expected such as {{"query": 16}}')
+    return parsed
+
+
+def choose_rate(args: LoRATrainingArguments, examples: int) -> str:
+    """Set `learning_rate` where it was left open: 2e-3, less by the root of the number of examples if they are few.
+
+    docs/benchmarks says how that was measured. Returns the rate in words.
+    """
+    if args.learning_rate == 0:
+        args.learning_rate = float(f"{RATE * math.sqrt(min(1.0, examples / ENOUGH_EXAMPLES)):.2g}")
+    return f"learning rate {args.learning_rate:g}"
+
+
+def choose_epochs(args: LoRATrainingArguments, examples: int) -> str:
+    """Set `num_train_epochs` where it was left open: three, two if they make 200 steps, more to make at least 60.
+
+    A few examples need many passes until the adapter has moved; docs/benchmarks says how that was measured.
+    Returns the length of the training in words.
+    """
+    if args.max_steps > 0:
+        return f"{args.max_steps:,} steps"
+    step = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    steps = max(1, math.ceil(examples / step))
+    if args.num_train_epochs <= 0:
+        usual = 2 if 2 * steps >= ENOUGH_STEPS else 3
+        args.num_train_epochs = min(max(usual, math.ceil(FEWEST_STEPS / steps)), MOST_EPOCHS)
+    return f"{args.num_train_epochs:g} epochs of {steps:,} steps"
+
+
+def choose_smoothing(args: LoRATrainingArguments, task: Task) -> None:
+    """Switch label smoothing off where there is no single label to smooth."""
+    if not task.smooths_labels:
+        args.label_smoothing_factor = 0.0
+
+
+def choose_refit(
+    refit: str, args: LoRATrainingArguments, *, held_out: bool, examples: int, stopping: bool = False
+) -> bool:
+    """Whether a run trains again on all examples in the end; docs/benchmarks says how that was measured.
+
+    held_out: whether the validation split was taken from the training data. examples: of both. stopping: whether
+    training ends where the validation split says so. Raises ValueError for an unknown word, and where it cannot be.
+    """
+    if refit not in REFITS:
+        raise ValueError(f"unknown refit; got {refit!r}; expected one of {', '.join(REFITS)}")
+    problems = {
+        "early stopping or load_best_model_at_end, for which something has to be held out": stopping
+        or args.load_best_model_at_end,
+        "FSDP or DeepSpeed, whose weights are sharded": is_sharded(args),
+    }
+    problem = next((name for name, present in problems.items() if present), None)
+    if refit == "always" and problem is not None:
+        raise ValueError(f"refit=always cannot be done; got {problem}; use refit=never")
+    return refit == "always" or (
+        refit == "auto" and problem is None and held_out and examples <= FEW_EXAMPLES
+    )
+
+
+def is_sharded(args: LoRATrainingArguments) -> bool:
+    """Whether parameters are to be sharded over the processes, by the flags or by `accelerate launch`."""
+    by_launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed) or any(os.environ.get(name) == "true" for name in by_launcher)
+
+
+def last_layer_only(args: LoRATrainingArguments, is_probe: bool) -> str | None:
+    """Why the head of a run should not read several layers, in words; None where it should.
+
+    docs/benchmarks says how that was measured: a linear probe gains three points by them, LoRA nothing.
+    """
+    if not is_probe:
+        return "LoRA makes as much of it"
+    return None if args.cache_frozen_prefix == "no" else "the states of frozen layers are cached"
