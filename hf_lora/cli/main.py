@@ -7,10 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
-from hf_lora.cli import change, inspect, predict, share, train
-from hf_lora.cli.sweep_arguments import add_sweep_commands
+from hf_lora.cli import change, inspect, predict, share, sweep, train
 from hf_lora.version import __version__
 
 
@@ -22,10 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train.run(argv[1:])
         options = _options(argv)
         _quiet_libraries()
-        if "run" in options:
-            options.run(options)
-            return 0
-        return getattr(import_module(options.module), options.command)(options)
+        options.run(options)
+        return 0
     except (ValueError, OSError) as error:
         if os.environ.get("HF_LORA_TRACEBACK"):
             raise
@@ -53,9 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-lora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for module in (train, predict, inspect, share, change):
+    for module in (train, predict, inspect, share, change, sweep):
         module.register(commands)
-    add_sweep_commands(commands)
     return parser
 
 

@@ -26,7 +26,7 @@ from hf_lora.recipe.compare import Snapshot, baseline_logits, keep_the_better, w
 from hf_lora.recipe.head_start import start_head
 from hf_lora.recipe.options import FROM_DATA, FinetuneOptions
 from hf_lora.recipe.output import prepare_output, reserved
-from hf_lora.recipe.progress import Lines, Progress, attach, data_facts, stage
+from hf_lora.recipe.progress import Progress, attach, data_facts, progress_of, stage
 from hf_lora.recipe.refit import refit, refit_probe
 from hf_lora.recipe.results import FinetuneResult, measure_test, measure_validation, write_results
 from hf_lora.recipe.settings import (
@@ -37,6 +37,7 @@ from hf_lora.recipe.settings import (
     choose_smoothing,
     is_sharded,
     last_layer_only,
+    with_data,
 )
 from hf_lora.tasks.metrics import compute_metrics
 from hf_lora.training.arguments import LoRATrainingArguments
@@ -77,19 +78,15 @@ def finetune(
     Raises ValueError or OSError, in one line, for anything the user can mend; nothing is lost then.
     """
     splits = {"train": train, "validation": validation, "test": test}
-    given = {split: table for split, table in splits.items() if table is not None}
-    paths = {f"{split}_file": str(table) for split, table in given.items() if isinstance(table, str | Path)}
-    tables = {split: table for split, table in given.items() if f"{split}_file" not in paths}
     objects = {"lora": lora, "args": args, "options": options, "data": data}
     output = args.output_dir if output_dir is None and args is not None else output_dir
+    values, tables = with_data(settings, model, splits, output)
     recipe = Recipe.from_settings(
-        {**settings, **paths, "model_name_or_path": model, "output_dir": output and str(output)},
+        values,
         tables=tables,
         objects={name: value for name, value in objects.items() if value is not None},
     )
-    if isinstance(progress, bool):
-        progress = Lines() if progress else None
-    return Finetuning(recipe, progress=progress).run()
+    return Finetuning(recipe, progress=progress_of(progress)).run()
 
 
 class Finetuning:

@@ -61,6 +61,11 @@ class Lines(Progress):
         self._write(evaluation_line(epoch, metrics))
 
 
+def progress_of(progress: Progress | bool | None) -> Progress:
+    """What the argument `progress` of a function means: True: printed lines; False and None: nothing."""
+    return Lines() if progress is True else progress or Progress()
+
+
 def evaluation_line(epoch: float, metrics: Mapping[str, float]) -> str:
     """An evaluation in one line: the losses, then two metrics."""
     losses = [("training loss", "train_loss"), ("validation loss", "loss")]

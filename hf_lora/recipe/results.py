@@ -109,13 +109,17 @@ class FinetuneResult:
     @property
     def seconds(self) -> float:
         """Seconds of training: the start, the training and a retraining, without evaluations."""
-        names = ("warm_start_runtime", "train_runtime", "refit_runtime")
-        return sum(self.metrics.get(name, 0.0) for name in names)
+        return seconds_of(self.metrics)
 
     @cached_property
     def classifier(self) -> TextClassifier:
         """The classifier, loaded from `output_dir` at the first use."""
         return TextClassifier.from_pretrained(self.output_dir)
+
+
+def seconds_of(metrics: Mapping[str, Any]) -> float:
+    """Seconds of training in the contents of `metrics.json`."""
+    return sum(metrics.get(name, 0.0) for name in ("warm_start_runtime", "train_runtime", "refit_runtime"))
 
 
 def measure_validation(

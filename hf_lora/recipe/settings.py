@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from hf_lora.data.config import DataConfig
@@ -113,6 +114,17 @@ class Recipe:
         if init == "auto" and self.lora is not None and self.lora.init != "kaiming":
             return self.lora.init
         return init
+
+
+def with_data(
+    settings: Mapping[str, Any], model: str, splits: Mapping[str, Any], output_dir: str | Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings with model, output directory and the splits that are paths; and the splits in memory."""
+    paths = {f"{split}_file": str(table) for split, table in splits.items() if isinstance(table, str | Path)}
+    given = {split: table for split, table in splits.items() if table is not None}
+    tables = {split: table for split, table in given.items() if f"{split}_file" not in paths}
+    output = output_dir and str(output_dir)
+    return {**settings, **paths, "model_name_or_path": model, "output_dir": output}, tables
 
 
 def _take(values: dict[str, Any], title: str) -> dict[str, Any]:

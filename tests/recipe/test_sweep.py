@@ -7,6 +7,8 @@ import re
 import signal
 import struct
 from pathlib import Path
+from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,197 +16,186 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import write_texts
-from helpers_recipe import run_training
-from hf_lora.recipe.arguments import DataArguments, ModelArguments
-from hf_lora.recipe.run_settings import data_config
 
 from hf_lora import LoRATrainer
-from hf_lora.cli import main as cli
-from hf_lora.data import prepare_data
-from hf_lora.models.loading import load_tokenizer
-from hf_lora.recipe import series_progress
-from hf_lora.recipe.sweep import Sweep, parse_projections, parse_ranks
-from hf_lora.recipe.sweep_results import Result, choose, table_rows
-from hf_lora.training.arguments import LoRATrainingArguments
+from hf_lora.recipe.finetune import Finetuning, finetune
+from hf_lora.recipe.grid import Grid, Point, Scores
+from hf_lora.recipe.progress import Lines
+from hf_lora.recipe.sweep import choose_metric, curve_grid, learning_curve, sweep, sweep_grid
+from hf_lora.recipe.sweep_report import Curve, Sweep, write_report
+from hf_lora.tasks import REGRESSION, task_of
 
-GRID = ["--ranks", "2,1", "--projections", "qv", "--seeds", "2"]
-RUNS = ["rank-2-qv/seed-7", "rank-2-qv/seed-8", "rank-1-qv/seed-7", "rank-1-qv/seed-8"]
-
-
-def arguments(base: Path, texts: Path) -> list[str]:
-    argv = ["--model_name_or_path", base, "--train_file", texts, "--validation_fraction", 0.25, "--seed", 7]
-    argv += ["--max_seq_length", 32, "--use_cpu", "True", "--precision", "fp32", "--num_train_epochs", 2]
-    argv += ["--learning_rate", 2e-2, "--per_device_train_batch_size", 8, "--eval_strategy", "no"]
-    return [str(part) for part in argv]
+FAST: dict[str, Any] = {
+    **{"seed": 7, "max_seq_length": 32, "use_cpu": True, "precision": "fp32", "num_train_epochs": 2},
+    **{"learning_rate": 2e-2, "per_device_train_batch_size": 8, "eval_strategy": "no", "disable_tqdm": True},
+}
+SETTINGS = ["rank-2-qv/seed-7", "rank-2-qv/seed-8", "rank-1-qv/seed-7", "rank-1-qv/seed-8"]
+SIZES = ["shots-4/seed-7", "shots-4/seed-8", "shots-10/seed-7", "shots-10/seed-8"]
 
 
-@pytest.fixture(scope="module")
-def train_argv(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    texts = tmp_path_factory.mktemp("texts") / "texts.csv"
-    write_texts(texts, 48)
-    return arguments(tiny_bert_dir, texts)
+@pytest.fixture
+def given(tiny_bert_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """A model, 60 texts to train on and 30 to test on, and settings of quick runs."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    write_texts(folder / "train.csv", 60)
+    write_texts(folder / "test.csv", 30)
+    files = {"train": folder / "train.csv", "test": folder / "test.csv"}
+    return {"model": str(tiny_bert_dir), **files, **FAST}
 
 
-@pytest.fixture(scope="module")
-def swept(train_argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("sweeps") / "sweep"
-    argv = ["sweep", *train_argv, *GRID, "--output_dir", str(output), "--metric", "loss"]
-    assert cli.main(argv) == 0
-    return output
+def settings_of(given: dict[str, Any], output: Path, **more: Any) -> dict[str, Any]:
+    """The same for a Grid."""
+    names = {"model": "model_name_or_path", "train": "train_file", "test": "test_file"}
+    plain = {names.get(name, name): value for name, value in given.items()}
+    return {**plain, **more, "output_dir": str(output)}
 
 
-def adapter(run: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(run / "adapter_model.safetensors")
+def swept(given: dict[str, Any], output: Path, **more: Any) -> Sweep:
+    grid = {"ranks": (2, 1), "projections": ("qv",), "seeds": 2, "metric": "loss"}
+    return sweep(output_dir=output, **{**given, **grid, **more})
+
+
+def drawn(given: dict[str, Any], output: Path, **more: Any) -> Curve:
+    return learning_curve(output_dir=output, **{**given, "shots": (10, 4), "seeds": 2, **more})
+
+
+def metrics_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "metrics.json").read_text())
 
 
 def same(one: Path, other: Path) -> bool:
-    left, right = adapter(one), adapter(other)
+    left, right = (safetensors.torch.load_file(run / "adapter_model.safetensors") for run in (one, other))
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def seconds(metrics: dict[str, float]) -> float:
-    return metrics["warm_start_runtime"] + metrics["train_runtime"] + metrics["refit_runtime"]
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs that measure what their rank, size and seed say, in place of training; the list of those that were run.
+
+    There is no majority class where all examples are used.
+    """
+    runs: list[str] = []
+
+    class Pretended(Finetuning):
+        def run(self) -> Any:
+            recipe, output = self.recipe, Path(self.recipe.args.output_dir)
+            runs.append(output.relative_to(output.parents[1]).as_posix())
+            shots, seed, rank = recipe.data.few_shot, recipe.args.seed, recipe.lora_config.rank
+            score = (shots or 0) / 100 + seed / 1000
+            found = {"eval_loss": rank / 10 + seed**2 / 1000, "eval_accuracy": 0.5, "test_loss": seed / 10}
+            found |= {"test_accuracy": score, "test_accuracy_probe": score / 2, "trainable_parameters": 66}
+            found |= {"warm_start_runtime": 0.5, "train_runtime": 1.0, "refit_runtime": seed / 10}
+            found |= {} if shots is None else {"test_accuracy_majority": 0.5}
+            found["trainable_parameters"] += 256 * rank
+            (output / "metrics.json").write_text(json.dumps(found))
+            print("a line of the run")
+            return SimpleNamespace(metrics=found)
+
+    monkeypatch.setattr("hf_lora.recipe.grid.Finetuning", Pretended)
+    return runs
 
 
-def no_training(*_: Any, **__: Any) -> None:
-    raise AssertionError("a run that is done was trained again")
-
-
-def test_every_setting_and_seed_has_its_run(swept: Path) -> None:
-    found = {
-        path.parent.relative_to(swept).as_posix() for path in swept.glob("*/*/adapter_model.safetensors")
-    }
-    assert found == set(RUNS)
-    assert not list(swept.rglob("checkpoint-*")), "checkpoints of a run that is done are of no use"
-    ranks = {run: adapter(swept / run) for run in RUNS}
-    for run, tensors in ranks.items():
-        shapes = {t.shape[0] for key, t in tensors.items() if key.endswith("lora_A.weight")}
-        assert shapes == {int(run[5])}
-        assert len([key for key in tensors if "lora_A" in key]) == 4
-    assert not same(swept / RUNS[0], swept / RUNS[1])
-
-
-def test_report_is_the_arithmetic_of_the_runs_metrics(swept: Path) -> None:
-    report = json.loads((swept / "sweep.json").read_text())
-    measured = {run: json.loads((swept / run / "metrics.json").read_text()) for run in RUNS}
-    assert (report["metric"], report["validation_examples"]) == ("loss", 12)
-    variances = []
-    for setting, runs in zip(report["settings"], (RUNS[:2], RUNS[2:]), strict=True):
-        scores = [measured[run]["eval_loss"] for run in runs]
-        assert len(set(scores)) == 2
-        assert list(setting["scores"].items()) == [("7", scores[0]), ("8", scores[1])]
-        assert setting["mean"] == pytest.approx(np.mean(scores))
-        assert setting["spread"] == pytest.approx(np.std(scores, ddof=1))
-        assert setting["seconds"] == pytest.approx(np.mean([seconds(measured[run]) for run in runs]))
+def test_a_sweep_is_the_arithmetic_of_its_runs(
+    given: dict[str, Any], tmp_path: Path, trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = swept(given, tmp_path / "sweep")
+    assert trained == SETTINGS
+    report = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert report == json.loads(json.dumps(found.as_json()))
+    assert (report["metric"], report["lower_is_better"], report["validation_examples"]) == ("loss", True, 12)
+    for rank, setting in zip((2, 1), report["settings"], strict=True):
+        scores = [rank / 10 + 0.049, rank / 10 + 0.064]
+        assert setting["scores"] == pytest.approx({"7": scores[0], "8": scores[1]})
+        assert setting["test_scores"] == {"7": 0.7, "8": 0.8}
+        assert (setting["mean"], setting["spread"]) == pytest.approx((fmean(scores), stdev(scores)))
+        assert setting["seconds"] == pytest.approx(1.5 + 0.75)
         # 2 blocks of 2 projections with A (r, 32) and B (32, r); a head of 2 x 32 weights and 2 biases.
-        assert setting["lora_parameters"] == 2 * 2 * 2 * 32 * setting["rank"]
-        assert setting["trainable_parameters"] == setting["lora_parameters"] + 66
-        variances.append(np.var(scores, ddof=1))
-    best = min(range(2), key=lambda index: report["settings"][index]["mean"])
-    assert report["best"]["rank"] == report["settings"][best]["rank"]
-    assert report["noise"] == pytest.approx(np.sqrt(variances[best] * (1 / 2 + 1 / 2)))
+        assert (setting["rank"], setting["projections"]) == (rank, "qv")
+        assert (setting["lora_parameters"], setting["trainable_parameters"]) == (256 * rank, 256 * rank + 66)
+    assert report["best"] == report["smallest_within_noise"] == {"rank": 1, "projections": "qv"}
+    assert report["noise"] == pytest.approx(stdev([0.049, 0.064]))
+    assert found.smallest.options == {"lora_rank": 1, "lora_projections": "qv"}
+    assert found.smallest.directory == tmp_path / "sweep/rank-1-qv/seed-7"
+    # What a run prints is in its file.
+    assert capsys.readouterr().out == ""
+    assert "a line of the run" in (found.smallest.directory / "train.log").read_text()
 
 
-def test_a_run_is_the_plain_training_of_the_same_arguments(
-    swept: Path, train_argv: list[str], tmp_path: Path
+def test_what_is_done_is_used_and_what_is_not_is_trained(
+    given: dict[str, Any], tmp_path: Path, trained: list[str]
 ) -> None:
-    # The last run of the sweep: nothing of those before it may be left in it.
-    plan = Sweep(train_argv, output=swept, ranks="2,1", projections="qv", seeds=2)
-    assert plan.runs[-1].directory == swept / "rank-1-qv/seed-8"
-    run_training([*plan.argv(plan.runs[-1]), "--output_dir", str(tmp_path / "alone")])
-    assert same(tmp_path / "alone", swept / "rank-1-qv/seed-8")
-
-
-@pytest.mark.parametrize(("split_seed", "equal"), [(7, True), (None, False)])
-def test_seeds_share_a_split_by_split_seed(
-    split_seed: int | None, equal: bool, train_argv: list[str], tiny_bert_dir: Path, tmp_path: Path
-) -> None:
-    model = ModelArguments(str(tiny_bert_dir))
-    data = DataArguments(
-        train_file=train_argv[3], max_seq_length=32, max_train_samples=20, split_seed=split_seed
-    )
-    tokenizer = load_tokenizer(str(tiny_bert_dir))
-    one, other = (
-        prepare_data(data_config(data, model, LoRATrainingArguments(str(tmp_path), seed=seed)), tokenizer)
-        for seed in (7, 8)
-    )
-    for split in ("train", "validation"):
-        assert (one.texts[split]["text"][:] == other.texts[split]["text"][:]) is equal
-
-
-def test_what_is_done_is_used(
-    swept: Path, train_argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
-    before = (swept / "sweep.json").read_text()
-    argv = ["sweep", *train_argv, *GRID, "--output_dir", str(swept), "--json"]
-    assert cli.main([*argv, "--metric", "eval_loss"]) == 0
-    captured = capsys.readouterr()
-    assert json.loads(captured.out) == json.loads(before) == json.loads((swept / "sweep.json").read_text())
-    assert "4 of 4 runs are done already" in captured.err
-    assert cli.main(argv) == 0
-    report = json.loads(capsys.readouterr().out)
-    measured = [json.loads((swept / run / "metrics.json").read_text())["eval_accuracy"] for run in RUNS]
-    assert report["metric"] == "accuracy"
-    assert [score for entry in report["settings"] for score in entry["scores"].values()] == measured
-    (swept / "sweep.json").write_text(before)
-
-
-def test_arguments_without_effect_do_not_make_another_run(
-    swept: Path, train_argv: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
-    argv = [*train_argv, "--disable_tqdm", "True", "--learning_rate", "0.020"]
-    assert cli.main(["sweep", *argv, *GRID, "--output_dir", str(swept)]) == 0
-
-
-def copied(swept: Path, target: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(swept, target))
+    first, told = swept(given, tmp_path / "sweep"), list[str]()
+    # Another spelling, and what has no effect, make no other run.
+    more = {"disable_tqdm": False, "learning_rate": float("0.020"), "progress": Lines(told.append)}
+    assert swept(given, tmp_path / "sweep", **more).as_json() == first.as_json()
+    assert "runs: 4 of 4 runs are done already" in told
+    assert swept(given, tmp_path / "sweep", metric=None).metric == "accuracy"
+    assert trained == SETTINGS
+    (tmp_path / "sweep" / SETTINGS[2] / "metrics.json").unlink()
+    assert swept(given, tmp_path / "sweep", **more).as_json() == first.as_json()
+    assert trained[4:] == SETTINGS[2:3]
+    assert "runs: 3 of 4 runs are done already" in told
+    assert re.fullmatch(r"4 of 4: rank-1-qv, seed 7: loss 0\.1490, \d+\.\d s; 0:00:00 left", told[-1])
 
 
 def test_other_settings_are_refused_and_replaced_on_request(
-    swept: Path, train_argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: dict[str, Any], tmp_path: Path, trained: list[str]
 ) -> None:
-    output = copied(swept, tmp_path / "sweep")
-    argv = ["sweep", *train_argv, "--learning_rate", "0.01", "--output_dir", str(output)]
-    argv += ["--ranks", "1", "--projections", "qv", "--seeds", "1"]
-    capsys.readouterr()
-    assert cli.main(argv) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(
-        r"other settings; got learning_rate=0\.02; expected 0\.01; pass --overwrite_output", message
-    )
-    assert cli.main([*argv, "--overwrite_output_dir"]) == 0
-    assert not same(output / "rank-1-qv/seed-7", swept / "rank-1-qv/seed-7")
-    assert same(output / "rank-1-qv/seed-8", swept / "rank-1-qv/seed-8")
+    swept(given, tmp_path / "sweep")
+    other = {"ranks": (1,), "seeds": 1, "learning_rate": 0.01}
+    message = r"other settings; got learning_rate=0\.02; expected 0\.01; pass --overwrite_output_dir"
+    with pytest.raises(ValueError, match=message):
+        swept(given, tmp_path / "sweep", **other)
+    swept(given, tmp_path / "sweep", **other, overwrite_output_dir=True)
+    assert trained[4:] == ["rank-1-qv/seed-7"]
+    given["train"].write_text(given["train"].read_text().replace("film", "book"))
+    with pytest.raises(ValueError, match="other settings; got data_sha256="):
+        swept(given, tmp_path / "sweep")
+    (tmp_path / "sweep/rank-2-qv/seed-7/run.json").unlink()
+    with pytest.raises(ValueError, match=r"not a run of a sweep; got .* without run\.json"):
+        swept(given, tmp_path / "sweep")
 
 
-def test_another_data_set_under_the_same_name_is_other_settings(
-    swept: Path, train_argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_curve_refuses_other_data_under_the_same_name(
+    given: dict[str, Any], tmp_path: Path, trained: list[str]
 ) -> None:
-    texts = Path(train_argv[3])
-    content = texts.read_text()
-    texts.write_text(content.replace("film", "book"))
-    try:
-        assert cli.main(["sweep", *train_argv, *GRID, "--output_dir", str(swept)]) == 2
-    finally:
-        texts.write_text(content)
-    assert "other settings; got data_sha256=" in capsys.readouterr().err
+    drawn(given, tmp_path / "curve")
+    given["train"].write_text(given["train"].read_text().replace("film", "book"))
+    with pytest.raises(ValueError, match="other settings; got data_sha256="):
+        drawn(given, tmp_path / "curve")
 
 
+def test_a_metric_that_a_run_could_not_measure_is_told(
+    given: dict[str, Any], tmp_path: Path, trained: list[str]
+) -> None:
+    message = r"rank-2-qv, seed 7: eval_roc_auc could not be measured; see train\.log in '.*/seed-7'"
+    with pytest.raises(ValueError, match=message):
+        swept(given, tmp_path / "sweep", metric="roc_auc")
+
+
+@pytest.mark.slow
+def test_a_run_is_the_plain_training_with_the_same_options(given: dict[str, Any], tmp_path: Path) -> None:
+    found, curve = swept(given, tmp_path / "sweep"), drawn(given, tmp_path / "curve")
+    assert not list(tmp_path.rglob("checkpoint-*")), "checkpoints of a run that is done are of no use"
+    # The last runs: nothing of those before them may be left in them.
+    options = {**found.points[-1].options, "seed": 8, "split_seed": 7}
+    finetune(output_dir=tmp_path / "alone", **{**given, **options})
+    assert same(tmp_path / "alone", tmp_path / "sweep" / SETTINGS[-1])
+    finetune(output_dir=tmp_path / "few", **{**given, **curve.points[-1].options, "seed": 8})
+    assert same(tmp_path / "few", tmp_path / "curve" / SIZES[-1])
+    for output, runs in (("sweep", SETTINGS), ("curve", SIZES)):
+        losses = {metrics_of(tmp_path / output / run)["test_loss"] for run in runs}
+        assert len(losses) == 4
+
+
+@pytest.mark.slow
 def test_a_sweep_that_sigterm_stopped_goes_on_from_its_checkpoint(
-    swept: Path,
-    train_argv: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ["sweep", *train_argv, "--ranks", "1", "--projections", "qv", "--seeds", "2"]
-    argv += ["--output_dir", str(tmp_path / "sweep")]
-    stopped, left = (tmp_path / "sweep" / "rank-1-qv" / f"seed-{seed}" for seed in (7, 8))
-    own, steps = LoRATrainer.training_step, []
+    swept(given, tmp_path / "whole", ranks=(1,))
+    output = tmp_path / "sweep"
+    own, steps, told = LoRATrainer.training_step, list[int](), list[str]()
 
     def stepping(self: LoRATrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         steps.append(self.args.seed)
@@ -214,197 +205,295 @@ def test_a_sweep_that_sigterm_stopped_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(LoRATrainer, "training_step", stepping)
     with pytest.raises(SystemExit) as exit:
-        cli.main(argv)
+        swept(given, output, ranks=(1,), progress=Lines(told.append))
     assert exit.value.code == 143
-    assert "stopped with 0 of 2 runs done; the same command goes on" in capsys.readouterr().err
-    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-3"]
-    cli.main([*argv, "--dry_run", "--json"])
-    states = [row["state"] for row in json.loads(capsys.readouterr().out)]
-    assert states == ["goes on from checkpoint-3", "to do"]
+    assert told[-1] == "runs: stopped with 0 of 2 runs done; the same command goes on"
+    grid = sweep_grid(settings_of(given, output), [1], ["qv"], 2)
+    assert [run.state for run in grid.runs] == ["goes on from checkpoint-3", "to do"]
     steps[:] = [0] * 3  # no signal this time
-    assert cli.main(argv) == 0
-    # 36 texts in batches of 8 are 5 steps in each of 2 epochs, of which one run had done 3; in the end, with
-    # the 9 that are held out, 6 steps in each.
-    assert [steps[3:].count(seed) for seed in (7, 8)] == [7 + 12, 10 + 12]
-    assert same(stopped, swept / "rank-1-qv/seed-7") and same(left, swept / "rank-1-qv/seed-8")
-    (setting,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["settings"]
+    (setting,) = swept(given, output, ranks=(1,)).points
+    # 48 texts in batches of 8 are 6 steps in each of 2 epochs, of which one run had done 3; in the end, with
+    # the 12 that are held out, 8 steps in each.
+    assert [steps[3:].count(seed) for seed in (7, 8)] == [9 + 16, 12 + 16]
+    for run in ("rank-1-qv/seed-7", "rank-1-qv/seed-8"):
+        assert same(output / run, tmp_path / "whole" / run)
     # The seconds of a run that was stopped are not those of a whole one.
-    assert setting["seconds"] == seconds(json.loads((left / "metrics.json").read_text()))
+    whole = metrics_of(output / "rank-1-qv/seed-8")
+    assert setting.seconds == sum(
+        whole[name] for name in ("warm_start_runtime", "train_runtime", "refit_runtime")
+    )
 
 
-def test_dry_run_lists_the_runs_and_leaves_nothing(
-    train_argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def texts_of(grid: Grid, split: str) -> list[list[str]]:
+    return [grid.data_of(run).texts[split]["text"][:] for run in grid.runs]
+
+
+def test_all_runs_of_a_sweep_share_one_split(given: dict[str, Any], tmp_path: Path) -> None:
+    for more, seed in (({}, 7), ({"split_seed": 3}, 3)):
+        grid = sweep_grid(settings_of(given, tmp_path, **more), [1], ["q"], 2)
+        assert all(grid.settings_of(run)["split_seed"] == seed for run in grid.runs)
+        for split in ("train", "validation"):
+            one, other = texts_of(grid, split)
+            assert one == other
+
+
+@pytest.mark.parametrize(("more", "equal"), [({}, False), ({"split_seed": 3}, True)])
+def test_each_seed_of_a_curve_draws_its_own_unless_told(
+    more: dict[str, Any], equal: bool, given: dict[str, Any], tmp_path: Path
 ) -> None:
-    argv = ["sweep", *train_argv, *GRID, "--output_dir", str(tmp_path / "new"), "--dry_run", "--json"]
-    assert cli.main(argv) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["directory"] for row in rows] == [str(tmp_path / "new" / run) for run in RUNS]
-    assert [(row["rank"], row["projections"], row["seed"], row["state"]) for row in rows] == [
-        (2, "qv", 7, "to do"),
-        (2, "qv", 8, "to do"),
-        (1, "qv", 7, "to do"),
-        (1, "qv", 8, "to do"),
+    train = texts_of(curve_grid(settings_of(given, tmp_path, **more), [4, 10], 2), "train")
+    assert (train[0] == train[1]) is (train[2] == train[3]) is equal
+    for smaller, larger in ((0, 2), (1, 3)):
+        assert set(train[smaller]) <= set(train[larger])
+
+
+def test_without_test_data_a_curve_is_measured_on_one_held_out_part(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    del given["test"]
+    grid = curve_grid(settings_of(given, tmp_path), [4, 10], 2)
+    tests = texts_of(grid, "test")
+    assert len(tests[0]) == 12 and all(texts == tests[0] for texts in tests)
+    assert [len(texts) for texts in texts_of(grid, "train")] == [6, 6, 16, 16]
+
+
+def test_a_curve_has_the_lines_that_are_measured(
+    given: dict[str, Any], tmp_path: Path, trained: list[str]
+) -> None:
+    found = drawn(given, tmp_path / "curve", shots=(None, 4))
+    report = json.loads((tmp_path / "curve/curve.json").read_text())
+    assert trained == ["shots-4/seed-7", "shots-4/seed-8", "shots-all/seed-7", "shots-all/seed-8"]
+    assert report == json.loads(json.dumps(found.as_json()))
+    assert (report["metric"], report["split"], report["measured_on"]) == ("accuracy", "test", 30)
+    assert (report["data"], report["seeds"], report["lower_is_better"]) == ("films/train.csv", [7, 8], False)
+    assert report["model"] == given["model"]
+    sizes = report["sizes"]
+    assert [(size["shots"], size["examples"], size["held_out"]) for size in sizes] == [
+        ("4", 8, 2),
+        ("all", 60, 12),
     ]
-    assert [row["LoRA parameters"] for row in rows] == [512, 512, 256, 256]
-    assert not (tmp_path / "new").exists()
+    lines = [{name: (line["mean"], line["scores"]) for name, line in size["lines"].items()} for size in sizes]
+    assert lines == [
+        {
+            "LoRA": (pytest.approx(0.0475), {"7": 0.047, "8": 0.048}),
+            "linear probe": (pytest.approx(0.02375), {"7": 0.0235, "8": 0.024}),
+            "majority class": (0.5, {"7": 0.5, "8": 0.5}),
+        },
+        {
+            "LoRA": (pytest.approx(0.0075), {"7": 0.007, "8": 0.008}),
+            "linear probe": (pytest.approx(0.00375), {"7": 0.0035, "8": 0.004}),
+        },
+    ]
+    assert sizes[0]["lines"]["LoRA"]["spread"] == pytest.approx(stdev([0.047, 0.048]))
+    assert sizes[0]["seconds"] == pytest.approx(2.25)
+    record = json.loads((tmp_path / "curve/shots-4/seed-7/run.json").read_text())
+    assert record["examples"] == {"train": 6, "validation": 2, "test": 30}
+    columns = found.table()
+    assert list(columns) == [
+        *("of each label", "examples", "held out", "LoRA", "spread of LoRA", "linear probe"),
+        *("spread of linear probe", "majority class", "spread of majority class", "seconds"),
+    ]
+    assert [column[1] for column in columns.values()] == [
+        *("all", 60, 12, pytest.approx(0.0075), pytest.approx(0.0007, abs=1e-5)),
+        *(pytest.approx(0.00375), pytest.approx(0.00035, abs=1e-5), None, None, "2.2"),
+    ]
+    # matplotlib writes each text of a picture as a comment beside its glyphs.
+    write_report(found, tmp_path, tmp_path / "pictures" / "curve.svg")
+    texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "pictures" / "curve.svg").read_text())
+    shown = {"LoRA", "linear probe", "majority class", "films/train.csv", "(4 each)", "(all)", "60"}
+    assert shown <= {*texts}
+    assert any("30 test examples; seeds 7, 8; mean, and standard deviation as a band" in t for t in texts)
 
 
-def test_the_picture_is_one(swept: Path) -> None:
-    content = (swept / "sweep.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", content[16:24])
-    assert width > 600 and height > 400
-    import matplotlib.image
-
-    pixels = matplotlib.image.imread(swept / "sweep.png")
-    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
-
-
-def test_without_matplotlib_there_is_a_table_and_a_line(
-    swept: Path,
-    train_argv: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_validation_file_is_none_of_the_examples(
+    given: dict[str, Any], tmp_path: Path, trained: list[str]
 ) -> None:
-    output = copied(swept, tmp_path / "sweep")
-    (output / "sweep.png").unlink()
-    monkeypatch.setattr("hf_lora.recipe.run_series.run_training", no_training)
-    monkeypatch.setattr(series_progress.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["sweep", *train_argv, *GRID, "--output_dir", str(output)]) == 0
-    captured = capsys.readouterr()
-    assert "no picture, since matplotlib is not installed" in captured.err
-    assert "sweep.png" not in captured.out and not (output / "sweep.png").exists()
+    found = drawn(given, tmp_path / "curve", validation=given["test"], shots=(4,))
+    assert found.points[0].facts == {"examples": 8, "held_out": 0}
+    assert found.table()["held out"] == [None]
 
 
-LINES = {
-    "--ranks 1,,2": ["ranks", "'1,,2'", "1,2,4,8"],
-    "--ranks 0,1": ["ranks", "'0,1'", "above 0"],
-    "--ranks 4,x": ["ranks", "'4,x'"],
-    "--ranks 4,1,4": ["ranks has 4 twice"],
-    "--projections q,vq,qv": ["projections has qv twice"],
-    "--projections q,w": ["'w'", "qkvo"],
-    "--seeds 0": ["seeds", "got 0"],
-    "--metric speed": ["metric", "'speed'", "f1_macro"],
-    "--lora_rank 4": ["--lora_rank", "--ranks"],
-    "--lora-rank=4": ["--lora_rank", "--ranks"],
-    "--lora_target_modules query": ["--lora_target_modules", "--projections"],
-    "--resume_from_checkpoint": ["--resume_from_checkpoint", "by itself"],
-    "--push_to_hub": ["--push_to_hub", "hf-lora push"],
-    "--accelerate_config cpu_2": ["--accelerate_config", "one process"],
-    "--bogus 1": ["--bogus"],
-    "--model_name_or_path @tmp/nobase": ["nobase"],
+def test_data_in_memory(given: dict[str, Any], tmp_path: Path, trained: list[str]) -> None:
+    rows = [{"text": f"film {row}", "label": "ab"[row % 2]} for row in range(20)]
+    del given["test"]
+    found = drawn({**given, "train": rows}, tmp_path / "curve", seeds=1)
+    assert (found.data, found.measured_on) == ("", 4)
+    rows[0]["text"] = "another"
+    with pytest.raises(ValueError, match="got data_sha256="):
+        drawn({**given, "train": rows}, tmp_path / "curve", seeds=1)
+
+
+MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no ranks": (swept, {"ranks": ()}, "ranks are not usable; got ''; expected whole numbers above 0"),
+    "rank 0": (swept, {"ranks": (0, 1)}, "ranks are not usable; got '0,1'"),
+    "ranks twice": (swept, {"ranks": (4, 1, 4)}, "ranks has 4 twice; got '4,1,4'; expected each once"),
+    "all ranks": (swept, {"ranks": (None,)}, "ranks are not usable"),
+    "sets twice": (swept, {"projections": ("q", "vq", "qv")}, "projections has qv twice"),
+    "no seed": (swept, {"seeds": 0}, "seeds is not usable; got 0"),
+    "rank of all": (swept, {"lora_rank": 4}, "--lora_rank is not for a sweep; use --ranks"),
+    "unknown option": (
+        swept,
+        {"learning_rte": 1.0},
+        "unknown option learning_rte; did you mean learning_rate",
+    ),
+    "shots twice": (drawn, {"shots": (8, None, 8)}, "shots has 8 twice"),
+    "all twice": (drawn, {"shots": (None, None)}, "shots has all twice"),
+    "one shot": (drawn, {"shots": (1, 8)}, "few_shot 1 leaves nothing to hold out"),
+    "metric": (
+        drawn,
+        {"metric": "speed"},
+        "not measured for these labels; got 'speed'; expected one of loss,",
+    ),
 }
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_mistake_is_told_in_one_line(
-    line: str, train_argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_before_anything_is_written(
+    name: str, given: dict[str, Any], tmp_path: Path, trained: list[str]
 ) -> None:
-    flags = line.replace("@tmp", str(tmp_path)).split()
-    assert cli.main(["sweep", *train_argv, "--output_dir", str(tmp_path / "new"), *flags]) == 2
-    captured = capsys.readouterr()
-    message = captured.err.splitlines()[-1]
-    assert message.startswith("hf-lora: ") and "Traceback" not in captured.err
-    assert [words for words in LINES[line] if words not in message] == []
-    assert not list(tmp_path.glob("new/*"))
+    function, more, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function(given, tmp_path / "new", **more)
+    assert not (tmp_path / "new").exists() and trained == []
 
 
-def test_a_yaml_file_holds_the_runs_arguments(
-    train_argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "config.yaml"
-    pairs = zip(train_argv[::2], train_argv[1::2], strict=True)
-    config.write_text("".join(f"{name[2:]}: {value}\n" for name, value in pairs))
-    flags = [*GRID, "--output_dir", str(tmp_path / "new"), "--dry_run", "--json"]
-    assert cli.main(["sweep", str(config), *flags]) == 0
-    assert [row["seed"] for row in json.loads(capsys.readouterr().out)] == [7, 8, 7, 8]
-    config.write_text(config.read_text() + "lora_rank: 3\n")
-    assert cli.main(["sweep", str(config), *flags]) == 2
-    assert "--lora_rank is not for a sweep; use --ranks" in capsys.readouterr().err
+def test_few_shot_of_a_regression_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": "the film was good", "label": row / 7} for row in range(40)]
+    del given["test"]
+    with pytest.raises(ValueError, match="a regression has none; got 4; use max_train_samples"):
+        drawn({**given, "train": rows}, tmp_path / "new")
 
 
-def test_help_says_where_the_other_arguments_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["sweep", "--help"])
-    assert exit.value.code == 0
-    assert "hf-lora train --help" in " ".join(capsys.readouterr().out.split())
+def test_settings_and_sizes_are_in_order(given: dict[str, Any], tmp_path: Path) -> None:
+    settings = settings_of(given, tmp_path)
+    names = [v.name for v in sweep_grid(settings, [8, 1], ["q", "oqkv"], 1).variants]
+    assert names == ["rank-8-q", "rank-1-q", "rank-8-qkvo", "rank-1-qkvo"]
+    names = [v.name for v in curve_grid(settings, [None, 32, 8], 1).variants]
+    assert names == ["shots-8", "shots-32", "shots-all"]
 
 
-def test_lists_are_read_in_order() -> None:
-    assert parse_ranks("8, 1,4") == [8, 1, 4]
-    assert parse_projections("q, vq,oqkv") == ["q", "qv", "qkvo"]
-
-
-def test_the_metric_of_a_regression_is_not_accuracy(tiny_bert_dir: Path, tmp_path: Path) -> None:
-    texts = tmp_path / "scores.csv"
-    texts.write_text("text,label\n" + "".join(f"the film was good,{row / 7:.3f}\n" for row in range(20)))
-    plan = Sweep(arguments(tiny_bert_dir, texts), output=tmp_path / "s", ranks="1", projections="q", seeds=1)
-    assert (plan.metric(None), plan.metric("eval_rmse")) == ("pearson", "rmse")
+def test_the_metric_of_a_regression_is_not_accuracy() -> None:
+    task = task_of(REGRESSION)
+    assert (choose_metric(None, task), choose_metric("eval_rmse", task)) == ("pearson", "rmse")
     with pytest.raises(ValueError, match="got 'accuracy'; expected one of loss, pearson"):
-        plan.metric("accuracy")
+        choose_metric("accuracy", task)
 
 
-def result(rank: int, size: int, *scores: float, projections: str = "qv") -> Result:
-    return Result(rank, projections, size - 10, size, dict(enumerate(scores)))
+def setting(rank: int, size: int, *scores: float, projections: str = "qv") -> Point:
+    facts = {"lora_parameters": size - 10, "trainable_parameters": size}
+    options = {"lora_rank": rank, "lora_projections": projections}
+    return Point(options, {"validation": Scores(dict(enumerate(scores)))}, facts)
 
 
-BEST = result(8, 800, 0.90, 0.92, 0.94)  # mean 0.92, variance 0.0004
-NEAR = result(4, 400, 0.89, 0.91, 0.93)  # mean 0.91, variance 0.0004
-FAR = result(1, 100, 0.85, 0.87, 0.89)  # mean 0.87, variance 0.0004
+def sweep_of(*points: Point, metric: str = "accuracy", examples: int = 100) -> Sweep:
+    seeds = list(points[0].lines["validation"].by_seed)
+    return Sweep(metric, "validation", examples, "d", "m", seeds, points)
+
+
+BEST = setting(8, 800, 0.90, 0.92, 0.94)  # mean 0.92, variance 0.0004
+NEAR = setting(4, 400, 0.89, 0.91, 0.93)  # mean 0.91, variance 0.0004
+FAR = setting(1, 100, 0.85, 0.87, 0.89)  # mean 0.87, variance 0.0004
 
 
 def test_smallest_within_one_standard_error_of_the_difference() -> None:
-    choice = choose([FAR, NEAR, BEST], "accuracy", 100)
-    assert choice.noise.value == pytest.approx(math.sqrt(0.0004 / 3 + 0.0004 / 3))  # 0.0163
-    assert (choice.best, choice.smallest) == (BEST, NEAR)
-    assert "one standard error of the difference between two means over 3 seeds" in choice.noise.rule
+    found = sweep_of(FAR, NEAR, BEST)
+    assert found.noise[0] == pytest.approx(math.sqrt(0.0004 / 3 + 0.0004 / 3))  # 0.0163
+    assert (found.best, found.smallest) == (BEST, NEAR)
+    assert "one standard error of the difference between two means over 3 seeds" in found.noise[1]
 
 
 def test_an_unsteady_setting_is_not_good_for_that_alone() -> None:
-    unsteady = result(1, 100, 0.75, 0.87, 0.99)
-    choice = choose([unsteady, NEAR, BEST], "accuracy", 100)
-    assert choice.noise.value == pytest.approx(math.sqrt(2 * 0.0004 / 3))
-    assert choice.smallest is NEAR
+    found = sweep_of(setting(1, 100, 0.75, 0.87, 0.99), NEAR, BEST)
+    assert found.noise[0] == pytest.approx(math.sqrt(2 * 0.0004 / 3))
+    assert found.smallest is NEAR
 
 
 def test_equal_means_are_within_no_noise() -> None:
     # 4 and 6 right of 12 are 5 and 5 of 12; in floating point their mean is a bit less.
-    small, large = result(1, 100, 4 / 12, 6 / 12), result(8, 800, 5 / 12, 5 / 12)
+    small, large = setting(1, 100, 4 / 12, 6 / 12), setting(8, 800, 5 / 12, 5 / 12)
     assert small.mean < large.mean
-    one, other = result(1, 100, small.mean), result(8, 800, large.mean)
-    assert choose([one, other], "f1_macro", 12).smallest is one
+    one, other = setting(1, 100, small.mean), setting(8, 800, large.mean)
+    assert sweep_of(one, other, metric="f1_macro", examples=12).smallest is one
 
 
 def test_of_one_size_it_is_the_better_one() -> None:
-    q, v = (result(4, 400, s, s + 0.02, s + 0.04, projections=p) for p, s in (("q", 0.890), ("v", 0.891)))
-    assert choose([q, v, BEST], "accuracy", 100).smallest is v
+    q, v = (setting(4, 400, s, s + 0.02, s + 0.04, projections=p) for p, s in (("q", 0.890), ("v", 0.891)))
+    assert sweep_of(q, v, BEST).smallest is v
 
 
 def test_a_loss_is_better_when_lower() -> None:
-    small, large = result(1, 100, 0.30, 0.32, 0.34), result(8, 800, 0.20, 0.22, 0.24)
-    choice = choose([small, large], "loss", 100)
-    assert choice.best is choice.smallest is large
-    near = result(2, 200, 0.21, 0.23, 0.25)
-    assert choose([small, near, large], "loss", 100).smallest is near
+    small, large = setting(1, 100, 0.30, 0.32, 0.34), setting(8, 800, 0.20, 0.22, 0.24)
+    found = sweep_of(small, large, metric="loss")
+    assert found.best is found.smallest is large
+    near = setting(2, 200, 0.21, 0.23, 0.25)
+    assert sweep_of(small, near, large, metric="loss").smallest is near
 
 
 def test_one_seed_has_the_noise_of_its_examples() -> None:
-    small, large = result(1, 100, 0.87), result(8, 800, 0.90)
-    choice = choose([small, large], "accuracy", 100)
-    assert choice.noise.value == pytest.approx(math.sqrt(0.9 * 0.1 / 100))  # 0.03
-    assert choice.smallest is small
-    assert choose([small, large], "accuracy", 400).smallest is large
-    unknown = choose([small, large], "f1_macro", 100)
-    assert (unknown.noise.value, unknown.smallest) == (0.0, large)
-    assert "give --seeds 3" in unknown.noise.rule
+    small, large = setting(1, 100, 0.87), setting(8, 800, 0.90)
+    found = sweep_of(small, large)
+    assert found.noise[0] == pytest.approx(math.sqrt(0.9 * 0.1 / 100))  # 0.03
+    assert found.smallest is small
+    assert sweep_of(small, large, examples=400).smallest is large
+    unknown = sweep_of(small, large, metric="f1_macro")
+    assert (unknown.noise[0], unknown.smallest) == (0.0, large)
+    assert "give --seeds 3" in unknown.noise[1]
 
 
-def test_table_marks_the_choice_and_leaves_empty_columns_out() -> None:
-    names, rows = table_rows([FAR, NEAR, BEST], choose([FAR, NEAR, BEST], "accuracy", 100))
-    assert names == ["rank", "projections", "LoRA", "trainable", "mean", "spread", ""]
-    assert [row[-1] for row in rows] == [None, "smallest within noise", "best"]
-    assert rows[0][:5] == [1, "qv", 90, 100, pytest.approx(0.87)]
-    one = result(1, 100, 0.87)
-    names, rows = table_rows([one], choose([one], "accuracy", 100))
-    assert "spread" not in names and rows[0][-1] == "best, and smallest within noise"
+def test_the_table_marks_the_choice() -> None:
+    columns = sweep_of(FAR, NEAR, BEST).table()
+    assert [column[0] for column in columns.values()] == [
+        *(1, "qv", 90, 100, pytest.approx(0.87), pytest.approx(0.02), None, None, None),
+    ]
+    assert columns[""] == [None, "smallest within noise", "best"]
+    columns = sweep_of(setting(1, 100, 0.87)).table()
+    assert columns["spread"] == [None] and columns[""] == ["best, and smallest within noise"]
+
+
+def curve_of(*shots: int, seeds: int = 2, data: str = "d") -> Curve:
+    points = [
+        Point(
+            {"few_shot": n},
+            {"LoRA": Scores({seed: n / (98 + seed) for seed in range(seeds)})},
+            {"examples": 2 * n, "held_out": 0},
+        )
+        for n in shots
+    ]
+    return Curve("accuracy", "test", 10, data, "m", list(range(seeds)), points)
+
+
+def test_lines_that_nothing_measured_are_left_out() -> None:
+    found = curve_of(49, seeds=1)
+    assert found.lines == ["LoRA"]
+    columns = {"of each label": ["49"], "examples": [98], "held out": [None], "LoRA": [0.5]}
+    assert found.table() == {**columns, "spread of LoRA": [None], "seconds": [None]}
+
+
+@pytest.mark.parametrize(
+    ("found", "size"), [(sweep_of(FAR, NEAR, BEST), (1200, 720)), (curve_of(8, 9, 32), (1140, 720))]
+)
+def test_same_numbers_give_the_same_picture(
+    found: Sweep | Curve, size: tuple[int, int], tmp_path: Path
+) -> None:
+    for name in ("one.png", "two.png"):
+        assert write_report(found, tmp_path, tmp_path / name).files[-1] == tmp_path / name
+    content = (tmp_path / "one.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content == (tmp_path / "two.png").read_bytes()
+    assert struct.unpack(">II", content[16:24]) == size
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(tmp_path / "one.png")
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+
+
+def test_dollars_and_control_characters_of_a_name_are_no_mathematics(tmp_path: Path) -> None:
+    assert write_report(curve_of(8, data="a$b$\x1b[31m"), tmp_path).files[-1].is_file()
+
+
+def test_without_matplotlib_there_is_a_report_and_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert write_report(curve_of(8), tmp_path).files == (tmp_path / "curve.json",)
+    assert "no picture, since matplotlib is not installed" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.json"]
