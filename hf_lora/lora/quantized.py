@@ -10,8 +10,7 @@ bitsandbytes, and an `nn.Linear` whose weight torchao quantized ("weight only").
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -167,17 +166,3 @@ def _keep_unpacked(module: nn.Module) -> None:
     if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         unpack = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu_inverse
         layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
-
-
-@contextmanager
-def trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
-    """Inside, Trainer takes a quantized model, which it refuses unless transformers' own adapters are loaded."""
-    if not getattr(model, "is_quantized", False):
-        yield
-        return
-    quantized: Any = model
-    quantized._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        quantized._hf_peft_config_loaded = False

@@ -27,7 +27,6 @@ from hf_lora.tasks import Task, task_of
 from hf_lora.tasks.metrics import first_output
 from hf_lora.tasks.probe import Probe, fit_probe
 from hf_lora.training.distributed import on_first
-from hf_lora.training.prefix_cache import filling_prefix
 from hf_lora.training.trainer import LoRATrainer
 
 HEAD_INITS = ("auto", "probe", "random")
@@ -99,7 +98,7 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
     try:
         with (
             features_as_logits(output_layer(trainer.model)),
-            filling_prefix(trainer) if training else nullcontext(),
+            trainer.filling_prefix() if training else nullcontext(),
         ):
             features = first_output(trainer.predict(unlabelled).predictions)
     finally:

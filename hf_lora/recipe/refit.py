@@ -18,8 +18,8 @@ from hf_lora.recipe.compare import Snapshot, clearly_better, validation_quality
 from hf_lora.recipe.head_start import HeadStart, install
 from hf_lora.recipe.progress import Progress, attach
 from hf_lora.training.arguments import silent
+from hf_lora.training.checkpoints import ending_on_sigterm
 from hf_lora.training.gradient_init import choose_start
-from hf_lora.training.preemption import ending_on_sigterm
 from hf_lora.training.trainer import LoRATrainer
 
 

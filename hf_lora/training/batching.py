@@ -1,8 +1,8 @@
-"""Which examples share a batch: of similar length, in a fixed number or within a budget of tokens.
+"""Batches of examples of similar length: a fixed number of them, or as many as a budget of tokens holds.
 
-A plan is pure: the batches of an epoch follow from the lengths, the seed and the epoch alone. Every process
-draws the same epoch and takes its own share, so nothing is sent between processes, and a resumed run draws
-again what the interrupted one drew. A step is one batch for each of the `shards` processes.
+The batches of an epoch follow from the lengths, the seed and the epoch alone. Every process draws the same epoch and
+takes its own share, so nothing is sent, and a resumed run draws what the interrupted one drew. A step is one batch
+for each of the `shards` processes. Evaluation takes the longest examples first and gives rows back in their order.
 """
 
 from __future__ import annotations
@@ -15,25 +15,16 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, TrainingArguments
+
+from hf_lora.training._trainer_hooks import TrainerHooks, chosen_rows
 
 Step = list[list[int]]  # for each process the indices of its batch
 
 # Padding hardly falls further when more batches than these are sorted together, and randomness does.
 _SORTED_TOGETHER = 50
-# What a data loader is made of besides its data and its batches.
-_LOADER_OPTIONS = (
-    "collate_fn",
-    "in_order",
-    "multiprocessing_context",
-    "num_workers",
-    "persistent_workers",
-    "pin_memory",
-    "prefetch_factor",
-    "worker_init_fn",
-)
 
 
 class Plan(Protocol):
@@ -49,18 +40,16 @@ class Plan(Protocol):
 class GroupByLength:
     """Batches of `batch_size` examples of similar length.
 
-    A random permutation is cut into parts, each part is sorted by length and cut into steps, and the order of
-    all steps is shuffled: sorted steps in a row would pull the weights towards long examples, then short ones.
-    The last step may be smaller. Every example comes once; with `drop_last`, those that fill no step are left
-    out, others in each epoch. Where `batch_size` is 1, or there are fewer examples than processes, a few come
-    twice, as in accelerate, since every process has to take part in every step.
+    A random permutation is cut into parts, each part is sorted by length and cut into steps, and all steps are
+    shuffled: sorted steps would pull the weights towards long examples first, then short ones. The last step may be
+    smaller. Every example comes once; with `drop_last`, those that fill no step are left out, others in each epoch.
+    With a `batch_size` of 1, or fewer examples than processes, a few come twice: every process needs a batch.
     """
 
     def __init__(
         self, lengths: np.ndarray, batch_size: int, shards: int = 1, drop_last: bool = False
     ) -> None:
-        self.lengths = lengths
-        self._shards = shards
+        self.lengths, self._shards = lengths, shards
         full, rest = divmod(len(lengths), batch_size * shards)
         sizes = [batch_size * shards] * full
         if rest and not drop_last:
@@ -72,7 +61,6 @@ class GroupByLength:
         self.steps = len(sizes)
 
     def draw(self, rng: np.random.Generator) -> list[Step]:
-        """The steps of one epoch, in a random order."""
         order = np.resize(rng.permutation(len(self.lengths)), self._sizes.sum())
         steps: list[np.ndarray] = []
         # In a random order, so that the smaller step may be of any length.
@@ -90,16 +78,14 @@ class GroupByLength:
 class TokenBudget:
     """Batches whose rows times the longest row are at most `budget` tokens, always in the same number.
 
-    The list sorted by length is dealt like cards into parts: each run of as many neighbours as there are parts
-    gives one random example to every part. So all parts have nearly the same lengths in every epoch, and one
-    partition, made for the longest that each place can get, fits them all: the number of batches is fixed,
-    while an example meets a random one of several neighbours at every other place of its batch. Cutting
-    random parts greedily would be a little more random, but the number of batches would change with the
-    epoch, and the learning rate's schedule with it. Where a batch begins varies as well, see `_cuts`.
+    The examples sorted by length are dealt like cards: of each run of as many neighbours as there are parts, every
+    part gets a random one. So all parts have nearly the same lengths in every epoch, and one partition, made for the
+    longest that each place can get, fits them all. The number of batches is fixed, and with it the schedule of the
+    learning rate, while an example meets others in each epoch. Where a batch begins varies as well, see `_cuts`.
 
-    The processes take one part each, so their batches at one step are equally long and equally large. Every
-    example comes once. Only where not even two short examples fit into a batch may too few be left for a step
-    of all processes: these are left out with `drop_last`, and otherwise a few come twice, as in accelerate.
+    Each process takes one part, so the batches of a step are equally large. Every example comes once. Only where not
+    even two short examples fit into a batch may too few be left for a step of all processes: they are left out with
+    `drop_last`, and otherwise a few come twice.
 
     Raises:
         ValueError: the longest example is longer than the budget.
@@ -113,8 +99,7 @@ class TokenBudget:
                 f"max_tokens_per_batch is too small; got {budget}; expected at least {ordered[0]}, the tokens of "
                 "the longest example; raise it, or cut the texts shorter (max_seq_length)"
             )
-        self.lengths = lengths
-        self._shards = shards
+        self.lengths, self._shards = lengths, shards
         self._parts = shards * _parts(math.ceil(len(_starts(ordered, budget)) / shards))
         # The longest example that a part can have at each of its places.
         self._bounds = ordered[:: self._parts]
@@ -138,7 +123,6 @@ class TokenBudget:
         self._budgets = (lowest, (lowest + budget) // 2)
 
     def draw(self, rng: np.random.Generator) -> list[Step]:
-        """The steps of one epoch, in a random order."""
         dealt = self._deal(rng)
         steps: list[Step] = []
         for first in range(0, self._parts, self._shards):
@@ -163,11 +147,10 @@ class TokenBudget:
         return dealt
 
     def _cuts(self, rng: np.random.Generator) -> list[int]:
-        """Where the batches of a part begin, without the first.
+        """Where the batches of a part begin, without the first: random, and always as many.
 
-        Any budget from the smallest that needs no more batches up to the given one gives the same number, and
-        other cuts. The smallest fills all batches equally, the given one leaves a small batch at the end: the
-        draw is from the lower half.
+        Every budget from the smallest that needs no more batches up to the given one gives as many. The smallest fills
+        all batches equally, the given one leaves a small batch at the end: the draw is from the lower half.
         """
         low, high = self._budgets
         cuts = _starts(self._bounds, int(rng.integers(low, high + 1)))[1:]
@@ -177,16 +160,10 @@ class TokenBudget:
 
 
 class EpochBatches(Sampler[list[int]]):
-    """A batch sampler: the batches of one process, drawn from a plan by seed and epoch.
-
-    It divides the examples between processes itself. Trainer and accelerate call `set_epoch`.
-    """
+    """A batch sampler: the batches of one process, drawn from a plan by seed and epoch."""
 
     def __init__(self, plan: Plan, seed: int, rank: int = 0) -> None:
-        self.plan = plan
-        self.seed = seed
-        self.rank = rank
-        self.epoch = 0
+        self.plan, self.seed, self.rank, self.epoch = plan, seed, rank, 0
 
     @property
     def sampler(self) -> EpochBatches:
@@ -194,7 +171,7 @@ class EpochBatches(Sampler[list[int]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the batches of this epoch, from 0, from now on."""
+        """Draw the batches of this epoch, from 0, from now on; Trainer and accelerate call it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -210,10 +187,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def token_lengths(dataset: Any) -> np.ndarray | None:
-    """The number of `input_ids` of each example; None for data without them, of unknown size or empty.
-
-    Arrow columns tell their lengths without a token being read; any other data set is read row by row.
-    """
+    """The number of `input_ids` of each example; None for data without them, of unknown size or empty."""
     if not isinstance(dataset, Sized) or not len(dataset):
         return None
     # A transform that runs at reading may change what the column holds.
@@ -222,32 +196,16 @@ def token_lengths(dataset: Any) -> np.ndarray | None:
             return None
         lengths = pc.list_value_length(dataset.data.column("input_ids"))
         # A selection or a shuffle lies beside the columns; read through it, a row costs ten microseconds.
-        chosen = dataset._indices
-        lengths = lengths if chosen is None else lengths.take(chosen.column(0))
+        chosen = chosen_rows(dataset)
+        lengths = lengths if chosen is None else lengths.take(chosen)
         return lengths.to_numpy().astype(np.int64)
-    rows: Any = dataset
     found = []
-    for index in range(len(dataset)):
-        row = rows[index]
+    rows: Any = dataset
+    for row in map(rows.__getitem__, range(len(dataset))):
         if not isinstance(row, Mapping) or "input_ids" not in row:
             return None
         found.append(len(row["input_ids"]))
     return np.array(found, dtype=np.int64)
-
-
-def with_batches(loader: DataLoaderShard, batches: EpochBatches) -> DataLoaderShard:
-    """The loader that accelerate prepared, with batches that are divided between processes already.
-
-    accelerate's own division takes batches of one size and repeats examples to fill the last.
-    """
-    options = {name: getattr(loader, name) for name in _LOADER_OPTIONS}
-    return DataLoaderShard(
-        loader.dataset,
-        device=loader.device,
-        batch_sampler=batches,
-        _non_blocking=loader._non_blocking,
-        **options,
-    )
 
 
 def _parts(steps: int) -> int:
@@ -266,11 +224,11 @@ def _starts(ordered: np.ndarray, budget: int) -> list[int]:
 
 def by_length(args: TrainingArguments) -> bool:
     """Whether batches are to hold examples of similar length."""
-    budget = getattr(args, "max_tokens_per_batch", None)
-    return args.train_sampling_strategy == "group_by_length" or budget is not None
+    has_budget = getattr(args, "max_tokens_per_batch", None) is not None
+    return has_budget or args.train_sampling_strategy == "group_by_length"
 
 
-def training_plan(trainer: Any) -> Plan | None:
+def training_plan(trainer: TrainerHooks) -> Plan | None:
     """The plan of the batches of a Trainer's training set; None where stock Trainer makes them.
 
     Raises ValueError for a budget of tokens where the examples' lengths are not known.
@@ -279,21 +237,21 @@ def training_plan(trainer: Any) -> Plan | None:
     if not by_length(args) or data is None:
         return None
     budget = getattr(args, "max_tokens_per_batch", None)
-    # Elsewhere a batch is not one process's own: it is sent or cut by accelerate, or read by several.
+    # Otherwise a batch is not one process's own: accelerate sends or cuts it, or several processes read it.
     one_each = not (accelerator.split_batches or accelerator.dispatch_batches) and (
         trainer.get_tp_size() == trainer.get_cp_size() == trainer.get_sp_size() == 1
     )
     lengths = token_lengths(data) if one_each else None
-    if lengths is None:
-        if budget is None:
-            return None
+    if lengths is None and budget is not None:
         raise ValueError(
             f"max_tokens_per_batch needs the lengths of all examples; got {type(data).__name__}; expected a "
             "data set of known size with input_ids, and one batch for each process; set "
             "per_device_train_batch_size instead"
         )
+    if lengths is None:
+        return None
     if budget is None:
-        return GroupByLength(lengths, trainer._train_batch_size, args.world_size, args.dataloader_drop_last)
+        return GroupByLength(lengths, trainer.train_batch_size, args.world_size, args.dataloader_drop_last)
     return TokenBudget(lengths, budget, args.world_size, args.dataloader_drop_last)
 
 
@@ -323,13 +281,11 @@ def restored(values: Any, order: np.ndarray) -> Any:
 
     A data loader that drops its last batch leaves fewer rows than `order` has; the missing ones stay out.
     """
-    if values is None:
-        return None
-    if isinstance(values, Mapping):
-        return type(values)({key: restored(value, order) for key, value in values.items()})  # type: ignore[call-arg]
-    if isinstance(values, list | tuple):
-        return type(values)(restored(value, order) for value in values)
-    return values[np.argsort(order[: len(values)])]
+    return recursively_apply(
+        lambda rows: rows[np.argsort(order[: len(rows)])],
+        values,
+        test_type=lambda value: isinstance(value, np.ndarray),
+    )
 
 
 def metrics_in_order(
@@ -339,10 +295,7 @@ def metrics_in_order(
     if compute_metrics is None:
         return None
 
-    def computed(prediction: EvalPrediction) -> dict[str, Any]:
-        names = ("predictions", "label_ids", "inputs", "losses")
-        return compute_metrics(
-            EvalPrediction(**{name: restored(getattr(prediction, name), order) for name in names})
-        )
-
-    return computed
+    names = ("predictions", "label_ids", "inputs", "losses")
+    return lambda prediction: compute_metrics(
+        EvalPrediction(**{name: restored(getattr(prediction, name), order) for name in names})
+    )

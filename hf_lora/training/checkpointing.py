@@ -1,4 +1,4 @@
-"""The part of LoRATrainer that saves and goes on: adapter-only checkpoints, whole or not there, also when sharded."""
+"""The part of LoRATrainer that saves, pushes and resumes: checkpoints of the adapter alone, also when sharded."""
 
 from __future__ import annotations
 
@@ -12,25 +12,21 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from huggingface_hub import CommitInfo, HfApi
-from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from hf_lora.adapters.directory import TENSORS, adapter_info, read_adapter
+from hf_lora._files import write_text
+from hf_lora.adapters.card import CURVE, RunSummary, render_card, training_curve
+from hf_lora.adapters.directory import TENSORS, adapter_info, read_adapter, save_adapter
 from hf_lora.adapters.hub import adapter_contents, create_repository, push_contents
 from hf_lora.adapters.peft_format import load_tensors
-from hf_lora.lora.inject import injection
+from hf_lora.lora.inject import injection, trainable_parameter_count
+from hf_lora.training._trainer_hooks import TrainerHooks
 from hf_lora.training.checkpoints import newest_complete, problem, rotate, writing_checkpoint
-from hf_lora.training.distributed import (
-    gathered,
-    loading_without_frozen_weights,
-    on_first,
-    shard_on_cpu,
-    wait_for_all,
-)
+from hf_lora.training.distributed import gathered, on_first, shard_on_cpu, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +34,13 @@ logger = logging.getLogger(__name__)
 _LAST_CHECKPOINT = "last-checkpoint"
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(TrainerHooks):
     """Trainer whose checkpoints hold adapter, optimizer, schedule and random states, and no frozen weight.
 
     What it pushes to the Hub is an adapter directory, and by `hub_strategy` checkpoints.
     """
 
+    facts: RunSummary
     hub_model_id: str | None
     push_in_progress: PushInProgress | None
 
@@ -60,9 +57,42 @@ class CheckpointingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter directory; every process has to call it, the first one writes."""
         with gathered(self.accelerator.unwrap_model(self.model)):
-            self._save(output_dir)
+            self.write_adapter(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def write_adapter(self, output_dir: str | None = None) -> None:
+        """Write the adapter directory with its card; the factors have to be whole. The first process writes."""
+        if not self.args.should_save:
+            return
+        # The curve belongs to a finished run, whose results are known, and not to each checkpoint.
+        curve = training_curve(self.state.log_history) if self.facts.metrics else None
+        files: dict[str, str | bytes] = {"README.md": self._card(curve=CURVE if curve else None)}
+        tokenizer = self.processing_class
+        save_adapter(
+            self.accelerator.unwrap_model(self.model),
+            output_dir or self.args.output_dir,
+            tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+            metrics=self.facts.metrics,
+            files=files if curve is None else files | {CURVE: curve},
+        )
+
+    def create_model_card(self, **_: Any) -> None:
+        """Write `README.md` into the output directory from what was measured."""
+        if self.is_world_process_zero():
+            write_text(Path(self.args.output_dir) / "README.md", self._card())
+
+    def _card(self, curve: str | None = None) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        return render_card(
+            adapter_info(model),
+            injection(model).config,
+            trainable_parameter_count(model),
+            run=self.facts,
+            args=self.args,
+            log_history=self.state.log_history,
+            curve=curve,
+        )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository and the branch to push to before any time is spent on training.
@@ -102,7 +132,7 @@ class CheckpointingTrainer(Trainer):
             self.init_hf_repo(token, private)
         if not self.is_world_process_zero():
             return None
-        self._finish_current_push()
+        self.finish_push()
         contents = adapter_contents(Path(self.args.output_dir))
         options = {"commit_message": commit_message, "token": token, "revision": revision}
         if not blocking:
@@ -115,13 +145,13 @@ class CheckpointingTrainer(Trainer):
                 "push it with `hf-lora push`"
             ) from error
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, folder: Path) -> None:
         """Push the adapter of a checkpoint in the background, and by `hub_strategy` the checkpoint itself.
 
         A checkpoint is what a run goes on from: these strategies, and nothing else, take optimizer and random states
         to the Hub. All is read before training goes on, since the folder may be deleted for a newer one.
         """
-        args, folder = self.args, Path(checkpoint_folder)
+        args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         running = self.push_in_progress
@@ -188,11 +218,11 @@ class CheckpointingTrainer(Trainer):
             )
         return str(named)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def write_checkpoint(self, trial: Any = None) -> None:
         """As Trainer's own, but whole or not there, and without the frozen weights."""
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
-        run = Path(self._get_output_dir(trial=trial))
+        run = self.run_directory(trial)
         target = run / f"checkpoint-{self.state.global_step}"
         best = f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == target.name or (run / best).is_dir()):
@@ -200,24 +230,15 @@ class CheckpointingTrainer(Trainer):
         with writing_checkpoint(target, writes=self.args.should_save, wait=wait_for_all) as folder:
             self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_scaler(str(folder))
-                self._save_rng_state(str(folder))
+                self.write_optimizer(folder)
+                self.write_random_states(folder)
             if self.args.should_save:
                 self._note_callbacks()
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
+            self.push_checkpoint(target)
         if self.args.should_save:
             rotate(run, self.args.save_total_limit, target, self.state.best_model_checkpoint)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # With a limit of one Trainer deletes the newest checkpoint at the end, if another one is the best.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
 
     def _note_callbacks(self) -> None:
         """Put the state of callbacks that have one into the Trainer's state, as Trainer does before it writes it."""
@@ -230,32 +251,21 @@ class CheckpointingTrainer(Trainer):
             else:
                 known[name] = callback.state()
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def write_optimizer(self, folder: Path) -> None:
+        """Write the states of optimizer and schedule, sharded or whole; every process has to call it."""
         if self.is_deepspeed_enabled:
             # Trainer leaves the frozen weights out for peft's own model class only.
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            self.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, str(folder))
         elif self.args.should_save:
-            assert self.optimizer is not None
-            torch.save(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
         if self.args.should_save:
-            assert self.lr_scheduler is not None
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        with loading_without_frozen_weights():
-            return super()._prepare_for_training(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_adapter_checkpoint(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_adapter_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_adapter_checkpoint(self, directory: str) -> None:
+    def read_checkpoint(self, directory: str) -> None:
+        """Load the adapter of a checkpoint. Raises ValueError if it was trained with another rank, alpha or head."""
         model = self.accelerator.unwrap_model(self.model)
         files = read_adapter(directory)
         config = injection(model).config
@@ -268,11 +278,6 @@ class CheckpointingTrainer(Trainer):
                 )
         with gathered(model):
             load_tensors(model, files.tensors, source=str(Path(directory) / TENSORS))
-
-    def _remember_base(self) -> None:
-        """Take the digest of the pretrained weights while they are whole: sharded, no process has them all."""
-        state = injection(self.model)
-        state.info = adapter_info(self.model)
 
 
 def tell_broken(chosen: Path | None, broken: dict[Path, str]) -> None:

@@ -1,21 +1,32 @@
-"""The checkpoints of a run: written whole with checksums, verified, found again, rotated.
+"""The checkpoints of a run on the disk: written whole, verified, found again, deleted; and SIGTERM, which asks for one.
 
-A checkpoint is staged in a hidden folder beside its place, gets a list of its files with their sizes and sha256,
-is synced to the disk, and appears under its name by one rename. What a killed process leaves is either a
-whole checkpoint or a hidden folder that nobody reads.
+A checkpoint is staged in a hidden folder, gets a list of its files with their sizes and sha256, is synced to the disk,
+and appears under its name by one rename. A killed process leaves a whole checkpoint or a hidden folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lora._files import synced, writing
+from hf_lora.training.distributed import any_process
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM has ended
 
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"checkpoint-([0-9]+)")
@@ -25,13 +36,9 @@ _LEFTOVER = re.compile(
 )
 
 
-def _nothing() -> None:
-    """What a single process waits for."""
-
-
 @contextmanager
 def writing_checkpoint(
-    target: Path, *, writes: bool = True, wait: Callable[[], None] = _nothing
+    target: Path, *, writes: bool = True, wait: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
     """Yield the folder in which the files of the checkpoint `target` are written; then it appears whole.
 
@@ -166,3 +173,106 @@ def _checksums(folder: Path) -> str:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Preempted(SystemExit):
+    """Training was ended by SIGTERM after a checkpoint was saved; exits with `EXIT_CODE`, 143, if not caught."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(EXIT_CODE)
+        self.step = step
+
+
+class SaveOnSigterm(TrainerCallback):
+    """After the step in which any process gets SIGTERM, saves a checkpoint and stops all of them."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.stopping = False
+        self._process = os.getpid()
+
+    def receive(self, number: int, frame: Any) -> None:
+        """The signal's handler. A process forked from this one, such as a data loader's, ends as by default."""
+        if os.getpid() != self._process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Called after each optimizer step, before logging, evaluation and saving."""
+        if any_process(self.received, args.device):
+            self.stopping = control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Called where the epoch was left too: what is due at an epoch's end is not due in its middle."""
+        if self.stopping:
+            control.should_save = control.should_evaluate = control.should_log = False
+
+
+@contextmanager
+def ending_on_sigterm(step: int) -> Iterator[None]:
+    """Inside, SIGTERM raises Preempted at once: the work in progress is not saved, and a resumed run does it again.
+
+    step: of the training before. Another handler of the program stays.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        logger.warning(
+            "SIGTERM: ended; --resume_from_checkpoint goes on from the last checkpoint that was saved"
+        )
+        raise Preempted(step)
+
+    with _handling_sigterm(end):
+        yield
+
+
+@contextmanager
+def saving_on_sigterm(trainer: Trainer) -> Iterator[None]:
+    """Inside, SIGTERM makes `trainer` save a checkpoint and stop; then raises Preempted at the end of the block.
+
+    Another handler of the program stays, and so does transformers' own (`enable_jit_checkpoint`).
+    """
+    if not _is_unhandled():
+        yield
+        return
+    callback = SaveOnSigterm()
+    trainer.add_callback(callback)
+    try:
+        with _handling_sigterm(callback.receive):
+            yield
+    finally:
+        trainer.remove_callback(callback)
+    if callback.stopping:
+        step = trainer.state.global_step
+        if trainer.is_world_process_zero():
+            logger.warning(
+                "SIGTERM: saved checkpoint-%d in %s; go on with --resume_from_checkpoint",
+                step,
+                trainer.args.output_dir,
+            )
+        raise Preempted(step)
+    if callback.received:
+        # It came after the last step: nothing is lost by ending now.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _handling_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    if not _is_unhandled():
+        yield
+        return
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_unhandled() -> bool:
+    """Whether SIGTERM may get a handler here: signals reach the main thread alone."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -10,20 +10,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-from transformers import trainer
-from transformers.integrations import deepspeed
 
 from hf_lora.lora.inject import head_parameters, lora_parameters
 from hf_lora.models.prefix import block_lists
+from hf_lora.training import _trainer_hooks as hooks
 
 T = TypeVar("T")
 _FAILURES = "hf_lora/failures"
+_RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def process_count() -> int:
@@ -98,18 +96,12 @@ def keep_frozen_local(model: nn.Module) -> None:
 
     Every process reads the pretrained weights itself. Running statistics (BatchNorm) do change and are kept equal.
     """
-    changing = {
-        f"{name}.{buffer}".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        for buffer, _ in module.named_buffers(recurse=False)
-    }
+    changing = hooks.running_statistics(model)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in model.named_buffers() if name not in changing]
     # A tensor under several names counts under each of them.
     shared = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-    ignored = list(dict.fromkeys([*frozen, *shared, *buffers]))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    hooks.ignore_in_ddp(model, dict.fromkeys([*frozen, *shared, *buffers]))
 
 
 def first_to_fail() -> bool:
@@ -119,7 +111,7 @@ def first_to_fail() -> bool:
     """
     if process_count() > 1:
         try:
-            return dist.distributed_c10d._get_default_store().add(_FAILURES, 1) == 1
+            return hooks.count_in_store(_FAILURES) == 1
         except RuntimeError:  # the process that kept the count is gone
             return False
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -140,7 +132,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the outermost stays whole after a forward, and would be sharded under our hands
+            module.reshard()  # the outermost stays whole after a forward, and FSDP would reshard it here
     own = {id(p): p for p in (*lora_parameters(model).values(), *head_parameters(model).values())}
     own |= {id(p): p for p in model.parameters() if p.requires_grad}
     with ExitStack() as stack:
@@ -150,17 +142,18 @@ def gathered(model: nn.Module) -> Iterator[None]:
             stack.enter_context(zero.GatheredParameters(partitioned, modifier_rank=0))
         swapped: list[tuple[nn.Module, str, Any, nn.Parameter]] = []
         for module in model.modules():
-            for name, parameter in module._parameters.items():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if isinstance(parameter, DTensor) and id(parameter) in own:
-                    whole = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
+                    shard: Any = parameter.detach()
+                    whole = nn.Parameter(shard.full_tensor(), parameter.requires_grad)
                     swapped.append((module, name, parameter, whole))
         for module, name, _, whole in swapped:
-            module._parameters[name] = whole
+            hooks.set_parameter(module, name, whole)
         try:
             yield
         finally:
             for module, name, shard, whole in swapped:
-                module._parameters[name] = shard
+                hooks.set_parameter(module, name, shard)
                 # Each process takes its part of what it has itself; nothing is sent.
                 part = distribute_tensor(
                     whole.detach(), shard.device_mesh, shard.placements, src_data_rank=None
@@ -175,47 +168,24 @@ def whole_weights() -> Iterator[None]:
 
     The probe before training and the digest of the base need all weights. FSDP and DeepSpeed divide them afterwards.
     """
-    asked = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    known = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
+    asked = os.environ.get(_RAM_EFFICIENT)
+    os.environ[_RAM_EFFICIENT] = "false"
     try:
-        yield
+        with hooks.without_deepspeed_config():
+            yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = known
         if asked is None:
-            del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+            del os.environ[_RAM_EFFICIENT]
         else:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = asked
-
-
-@contextmanager
-def loading_without_frozen_weights() -> Iterator[None]:
-    """Inside, Trainer takes a DeepSpeed checkpoint without the frozen weights, as it does for peft's own model class.
-
-    The adapter's tensors are compared one by one, as they are read from their own file.
-    """
-    strict = trainer.deepspeed_load_checkpoint
-    trainer.deepspeed_load_checkpoint = lambda engine, path, **_: strict(
-        engine, path, load_module_strict=False
-    )
-    try:
-        yield
-    finally:
-        trainer.deepspeed_load_checkpoint = strict
+            os.environ[_RAM_EFFICIENT] = asked
 
 
 def shard_on_cpu(accelerator: Any) -> bool:
-    """Let FSDP work between CPU processes, where accelerate passes it over without a word; whether it was asked for.
-
-    Does what accelerate does on GPUs, with the settings that its launcher put into the environment.
-    """
+    """Let FSDP work between CPU processes, which accelerate passes over; returns whether it was asked for."""
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return False
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    accelerator.state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    hooks.set_fsdp(accelerator)
     return True
 
 
@@ -235,4 +205,4 @@ def name_blocks(model: nn.Module) -> None:
     at once. Others name their embeddings too, in which accelerate then shards the word embeddings a second time.
     """
     blocks = {type(block).__name__ for blocks in block_lists(model).values() for block in blocks}
-    model._no_split_modules = sorted(blocks)  # type: ignore[assignment]
+    hooks.set_wrapped_classes(model, blocks)

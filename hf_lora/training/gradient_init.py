@@ -1,9 +1,9 @@
 """A starts along the gradient of the training loss, so that the first steps of LoRA are those of full fine-tuning.
 
 With B = 0 the first gradient of B is scaling * G A^T, where G `(out, in)` is the gradient of the frozen weight: B
-learns only what A lets through. Rows of A along the first right singular vectors of G let through as much as r
-rows can (LoRA-GA, Wang et al. 2024, arXiv:2407.05000, starts A and B there and moves W; here B stays zero, so
-the model starts as it was and W is not touched). The gradient needs a head that means something: `start_head` first.
+learns only what A lets through. The first right singular vectors of G as A's rows let through as much as r rows can.
+LoRA-GA (Wang et al. 2024, arXiv:2407.05000) starts A and B there and moves W; here B stays zero and W as it was.
+The gradient needs a trained head: `start_head` first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from hf_lora.lora.inject import injection, lora_disabled, lora_layers
 from hf_lora.lora.layer import LoRALayer
 from hf_lora.lora.linear import is_adaptable
 from hf_lora.models.verify import evaluating
+
+if TYPE_CHECKING:
+    from hf_lora.training.trainer import LoRATrainer
 
 AUTO, INIT = "auto", "gradient"
 # Four times as many cost more and did no better, with 2 labels and with 150.
@@ -45,10 +48,10 @@ class LoRAStart:
         return f"{self.init} ({self.reason}{spent})"
 
 
-def start_lora(trainer: Any, examples: int = EXAMPLES) -> LoRAStart:
+def start_lora(trainer: LoRATrainer, examples: int = EXAMPLES) -> LoRAStart:
     """Before training: turn the rows of every A to the first right singular vectors of its weight's gradient.
 
-    trainer: a LoRATrainer. The gradient is of its loss over `examples` of its training set, with the model as it is.
+    The gradient is of the trainer's loss over `examples` of its training set, with the model as it is.
     A keeps its random rows where a weight has no gradient, and beyond the weight's smaller side. Every process
     has to call it; each takes its share of the examples. The model's LoRAConfig says init="gradient" afterwards.
 
@@ -78,7 +81,7 @@ def start_lora(trainer: Any, examples: int = EXAMPLES) -> LoRAStart:
     return trainer.lora_start
 
 
-def choose_start(trainer: Any, init: str, head: str) -> LoRAStart:
+def choose_start(trainer: LoRATrainer, init: str, head: str) -> LoRAStart:
     """What `--lora_init` asks for; "auto": the gradient, but with a random head or where there is none to be had.
 
     head: how the head starts, the `kind` of a `HeadStart`. A run that goes on from a checkpoint starts like any other:
@@ -100,14 +103,14 @@ def choose_start(trainer: Any, init: str, head: str) -> LoRAStart:
     return LoRAStart("kaiming", reason)
 
 
-def awaits_start(trainer: Any) -> bool:
+def awaits_start(trainer: LoRATrainer) -> bool:
     """Whether LoRAConfig(init="gradient") has been asked for, and A is still random and B zero."""
     if trainer.lora_start is not None or injection(trainer.model).config.init != INIT:
         return False
     return not _is_trained(trainer.model)
 
 
-def weight_gradients(trainer: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+def weight_gradients(trainer: LoRATrainer, rows: Sequence[int]) -> dict[str, Tensor]:
     """The gradient of the loss with respect to every adapted weight, in the weight's shape and fp32.
 
     rows: of the training set, over which the loss is summed. The adapter is disabled and dropout is off. No gradient is
@@ -121,7 +124,7 @@ def weight_gradients(trainer: Any, rows: Sequence[int]) -> dict[str, Tensor]:
     ]
     with lora_disabled(model), evaluating(model), _requiring_gradients(weights.values()):
         for batch in _batches(examples, trainer.args):
-            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+            inputs = trainer.prepare_inputs(trainer.data_collator(batch))
             loss = trainer.compute_loss(model, inputs) * len(batch)
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), found, strict=True):
@@ -180,7 +183,7 @@ def _is_trained(model: nn.Module) -> bool:
     return any(bool(layer.lora_B.any()) for layer in lora_layers(model).values())
 
 
-def _check(trainer: Any, model: nn.Module) -> None:
+def _check(trainer: LoRATrainer, model: nn.Module) -> None:
     layers, init = lora_layers(model).values(), injection(model).config.init
     problems = {
         "FSDP or DeepSpeed, whose weights are sharded": trainer.is_fsdp_enabled

@@ -1,8 +1,7 @@
-"""Keep the output of the frozen prefix across epochs: in memory or on disk, found by the example's own inputs.
+"""The output of the frozen prefix, kept across epochs in memory or on disk.
 
-The states are a function of the inputs alone, so that the inputs are their address: no row number has to travel
-through samplers, collators and column pruning, and equal examples are kept once. A process records what it is
-given, as it comes; what it meets again it reads.
+The states are a function of the inputs alone, so a digest of the inputs is their key: no row number has to travel
+through samplers, collators and column pruning, and equal examples are kept once.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from hf_lora.models.prefix import FrozenPrefix
 from hf_lora.models.prefix_store import StateStore
 from hf_lora.models.verify import relative_difference
+from hf_lora.training._trainer_hooks import TrainerHooks
 from hf_lora.training.batching import token_lengths
 
 logger = logging.getLogger(__name__)
@@ -190,8 +190,8 @@ class PrefixCache:
         self._checked.add(batch.padding)
 
 
-# What goes around the model's own forward, or is random before the blocks: (what, whether a trainer has it, instead).
-_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+# What wraps the model's own forward, or is random before the blocks: (what, whether a trainer has it, instead).
+_REFUSED: tuple[tuple[str, Callable[[TrainerHooks], bool], str], ...] = (
     ("model_init", lambda trainer: trainer.model_init is not None, "give the trainer a model"),
     ("FSDP", lambda trainer: trainer.is_fsdp_enabled, "run on several GPUs with DDP"),
     ("DeepSpeed", lambda trainer: trainer.is_deepspeed_enabled, "run on several GPUs with DDP"),
@@ -201,70 +201,31 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def ordinary(inputs: Any) -> AbstractContextManager[None]:
-    """What a training step is wrapped in without a cache: nothing."""
-    return nullcontext()
+def open_prefix_cache(trainer: TrainerHooks) -> PrefixCache | None:
+    """The cache that the arguments ask for, empty; None where they ask for none.
 
-
-@contextmanager
-def prefix_cache(trainer: Any) -> Iterator[Callable[[Mapping[str, Any]], AbstractContextManager[None]]]:
-    """What a Trainer wraps each training step in, a context for the step's inputs; inside, the cache lives.
-
-    A cache that was filled before, `trainer.kept_prefix`, is gone on with.
-
-    Reads `args.cache_frozen_prefix`, one of `hf_lora.models.prefix_store.CACHE_MODES`,
-    and `args.frozen_prefix_cache_gb`.
+    Reads `args.cache_frozen_prefix`, one of `hf_lora.training.options.CACHE_MODES`, and `args.frozen_prefix_cache_gb`.
     Raises ValueError where the model, the data or the way of training does not allow it.
     """
-    cache = getattr(trainer, "kept_prefix", None) or open_prefix_cache(trainer)
-    if cache is None:
-        yield ordinary
-        return
-    try:
-        yield cache.replaying
-    finally:
-        cache.close()
-        trainer.kept_prefix = None
-
-
-def open_prefix_cache(trainer: Any) -> PrefixCache | None:
-    """The cache that a Trainer's arguments ask for, empty; None where they ask for none. See `prefix_cache`."""
     mode = getattr(trainer.args, "cache_frozen_prefix", "no")
     if mode == "no":
         return None
     for what, present, instead in _REFUSED:
         if present(trainer):
             raise ValueError(f"cache_frozen_prefix does not work with {what}; got {mode!r}; {instead}")
+    lengths = token_lengths(trainer.train_dataset)
+    if lengths is None:
+        raise ValueError(
+            "cache_frozen_prefix needs a training set with a length and rows with input_ids; "
+            f"got {type(trainer.train_dataset).__name__}; run without it"
+        )
     return PrefixCache(
         trainer.model,
-        _token_count(trainer.train_dataset),
+        int(lengths.sum()),
         mode=mode,
         limit=trainer.args.frozen_prefix_cache_gb * _GB,
         directory=trainer.args.output_dir,
     )
-
-
-@contextmanager
-def filling_prefix(trainer: Any) -> Iterator[None]:
-    """Inside, predictions of training examples fill the cache of the training that follows, if there is to be one."""
-    trainer.kept_prefix = trainer.kept_prefix or open_prefix_cache(trainer)
-    if trainer.kept_prefix is not None:
-        trainer.predicting = trainer.kept_prefix.replaying
-    try:
-        yield
-    finally:
-        trainer.predicting = ordinary
-
-
-def _token_count(dataset: Any) -> int:
-    """How many tokens the examples have together, padding in the rows included."""
-    lengths = token_lengths(dataset)
-    if lengths is None:
-        raise ValueError(
-            "cache_frozen_prefix needs a training set with a length and rows with input_ids; "
-            f"got {type(dataset).__name__}; run without it"
-        )
-    return int(lengths.sum())
 
 
 def _content(value: Any) -> bytes:

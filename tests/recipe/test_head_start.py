@@ -242,14 +242,14 @@ def test_the_pass_for_the_features_fills_the_frozen_prefix(tmp_path: Path, tiny_
         cache_frozen_prefix="memory",
     )
     warm = start_head(trainer, "probe").warm
-    kept = trainer.kept_prefix
+    kept = trainer.prefix
     assert kept is not None and kept.store is not None
     assert len(kept.store) == len({tuple(ids) for ids in data.splits["train"]["input_ids"]})
     record, recorded = kept.prefix.record, []
     kept.prefix.record = lambda inputs: recorded.append(inputs) or record(inputs)
     trainer.train()
     assert recorded == []
-    assert trainer.kept_prefix is None
+    assert trainer.prefix is None
     plain, _ = prepared(tmp_path, tiny_bert_dir, "mean")
     expected = fit_warm_start(plain)
     np.testing.assert_allclose(warm.validation, expected.validation, rtol=1e-3, atol=1e-3)

@@ -28,8 +28,8 @@ from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.recipe.compare import Snapshot
 from hf_lora.recipe.head_start import frozen_features, install, output_layer, start_head
 from hf_lora.recipe.refit import refit
+from hf_lora.training.checkpoints import EXIT_CODE, Preempted
 from hf_lora.training.gradient_init import choose_start, start_lora
-from hf_lora.training.preemption import EXIT_CODE, Preempted
 
 Train = Callable[..., dict[str, Any]]
 # To fit a temperature on: 24 of 60 texts.

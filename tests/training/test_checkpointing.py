@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
+from helpers_training import arguments, assert_same_tensors, dataset, injected, trainer
 
 from hf_lora import LoRATrainer
 from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.training.checkpoints import checkpoints, problem
-from tests.training.test_trainer import arguments, assert_same_tensors, dataset, injected, trainer
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
 

@@ -1,7 +1,6 @@
 import gc
 import logging
 import os
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from tiny_models import LENGTH, PAD, ROWS, TEXT, tiny_inputs, tiny_model
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora
 from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.lora.architectures import ARCHITECTURES, ROLES
-from hf_lora.training.prefix_cache import PaddedBatch, PrefixCache, prefix_cache
+from hf_lora.training.prefix_cache import PaddedBatch, PrefixCache
 
 TWO_STACKS = r"one list of blocks .* got 2 .*encoder\..*decoder\."
 NOT_CALLED = "blocks that run once each; got 0 calls"
@@ -206,22 +205,6 @@ def test_a_batch_without_tokens_is_refused(tmp_path):
 # In a training run: what LoRATrainer does with it.
 
 
-@dataclass
-class CachingArguments(LoRATrainingArguments):
-    cache_frozen_prefix: str = "no"
-    frozen_prefix_cache_gb: float = 1.0
-
-
-class CachingTrainer(LoRATrainer):
-    def train(self, *args, **kwargs):
-        with prefix_cache(self) as self._replaying:
-            return super().train(*args, **kwargs)
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        with self._replaying(self._prepare_inputs(inputs)):
-            return super().training_step(model, inputs, *args, **kwargs)
-
-
 EXAMPLES, BLOCKS, DEPTH = 18, 4, 2
 
 
@@ -254,7 +237,7 @@ def classifier(dropout=0.0):
     return model
 
 
-def trainer(directory, cache="memory", model=None, cls=CachingTrainer, **options):
+def trainer(directory, cache="memory", model=None, cls=LoRATrainer, **options):
     defaults = {
         "output_dir": str(directory),
         "use_cpu": True,
@@ -269,7 +252,7 @@ def trainer(directory, cache="memory", model=None, cls=CachingTrainer, **options
     }
     return cls(
         model=model or classifier(),
-        args=CachingArguments(**{**defaults, "cache_frozen_prefix": cache, **options}),
+        args=LoRATrainingArguments(**{**defaults, "cache_frozen_prefix": cache, **options}),
         train_dataset=examples(),
         eval_dataset=examples(6),
         processing_class=tiny_tokenizer(),
@@ -380,7 +363,7 @@ class Stop(Exception):
     pass
 
 
-class Stopping(CachingTrainer):
+class Stopping(LoRATrainer):
     def compute_loss(self, *args, **kwargs):
         if self.state.global_step == 7:
             raise Stop
@@ -388,7 +371,7 @@ class Stopping(CachingTrainer):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux lists the open files there")
-@pytest.mark.parametrize("cls", [CachingTrainer, Stopping])
+@pytest.mark.parametrize("cls", [LoRATrainer, Stopping])
 def test_nothing_is_left_behind(cls, tmp_path):
     """On the model, on the disk, and among the open files; also after an exception."""
     run = trainer(tmp_path, "disk", cls=cls)

@@ -1,4 +1,4 @@
-"""Sharded models in one process: which layers are wrapped, what is refused, and that nothing else is touched."""
+"""What processes agree about, and sharded models; here in one process, in several in tests/integration."""
 
 import os
 from types import SimpleNamespace
@@ -7,18 +7,68 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import MODEL_TYPES, tiny_classifier
-from transformers import trainer
+from torch import nn
 from transformers.integrations import deepspeed
 
 from hf_lora import LoRAConfig, inject_lora, lora_parameters
 from hf_lora.training.distributed import (
+    any_process,
+    check_equal,
     check_fsdp,
+    first_to_fail,
     gathered,
-    loading_without_frozen_weights,
+    keep_frozen_local,
+    mean_shares,
     name_blocks,
+    on_first,
     shard_on_cpu,
     whole_weights,
 )
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([16], [1.0]), ([8, 8, 8], [1.0, 1.0, 1.0]), ([8, 4], [4 / 3, 2 / 3]), ([], []), ([0], [1.0])],
+)
+def test_means_of_batches_are_weighted_by_their_examples(sizes, expected):
+    assert mean_shares(sizes, CPU) == expected
+    if len(set(sizes)) == 1:
+        # Exactly: the loss of equal batches must not be touched.
+        assert all(share == 1.0 for share in mean_shares(sizes, CPU))
+
+
+def test_shares_make_the_mean_over_all_examples():
+    losses, sizes = [0.5, 2.0, 1.0], [3, 1, 6]
+    shares = mean_shares(sizes, CPU)
+    mean = sum(loss * share for loss, share in zip(losses, shares, strict=True)) / 3
+    assert mean == pytest.approx((3 * 0.5 + 1 * 2.0 + 6 * 1.0) / 10)
+
+
+def test_one_process_agrees_with_itself(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    check_equal({"base model": "a"})
+    assert any_process(True, CPU) and not any_process(False, CPU)
+    assert on_first(lambda: 3) == 3 and first_to_fail()
+    with pytest.raises(ValueError, match="wrong"):
+        on_first(lambda: (_ for _ in ()).throw(ValueError("wrong")))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not first_to_fail()
+
+
+def test_frozen_weights_and_buffers_are_not_sent_and_what_changes_is():
+    model = tiny_classifier("bert")
+    inject_lora(model, LoRAConfig(rank=4))
+    model.norm = nn.BatchNorm1d(3)
+    model.norm.requires_grad_(False)
+    keep_frozen_local(model)
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    everything = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    statistics = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert everything - ignored == trained | statistics
+
 
 BLOCKS = {
     "bert": ["BertLayer"],
@@ -77,16 +127,3 @@ def test_loading_whole_is_for_the_time_of_loading(monkeypatch):
         assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     assert deepspeed.is_deepspeed_zero3_enabled()
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
-
-
-def test_deepspeed_checkpoints_are_read_without_the_frozen_weights(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        trainer,
-        "deepspeed_load_checkpoint",
-        lambda engine, path, load_module_strict=True: calls.append(load_module_strict),
-    )
-    with loading_without_frozen_weights():
-        trainer.deepspeed_load_checkpoint("engine", "path", load_module_strict=True)
-    trainer.deepspeed_load_checkpoint("engine", "path")
-    assert calls == [False, True]
