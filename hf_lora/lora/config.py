@@ -96,23 +96,13 @@ class LoRAConfig:
         object.__setattr__(self, "projections", _checked_projections(self.projections))
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
         object.__setattr__(self, "layers", _checked_layers(self.layers))
-        for what, patterns, check in (
-            ("rank_pattern", self.rank_pattern, _check_rank),
-            ("alpha_pattern", self.alpha_pattern, _check_alpha),
-        ):
-            if not isinstance(patterns, Mapping):
+        _check_patterns("rank_pattern", self.rank_pattern, _check_rank)
+        _check_patterns("alpha_pattern", self.alpha_pattern, _check_alpha)
+        for what, value, known in (("bias mode", self.bias, BIAS_MODES), ("form", self.form, FORMS)):
+            if value not in known:
                 raise ValueError(
-                    f"{what} is no mapping; got {shortened(patterns)}; expected {{pattern: number}}"
+                    f"unknown {what}; got {shortened(value)}; expected one of {', '.join(known)}"
                 )
-            for pattern, value in patterns.items():
-                check_pattern(what, pattern)
-                check(f"{what}[{shortened(pattern)}]", value)
-        if self.bias not in BIAS_MODES:
-            raise ValueError(
-                f"unknown bias mode; got {shortened(self.bias)}; expected one of {', '.join(BIAS_MODES)}"
-            )
-        if self.form not in FORMS:
-            raise ValueError(f"unknown form; got {shortened(self.form)}; expected one of {', '.join(FORMS)}")
         if self.init not in INITS:
             # Registered by the user, or unknown.
             import_module("hf_lora.lora.initializers").INITIALIZERS.get(self.init)
@@ -139,12 +129,10 @@ class LoRAConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoRAConfig:
         """The config that `to_dict` wrote. Raises ValueError for an unknown key."""
-        known = {entry.name for entry in fields(cls)}
-        unknown = sorted(set(values) - known)
+        known = sorted(entry.name for entry in fields(cls))
+        unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(
-                f"unknown LoRAConfig keys; got {shortened(unknown)}; expected some of {sorted(known)}"
-            )
+            raise ValueError(f"unknown LoRAConfig keys; got {shortened(unknown)}; expected some of {known}")
         return cls(**values)
 
 
@@ -169,6 +157,14 @@ def _check_alpha(what: str, alpha: object) -> None:
         raise ValueError(
             f"{what} is not usable; got {shortened(alpha)}; expected a number above 0, such as 16"
         )
+
+
+def _check_patterns(what: str, patterns: object, check: Callable[[str, object], None]) -> None:
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"{what} is no mapping; got {shortened(patterns)}; expected {{pattern: number}}")
+    for pattern, value in patterns.items():
+        check_pattern(what, pattern)
+        check(f"{what}[{shortened(pattern)}]", value)
 
 
 def _checked_projections(projections: str) -> str:

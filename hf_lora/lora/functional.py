@@ -1,4 +1,4 @@
-"""The mathematics of LoRA as pure functions (Hu et al. 2021, arXiv:2106.09685, equation 3).
+"""The mathematics of LoRA as pure functions, and a fast dropout (Hu et al. 2021, arXiv:2106.09685, equation 3).
 
     h = W x + b + scaling * B A x,    scaling = alpha / rank
 
@@ -49,8 +49,9 @@ def dora_linear(
     norm = torch.linalg.vector_norm(weight.to(delta.dtype) + delta, dim=1).detach()
     scale = magnitude / norm
     base = F.linear(x, weight)
-    dropped, product = (fast_dropout(x, dropout), None) if dropout > 0.0 else (x, base)
-    if product is None:
+    dropped, product = x, base
+    if dropout > 0.0:
+        dropped = fast_dropout(x, dropout)
         product = F.linear(dropped, weight)
     update = lora_update(dropped, lora_A, lora_B, scaling)
     result = base + ((scale - 1) * product.to(update.dtype) + scale * update).to(base.dtype)
@@ -88,7 +89,8 @@ def random_bits(count: int) -> Tensor:
     for first in range(0, len(words), _BLOCK):
         word = words[first : first + _BLOCK]
         shifted = scratch[: len(word)]
-        torch.add(counters[: len(word)], _as_int32(start + first), out=word)
+        # As a signed number of 32 bits.
+        torch.add(counters[: len(word)], (start + first + (1 << 31)) % (1 << 32) - (1 << 31), out=word)
         _fold(word, 16, shifted)
         word.mul_(_FIRST).bitwise_xor_(key)
         _fold(word, 15, shifted)
@@ -108,16 +110,11 @@ def _fold(word: Tensor, bits: int, shifted: Tensor) -> None:
     word.bitwise_xor_(shifted.bitwise_and_((1 << (32 - bits)) - 1))
 
 
-def _as_int32(number: int) -> int:
-    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
 def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
-    """x with elements zeroed, the mask, and the factor that is still to be applied.
+    """x with elements zeroed, the mask for `drop_again`, and the factor: `factor * dropped` is dropout of x.
 
-    `factor * dropped` is dropout of x. The mask is what `drop_again` takes; where x is on a CPU it is int8, -1
-    for kept elements and 0 for others, and the factor is 1 / (1 - p): products can take it up at no cost. With p = 0
-    it is x itself, without a mask.
+    On a CPU the mask is int8, -1 for kept elements and 0 for others, and the factor 1 / (1 - p): products can take it
+    up at no cost. With p = 0 it is x itself, without a mask.
     """
     if p == 0.0:
         return x, None, 1.0
@@ -153,8 +150,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        dropped = drop_again(grad, mask, ctx.p)
+        dropped = drop_again(grad, ctx.saved_tensors[0], ctx.p)
         return (dropped.mul_(ctx.factor) if ctx.factor != 1.0 else dropped), None
 
 
@@ -256,9 +252,8 @@ class _LoRALinear(torch.autograd.Function):
 def _is_merged(tokens: int, weight: Tensor, lora_A: Tensor) -> bool:
     """Whether adding the update to the weight is less work than adding it to the outputs.
 
-    A x and B^T G are needed for the gradients in either form. What remains, for each unit of rank, is in * out to
-    make the merged weight, in the forward and again in the backward, against tokens * out to add the update to the
-    outputs and tokens * in to add it to the gradient. A must be trained: only then is x kept, of which h is made.
+    For each unit of rank it takes in * out to make the merged weight, twice, against tokens * (in + out) to add the
+    update to the outputs and to the gradient. A must be trained: only then is x kept, from which A x is made.
     """
     out, features = weight.shape
     full = weight.dtype.itemsize >= 4 and lora_A.dtype == weight.dtype

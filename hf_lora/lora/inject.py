@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_lora.lora import initializers
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to, find_head
-from hf_lora.lora.initializers import INITIALIZERS, Initialization
+from hf_lora.lora.initializers import INITIALIZERS
 from hf_lora.lora.layer import LoRALayer, UpdateSpec
 from hf_lora.lora.linear import LoRAParametrization
 from hf_lora.lora.quantized import layer_type_of, prepare_quantized
@@ -114,7 +114,11 @@ def injection(model: nn.Module) -> Injection:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers by the dotted names of their modules. Raises ValueError for a model without LoRA."""
-    return {p.target.name: _submodule(model, p.layer) for p in injection(model).placements}
+    # Loading asks for dozens of layers several times; `get_submodule` takes twice as long.
+    return {
+        p.target.name: cast(LoRALayer, attrgetter(p.layer)(model) if p.layer else model)
+        for p in injection(model).placements
+    }
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -167,11 +171,10 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 def merge_lora(model: nn.Module) -> list[str]:
     """Add every update to its weight, computed in fp32; returns the names of the merged modules.
 
-    The model then runs at the speed of the plain one. `unmerge_lora` restores the weights bit for bit.
-    Raises ValueError if the model is merged already, or has quantized layers; it is then as it was.
+    The model then runs as fast as the plain one. `unmerge_lora` restores the weights bit for bit.
+    Raises ValueError, and changes nothing, if the model is merged already or has quantized layers.
     """
-    layers = lora_layers(model)
-    _check_merged(layers, expected=False, hint="unmerge_lora undoes it")
+    layers = _checked_layers(model, merged=False, hint="unmerge_lora undoes it")
     try:
         for layer in layers.values():
             layer.merge()
@@ -185,8 +188,7 @@ def merge_lora(model: nn.Module) -> list[str]:
 
 def unmerge_lora(model: nn.Module) -> list[str]:
     """Undo `merge_lora`, bit for bit. Raises ValueError if the model is not merged."""
-    layers = lora_layers(model)
-    _check_merged(layers, expected=True, hint="merge_lora does it")
+    layers = _checked_layers(model, merged=True, hint="merge_lora does it")
     for layer in layers.values():
         layer.unmerge()
     return list(layers)
@@ -214,10 +216,7 @@ def remove_lora(model: nn.Module) -> list[str]:
 
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the encoder computes what it computed before it was adapted; after, all is as before.
-
-    Works on merged models too. Trained biases are set back as well. The head is not touched.
-    """
+    """Inside, the encoder is the pretrained one, biases included; the head stays. Works on merged models too."""
     layers = list(lora_layers(model).values())
     biases = injection(model).frozen_biases
     parameters = {name: p for name, p in model.named_parameters() if name in biases}
@@ -234,20 +233,15 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
         _write(parameters, trained)
 
 
-def _submodule(model: nn.Module, name: str) -> LoRALayer:
-    # Loading asks for dozens of layers several times; `get_submodule` takes twice as long.
-    return cast(LoRALayer, attrgetter(name)(model) if name else model)
-
-
 def _attach(module: nn.Module, target: Target, config: LoRAConfig, *, blank: bool) -> Placement:
     initialization = INITIALIZERS.get(config.init)
+    if blank:
+        initialization = replace(initialization, make=initializers.blank)
     spec = UpdateSpec(
         rank=config.rank_of(target.name),
         scaling=config.scaling_of(target.name),
         dropout=config.dropout,
-        initialization=Initialization(initializers.blank, initialization.corrected)
-        if blank
-        else initialization,
+        initialization=initialization,
         variant=VARIANTS.get(config.variant),
         parts=target.parts,
         input_first=target.input_first,
@@ -278,19 +272,18 @@ def trained_biases(model: nn.Module, state: Injection) -> set[str]:
     if state.config.bias == "none":
         return set()
     adapted = {f"{target.module}.bias" for target in state.targets}
-    chosen = {"lora_only": adapted.__contains__, "all": _is_bias}[state.config.bias]
-    return {name for name, _ in model.named_parameters() if chosen(name) and not belongs_to(name, state.head)}
+    names = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    chosen = names if state.config.bias == "all" else names & adapted
+    return {name for name in chosen if not belongs_to(name, state.head)}
 
 
-def _is_bias(name: str) -> bool:
-    return name.rpartition(".")[2] == "bias"
-
-
-def _check_merged(layers: dict[str, LoRALayer], *, expected: bool, hint: str) -> None:
-    wrong = [name for name, layer in layers.items() if layer.merged is not expected]
+def _checked_layers(model: nn.Module, *, merged: bool, hint: str) -> dict[str, LoRALayer]:
+    layers = lora_layers(model)
+    wrong = [name for name, layer in layers.items() if layer.merged is not merged]
     if wrong:
-        state = "not merged" if expected else "merged already"
+        state = "not merged" if merged else "merged already"
         raise ValueError(f"the model is {state}; got {len(wrong)} such layers, first {wrong[0]!r}; {hint}")
+    return layers
 
 
 @torch.no_grad()

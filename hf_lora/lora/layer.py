@@ -1,4 +1,4 @@
-"""How a module's weight is read as a matrix `(out, in)`, for the low-rank product B A."""
+"""The low-rank update of one weight: its layout as a matrix, its factors A and B, and the same under PEFT's names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hf_lora.lora.initializers import Initialization
 
 @dataclass(frozen=True)
 class Layout:
-    """How a module type's weight is read as a matrix, and what PEFT calls its factors.
+    """How a module type's weight is read as a matrix `(out, in)`, and what PEFT calls its factors.
 
-    transposed: the weight's first dimension is the input. rows_first: a row of the weight, whose norm DoRA
-    learns, is indexed by its first dimension (an embedding's row is a token, a Conv1D's is a column).
+    transposed: the weight's first dimension is the input. rows_first: the first dimension counts the rows whose norms
+    DoRA learns (an embedding's row is a token, a Conv1D's is a column).
     """
 
     transposed: bool = False
@@ -109,13 +109,12 @@ class LoRALayer(nn.Module):
         self, weight: Tensor, spec: UpdateSpec, layout: Layout, shape: torch.Size, groups: int = 1
     ) -> None:
         """Add the factors for a frozen `weight` of `shape` (its own is empty under ZeRO-3), on its device."""
-        if spec.variant.magnitude and spec.parts is not None:
-            covered = sum(map(len, spec.parts))
-            if covered != layout.features(shape)[0]:
-                raise ValueError(
-                    "variant='dora' cannot adapt a part of a fused weight, since it learns the norm of every row; "
-                    "adapt all of its roles, or use variant='lora'"
-                )
+        covered = None if spec.parts is None else sum(map(len, spec.parts))
+        if spec.variant.magnitude and covered not in (None, layout.features(shape)[0]):
+            raise ValueError(
+                "variant='dora' cannot adapt a part of a fused weight, since it learns the norm of every row; "
+                "adapt all of its roles, or use variant='lora'"
+            )
         half = not weight.is_floating_point() or weight.dtype.itemsize < 4
         matrix = (
             layout.to_matrix(weight.detach()) if weight.numel() else weight.new_zeros(layout.features(shape))
@@ -129,8 +128,9 @@ class LoRALayer(nn.Module):
         self.variant, self.parts = spec.variant, spec.parts
         self._blocks = None if spec.parts is None else _blocks(spec.parts, spec.rank)
         self.layout, self.weight_shape, self.groups = layout, shape, groups
-        corrected = spec.initialization.corrected
-        self.start = (self.lora_A.detach().clone(), self.lora_B.detach().clone()) if corrected else None
+        self.start = None
+        if spec.initialization.corrected:
+            self.start = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
         self.enabled = True
         self._unmerged_weight = None
         self.lora_magnitude = None
@@ -158,9 +158,8 @@ class LoRALayer(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """scaling * B A in the weight's own shape, in fp32 at least."""
-        return self.layout.to_weight(
-            functional.delta_weight(*self.factors(), self.scaling), self.weight_shape
-        )
+        delta = functional.delta_weight(*self.factors(), self.scaling)
+        return self.layout.to_weight(delta, self.weight_shape)
 
     def adapted(self, weight: Tensor, delta: Tensor) -> Tensor:
         """W' for the frozen W and the update: W + delta, or with DoRA its rows scaled to the learned norms."""
@@ -215,11 +214,9 @@ class LoRALayer(nn.Module):
         whole = lora_B.new_zeros(self.layout.features(self.weight_shape)[0], len(self.parts) * self.rank)
         return whole.index_put((rows, columns), lora_B)
 
-    # PEFT's side: the same update under PEFT's names and shapes.
-
     @property
     def peft_rank(self) -> int:
-        """The rank the update has in PEFT: parts and the subtracted start add to it, and so do groups."""
+        """The rank of the update in PEFT: parts, the subtracted start and groups multiply it."""
         return self.rank * len(self.parts or (0,)) * (1 if self.start is None else 2) * self.groups
 
     def to_peft(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

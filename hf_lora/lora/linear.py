@@ -1,8 +1,8 @@
-"""Layers with a forward of their own: each is a subclass of the layer it adapts and holds the same frozen weight.
+"""The two forms of an adapted weight: a layer with a forward of its own, and a parametrized tensor.
 
-A layer is adapted where it stands: its class changes to the LoRA subclass and the factors are added. So
-`state_dict` keys, hooks, `weight`, `in_features`, references from elsewhere and `isinstance` all go on as
-before, and `detach` gives back exactly the layer that was.
+A layer is adapted where it stands: its class changes to a subclass of its own and the factors are added. So
+`state_dict` keys, hooks, `weight`, references from elsewhere and `isinstance` go on as before, and `detach` gives
+back exactly the layer that was. Everything else, such as a convolution or a bare parameter, is parametrized.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ class ModuleLoRA(LoRALayer):
     weight: Tensor
 
     @classmethod
-    def attach(cls, module: nn.Module, spec: UpdateSpec) -> LoRALayer:
-        """Turn `module`, of type `cls.base_type`, into an adapted layer in place; returns it."""
-        shape, layout = cls.shape_of(module), layout_of(module)
-        base_type = type(module)
+    def attach(cls, module: nn.Module, spec: UpdateSpec, weight: Tensor | None = None) -> LoRALayer:
+        """Turn `module`, of type `cls.base_type`, into an adapted layer in place; returns it.
+
+        weight: the frozen matrix, where the layer does not hold it as a floating-point tensor.
+        """
+        weight = cast(Tensor, module.weight) if weight is None else weight
+        shape, layout, base_type = cls.shape_of(module), layout_of(module), type(module)
         module.__class__ = cls
         layer = cast(LoRALayer, module)
         try:
-            layer.add_update(cast(Tensor, module.weight), spec, layout, shape)
+            layer.add_update(weight, spec, layout, shape)
         except BaseException:
             module.__class__ = base_type
             raise
@@ -134,7 +137,7 @@ class LoRAParametrization(LoRALayer):
         weight = getattr(module, tensor, None)
         if not is_adaptable(weight):
             raise ValueError(
-                f"cannot adapt {tensor!r} of a {type(module).__name__}; got {_describe(weight)}; "
+                f"cannot adapt {tensor!r} of a {type(module).__name__}; got {_described(weight)}; "
                 "expected a floating-point parameter of at least two dimensions"
             )
         # In a tuple, since a module must not be registered inside its own part.
@@ -183,5 +186,5 @@ def is_adaptable(weight: object) -> TypeGuard[nn.Parameter]:
     return weight.ndim >= 2 and weight.is_floating_point()
 
 
-def _describe(weight: object) -> str:
+def _described(weight: object) -> str:
     return f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__

@@ -2,9 +2,9 @@
 
     y = quantized_base(x) + scaling * B A x
 
-The layer's own forward computes the first term and the factors are fp32. Neither library is imported here:
-a model that holds their layers has imported it. What is supported are `Linear8bitLt` and `Linear4bit` of
-bitsandbytes, and an `nn.Linear` whose weight torchao quantized ("weight only").
+The layer's own forward computes the first term and the factors are fp32. Supported are `Linear8bitLt` and `Linear4bit`
+of bitsandbytes, and an `nn.Linear` whose weight torchao quantized ("weight only"). Neither library is imported here: a
+model that holds their layers has imported it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_lora.lora import functional
 from hf_lora.lora.head import belongs_to
-from hf_lora.lora.layer import LoRALayer, UpdateSpec, layout_of
+from hf_lora.lora.layer import LoRALayer, UpdateSpec
 from hf_lora.lora.linear import LAYER_TYPES, LoRALinear, ModuleLoRA
 
 _BITSANDBYTES = ("Linear8bitLt", "Linear4bit")
@@ -28,25 +28,14 @@ class QuantizedLoRA(LoRALinear):
     """A quantized linear layer with a low-rank update, x `(..., in)`, y `(..., out)`. It cannot be merged."""
 
     @classmethod
-    def attach(cls, module: nn.Module, spec: UpdateSpec) -> LoRALayer:
-        """Turn `module`, of type `cls.base_type`, into an adapted layer in place; returns it.
-
-        Raises ValueError for DoRA, which needs the norms of the full weight at every step.
-        """
+    def attach(cls, module: nn.Module, spec: UpdateSpec, weight: Tensor | None = None) -> LoRALayer:
+        """As `ModuleLoRA.attach`. Raises ValueError for DoRA, which needs the full weight's norms at every step."""
         if spec.variant.magnitude:
             raise ValueError(
                 f"variant='dora' cannot adapt a quantized layer; got a {type(module).__name__}; use variant='lora', "
                 "or load the base without quantization"
             )
-        weight, base_type = dequantized(module), type(module)
-        module.__class__ = cls
-        layer = cast(LoRALayer, module)
-        try:
-            layer.add_update(weight, spec, layout_of(module), cls.shape_of(module))
-        except BaseException:
-            module.__class__ = base_type
-            raise
-        return layer
+        return super().attach(module, spec, dequantized(module))
 
     @property
     def base_weight(self) -> Tensor:

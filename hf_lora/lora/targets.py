@@ -1,4 +1,4 @@
-"""From a model and a config to the weights to adapt. Decides about all of them, changes none."""
+"""The weights of a model that a config selects, and a guess where its architecture is unknown. Changes nothing."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Target:
-    """A weight to adapt: the module it is in, what the module calls it, and its roles where they are known.
+    """A weight to adapt: its module, its name there, and its roles where they are known.
 
     parts: for a fused weight the output rows of each role in `role`, each adapted by itself.
-    input_first: a bare parameter's first dimension is its input.
-    bypassed: the module's forward is never called; only its weight can be adapted.
+    input_first, bypassed: as in `Projection`.
     """
 
     module: str
@@ -64,11 +63,10 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig, head: Iterable[str] = ()) -> list[Target]:
-    """The weights that `config` selects, in the model's order.
+    """The weights that `config` selects, in the model's order; `head` are dotted names that are never targets.
 
-    head: dotted names that are never targets.
-    Raises ValueError if a requested role, name, pattern or block selects nothing, or selects something that
-    cannot be adapted; the message lists candidates.
+    Raises ValueError, which lists candidates, if a role, name, pattern or block selects nothing, or something that
+    cannot be adapted.
     """
     head = tuple(head)
     modules = dict(model.named_modules())

@@ -221,7 +221,7 @@ def test_the_bare_parameters_of_xlnet_act_on_tokens_as_their_roles_do(role, move
 
 
 def test_separate_and_fused_spell_out_their_places():
-    entry = separate(("a", "b"), "q", ("k", "k2"), "v", ("a.o", "b.o"))
+    entry = separate("a b", "q", "k k2", "v", "a.o b.o")
     assert entry.q == (Projection("a.q"), Projection("b.q"))
     assert entry.k == (Projection("a.k"), Projection("a.k2"), Projection("b.k"), Projection("b.k2"))
     assert entry.projections("o") == (Projection("a.o"), Projection("b.o"))
