@@ -15,7 +15,6 @@ from accelerate import PartialState
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
@@ -160,16 +159,6 @@ def count_in_store(key: str) -> int:
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     """Let DistributedDataParallel leave these parameters and buffers alone."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
-
-
-def running_statistics(model: nn.Module) -> set[str]:
-    """The names of the buffers that training changes: those of normalizations over the batch."""
-    return {
-        f"{name}.{buffer}".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, _NormBase)
-        for buffer, _ in module.named_buffers(recurse=False)
-    }
 
 
 def set_fsdp(accelerator: Any) -> None:

@@ -1,4 +1,4 @@
-"""Weights of the classes in the loss, from what the user asked for."""
+"""LoRATrainingArguments, and what follows from them: class weights, parameter groups, silent trainings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hf_lora.training.options import CACHE_MODES, LoRATrainingOptions
 
 
 def class_weights(text: str | None, dataset: Any, count: int, problem_type: str | None) -> Tensor | None:
-    """The weights `(count,)` that `text` asks for: "balanced", or one number for each label.
+    """The weights `(count,)` that `text` asks for: "balanced", or one number for each label; None: none.
 
     The training loss is the mean over the examples of weight times loss, as with scikit-learn's class weights.
-    None where none were asked for. Raises ValueError for a regression and for unusable numbers.
+    Raises ValueError for a regression and for unusable numbers.
     """
     if text is None:
         return None
@@ -58,7 +58,7 @@ def balanced_weights(dataset: Any, count: int, task: Task) -> Tensor:
 
 # The sampling strategies that a budget of tokens can replace.
 _WITH_BUDGET = ("random", "group_by_length")
-# What a training does beside changing the model.
+# Without what a training does besides changing the model.
 _QUIET: dict[str, Any] = {
     "eval_strategy": "no",
     "eval_on_start": False,

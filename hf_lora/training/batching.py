@@ -242,17 +242,18 @@ def training_plan(trainer: TrainerHooks) -> Plan | None:
         trainer.get_tp_size() == trainer.get_cp_size() == trainer.get_sp_size() == 1
     )
     lengths = token_lengths(data) if one_each else None
-    if lengths is None and budget is not None:
+    if lengths is None:
+        if budget is None:
+            return None
         raise ValueError(
             f"max_tokens_per_batch needs the lengths of all examples; got {type(data).__name__}; expected a "
             "data set of known size with input_ids, and one batch for each process; set "
             "per_device_train_batch_size instead"
         )
-    if lengths is None:
-        return None
+    options = {"shards": args.world_size, "drop_last": args.dataloader_drop_last}
     if budget is None:
-        return GroupByLength(lengths, trainer.train_batch_size, args.world_size, args.dataloader_drop_last)
-    return TokenBudget(lengths, budget, args.world_size, args.dataloader_drop_last)
+        return GroupByLength(lengths, trainer.train_batch_size, **options)
+    return TokenBudget(lengths, budget, **options)
 
 
 class LongestFirst(Sampler[int]):
@@ -271,7 +272,7 @@ class LongestFirst(Sampler[int]):
 def order_of(loader: DataLoader[Any]) -> np.ndarray | None:
     """The order in which a loader prepared by accelerate reads its data set, if a `LongestFirst` gives it."""
     batches = getattr(loader, "batch_sampler", None)
-    # With several processes, accelerate puts its own sampler around.
+    # With several processes, accelerate wraps it in its own.
     sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
     return sampler.order if isinstance(sampler, LongestFirst) else None
 
@@ -284,7 +285,7 @@ def restored(values: Any, order: np.ndarray) -> Any:
     return recursively_apply(
         lambda rows: rows[np.argsort(order[: len(rows)])],
         values,
-        test_type=lambda value: isinstance(value, np.ndarray),
+        test_type=lambda v: isinstance(v, np.ndarray),
     )
 
 

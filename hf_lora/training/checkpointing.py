@@ -37,7 +37,7 @@ _LAST_CHECKPOINT = "last-checkpoint"
 class CheckpointingTrainer(TrainerHooks):
     """Trainer whose checkpoints hold adapter, optimizer, schedule and random states, and no frozen weight.
 
-    What it pushes to the Hub is an adapter directory, and by `hub_strategy` checkpoints.
+    It pushes adapter directories to the Hub, and by `hub_strategy` checkpoints.
     """
 
     facts: RunSummary
@@ -122,9 +122,8 @@ class CheckpointingTrainer(TrainerHooks):
     ) -> CommitInfo | Future[CommitInfo | None] | None:
         """Save the adapter into the output directory and push its own files; every process has to call it.
 
-        Returns the commit, of which the first process knows, or without `blocking` a Future of it. Raises ValueError,
-        in one line, where it could not be pushed; it is saved all the same. kwargs: what Trainer's card takes; ours,
-        written by `save_model`, is made of what was measured.
+        Returns the commit in the first process, or without `blocking` a Future of it. Raises ValueError, in one line,
+        where it could not be pushed; it is saved all the same. kwargs: of Trainer's own card, unused.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -148,8 +147,7 @@ class CheckpointingTrainer(TrainerHooks):
     def push_checkpoint(self, folder: Path) -> None:
         """Push the adapter of a checkpoint in the background, and by `hub_strategy` the checkpoint itself.
 
-        A checkpoint is what a run goes on from: these strategies, and nothing else, take optimizer and random states
-        to the Hub. All is read before training goes on, since the folder may be deleted for a newer one.
+        All is read before training goes on, since the folder may be deleted for a newer one.
         """
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -162,8 +160,10 @@ class CheckpointingTrainer(TrainerHooks):
         place = {HubStrategy.CHECKPOINT: _LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: folder.name}
         if args.hub_strategy in place:
             files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-            inside = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-            contents |= {f"{place[args.hub_strategy]}/{name}": content for name, content in inside.items()}
+            parent = place[args.hub_strategy]
+            contents |= {
+                f"{parent}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files
+            }
         at = f"step {self.state.global_step}"
         if args.save_strategy == SaveStrategy.EPOCH:
             at = f"epoch {int(self.state.epoch or 0)}"
@@ -181,7 +181,7 @@ class CheckpointingTrainer(TrainerHooks):
         return push_contents(contents, self.hub_model_id, **options)
 
     def _push_later(self, contents: Mapping[str, bytes], **options: Any) -> Future[CommitInfo | None]:
-        """One push after the other, in a thread of its own; what hinders one is told and hinders nothing else."""
+        """Push in a thread, one push after the other; an error is logged and ends nothing."""
 
         def push() -> CommitInfo | None:
             try:
@@ -193,10 +193,7 @@ class CheckpointingTrainer(TrainerHooks):
         return self._uploads.run_as_future(push)
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """The whole checkpoint that is meant: True is the newest in the output directory.
-
-        Raises ValueError where there is none, or where the one that is named is not whole.
-        """
+        """The checkpoint that is named, or with True the newest whole one. Raises ValueError if it is not whole."""
         if not resume_from_checkpoint:
             return None
         return on_first(lambda: self._whole_checkpoint(resume_from_checkpoint))

@@ -29,11 +29,8 @@ logger = logging.getLogger(__name__)
 EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM has ended
 
 CHECKSUMS = "checksums.json"
-_NAME = re.compile(r"checkpoint-([0-9]+)")
+_NAME = re.compile(r"checkpoint-[0-9]+")
 _STAGED, _REPLACED, _DELETED = ".partial", ".replaced", ".deleted"
-_LEFTOVER = re.compile(
-    rf"\.(checkpoint-[0-9]+)({re.escape(_STAGED)}|{re.escape(_REPLACED)}|{re.escape(_DELETED)})"
-)
 
 
 @contextmanager
@@ -94,10 +91,8 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was written."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match.group(1))
+    """The optimizer step of a checkpoint, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def newest_complete(output: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -137,11 +132,10 @@ def delete(checkpoint: Path) -> None:
 def clear_leftovers(output: Path) -> None:
     """Remove what a killed run left half-made; a checkpoint that was about to be replaced comes back."""
     for path in output.glob(".checkpoint-*"):
-        match = _LEFTOVER.fullmatch(path.name)
-        if match is None:
+        place = output / path.stem.lstrip(".")
+        if not _NAME.fullmatch(place.name) or path.suffix not in (_STAGED, _REPLACED, _DELETED):
             continue
-        place = output / match.group(1)
-        if match.group(2) == _REPLACED and not place.exists():
+        if path.suffix == _REPLACED and not place.exists():
             path.rename(place)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -167,7 +161,7 @@ def _checksums(folder: Path) -> str:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != CHECKSUMS
     }
-    # Without a line break at the end: every byte counts, so that a file cut off is never whole.
+    # Without a line break at the end, so that a file without its last byte is never whole.
     return json.dumps({"format_version": 1, "files": files}, indent=2)
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a distributed run agree about, what they send, and how one tells the others of an error."""
+"""What the processes of a distributed run agree about and send to each other; models sharded between them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hf_lora.training import _trainer_hooks as hooks
 
 T = TypeVar("T")
 _FAILURES = "hf_lora/failures"
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 _RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
@@ -96,12 +97,10 @@ def keep_frozen_local(model: nn.Module) -> None:
 
     Every process reads the pretrained weights itself. Running statistics (BatchNorm) do change and are kept equal.
     """
-    changing = hooks.running_statistics(model)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    buffers = [name for name, _ in model.named_buffers() if name not in changing]
+    buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] not in _RUNNING]
     # A tensor under several names counts under each of them.
-    shared = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-    hooks.ignore_in_ddp(model, dict.fromkeys([*frozen, *shared, *buffers]))
+    frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    hooks.ignore_in_ddp(model, [*frozen, *buffers])
 
 
 def first_to_fail() -> bool:

@@ -65,27 +65,26 @@ def start_lora(trainer: LoRATrainer, examples: int = EXAMPLES) -> LoRAStart:
     size = len(trainer.train_dataset)
     rows = np.random.default_rng(_SEED).choice(size, min(examples, size), replace=False)
     gradients = weight_gradients(trainer, rows.tolist())
-    broken = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-    if broken:
-        raise ValueError(
-            f"the gradient of {broken[0]} is not finite; look at the data and the model, or use lora_init=kaiming"
-        )
+    for name, gradient in gradients.items():
+        if not torch.isfinite(gradient).all():
+            raise ValueError(
+                f"the gradient of {name} is not finite; look at the data and the model, or use lora_init=kaiming"
+            )
     turned = sum(_turn(layer, gradients[name]) for name, layer in lora_layers(model).items())
     state = injection(model)
     state.config = replace(state.config, init=INIT)
-    rest = len(gradients) - turned
-    reason = f"A along the gradient of {len(rows):,} examples" + (
-        f", without one: {rest} of {len(gradients)} weights" if rest else ""
-    )
+    reason = f"A along the gradient of {len(rows):,} examples"
+    if turned < len(gradients):
+        reason += f", without one: {len(gradients) - turned} of {len(gradients)} weights"
     trainer.lora_start = LoRAStart(INIT, reason, time.perf_counter() - began)
     return trainer.lora_start
 
 
 def choose_start(trainer: LoRATrainer, init: str, head: str) -> LoRAStart:
-    """What `--lora_init` asks for; "auto": the gradient, but with a random head or where there is none to be had.
+    """Start A as `init` says; "auto": along the gradient, unless the head is random or there is no gradient.
 
-    head: how the head starts, the `kind` of a `HeadStart`. A run that goes on from a checkpoint starts like any other:
-    it may come back to where it began. Raises ValueError where "gradient" cannot be had.
+    head: how the head starts, the `kind` of a `HeadStart`. A resumed run starts like any other, since it may come back
+    to where it began. Raises ValueError where "gradient" cannot be had.
     """
     if init not in (AUTO, INIT):
         return LoRAStart(init, "as asked for")
@@ -105,23 +104,21 @@ def choose_start(trainer: LoRATrainer, init: str, head: str) -> LoRAStart:
 
 def awaits_start(trainer: LoRATrainer) -> bool:
     """Whether LoRAConfig(init="gradient") has been asked for, and A is still random and B zero."""
-    if trainer.lora_start is not None or injection(trainer.model).config.init != INIT:
-        return False
-    return not _is_trained(trainer.model)
+    asked = trainer.lora_start is None and injection(trainer.model).config.init == INIT
+    return asked and not _is_trained(trainer.model)
 
 
 def weight_gradients(trainer: LoRATrainer, rows: Sequence[int]) -> dict[str, Tensor]:
-    """The gradient of the loss with respect to every adapted weight, in the weight's shape and fp32.
+    """The gradient of the loss, summed over `rows` of the training set, for each adapted weight, in its shape and fp32.
 
-    rows: of the training set, over which the loss is summed. The adapter is disabled and dropout is off. No gradient is
-    left on any parameter. Takes memory for these gradients in fp32 and once more in the type of the weights.
+    The adapter is disabled and dropout is off. No gradient is left on any parameter. Takes memory for these gradients
+    in fp32 and once more in the type of the weights.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: layer.frozen_weight for name, layer in lora_layers(model).items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    examples = [
-        trainer.train_dataset[row] for row in rows[trainer.args.process_index :: trainer.args.world_size]
-    ]
+    own = rows[trainer.args.process_index :: trainer.args.world_size]
+    examples = [trainer.train_dataset[row] for row in own]
     with lora_disabled(model), evaluating(model), _requiring_gradients(weights.values()):
         for batch in _batches(examples, trainer.args):
             inputs = trainer.prepare_inputs(trainer.data_collator(batch))
@@ -145,7 +142,7 @@ def leading_rows(matrix: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def _turn(layer: LoRALayer, gradient: Tensor) -> bool:
-    """Turn A's rows, those of each part of a fused weight to its own gradient's; returns whether there was any."""
+    """Turn A's rows, those of each part of a fused weight to its own gradient; returns whether there was any."""
     matrix = layer.layout.to_matrix(gradient)
     parts = [matrix] if layer.parts is None else [matrix[list(rows)] for rows in layer.parts]
     for number, part in enumerate(parts):

@@ -101,8 +101,7 @@ class PrefixCache:
     """The frozen prefix of a model, run once for an example and then read.
 
     tokens: how many the examples have together; more are run again every time.
-    mode, limit, directory: as for `StateStore`, which is made when the first batch has told width and type.
-    Memory besides the store: the activations of one batch.
+    mode, limit, directory: as for `StateStore`, which is made once the first batch shows width and type.
     """
 
     def __init__(self, model: Any, tokens: int, *, mode: str, limit: float, directory: str | Path) -> None:
@@ -170,7 +169,7 @@ class PrefixCache:
             alone = self.prefix.record(batch.part([row]).inputs)[0]
             with self.prefix.replay(self.states(batch)):
                 _, replayed = self.prefix.observe(batch.inputs)
-        # Whatever a model's code stumbles over where blocks that it counts on did nothing.
+        # What a model's code may raise where blocks that it needs did nothing.
         except (AttributeError, TypeError, LookupError, RuntimeError) as error:
             raise ValueError(
                 f"the model does not run without its frozen blocks; got {type(error).__name__}: {error}; "

@@ -232,5 +232,3 @@ def test_separate_and_fused_spell_out_their_places():
 
 def test_roles_have_names():
     assert "".join(ROLE_NAMES) == ROLES
-    with pytest.raises(KeyError):
-        Architecture().projections("x")

@@ -53,7 +53,6 @@ OTHERS = {
     "_indices": lambda: datasets.Dataset.from_dict({"a": [1, 2]}).select([1, 0])._indices.column(0),
     "_no_split_modules": lambda: transformers.PreTrainedModel._no_split_modules,
     "_non_blocking": lambda: DataLoaderShard([1])._non_blocking,
-    "_NormBase": lambda: issubclass(nn.BatchNorm1d, nn.modules.batchnorm._NormBase),
     "_parameters": lambda: nn.Linear(1, 1)._parameters["weight"],
     "_set_params_and_buffers_to_ignore_for_model": lambda: inspect.signature(
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
