@@ -85,10 +85,7 @@ class TokenBudget:
 
     Each process takes one part, so the batches of a step are equally large. Every example comes once. Only where not
     even two short examples fit into a batch may too few be left for a step of all processes: they are left out with
-    `drop_last`, and otherwise a few come twice.
-
-    Raises:
-        ValueError: the longest example is longer than the budget.
+    `drop_last`, and otherwise a few come twice. Raises ValueError for an example longer than the budget.
     """
 
     def __init__(self, lengths: np.ndarray, budget: int, shards: int = 1, drop_last: bool = False) -> None:
