@@ -304,6 +304,7 @@ def test_a_run_with_the_cache_gives_the_adapter_of_the_run_without(cache, option
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_trains_the_same(use_reentrant, tmp_path):
     """Reentrant checkpoints drop every gradient behind an input that requires none."""
@@ -340,6 +341,7 @@ def test_dropout_in_the_trained_blocks_stays_on(tmp_path):
     assert len(set(losses[0]) | set(losses[1])) == 2 * len(losses[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4}
     whole = trainer(tmp_path, **options)

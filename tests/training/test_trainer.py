@@ -362,6 +362,7 @@ def test_no_batch_is_above_the_budget_and_the_longest_comes_first(tmp_path):
     assert sum(rows * longest for rows, longest in run.shapes) > 0.75 * 64 * len(run.shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BY_LENGTH.values(), ids=BY_LENGTH)
 def test_an_interrupted_run_by_length_ends_exactly_like_an_undisturbed_one(options, tmp_path):
     """Resumed in the middle of the second epoch, from where it goes on to the third."""
@@ -424,6 +425,7 @@ def test_a_budget_needs_lengths_and_grouping_does_without(tmp_path):
     assert run.seen == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BY_LENGTH.values(), ids=BY_LENGTH)
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_predictions_by_length_are_those_of_the_data_sets_order(drop_last, options, tmp_path):
