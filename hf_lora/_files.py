@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are whole or not there, files that others wrote, and a folder that one process has for itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import regex
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LOCK = ".hf_lora.lock"
 
 
 @contextmanager
@@ -261,3 +264,29 @@ def full_match(pattern: str, name: str) -> bool:
             f"a pattern takes too long to match; got {shortened(pattern)} for {name!r}; expected an answer within "
             f"{PATTERN_SECONDS:g} s; use one without nested repetitions"
         ) from None
+
+
+@contextmanager
+def reserved(output: Path) -> Iterator[None]:
+    """Inside, the directory belongs to this process, until it ends, however it ends.
+
+    Raises ValueError where another process has it, and OSError where nothing can be written.
+    """
+    lock = FileLock(output / LOCK)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"output_dir is in use by another run at this moment; got {str(output)!r}; expected a directory of "
+                "its own for every run; wait for that run to end, or give another --output_dir"
+            ) from None
+    try:
+        yield
+    finally:
+        (output / LOCK).unlink(missing_ok=True)
+        lock.release()
+        # A run that was refused before it wrote anything leaves nothing behind.
+        if not any(output.iterdir()):
+            output.rmdir()

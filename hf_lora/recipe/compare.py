@@ -1,7 +1,11 @@
-"""The trained parameters of a model at one moment: to go back to, and to know whether they have changed."""
+"""What is kept in the end: the probe or LoRA, the first training or one on all examples.
+
+Of a few examples a fifth is much: when the held-out part has judged a run, the model is retrained on all of them.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import concatenate_datasets
 from torch import Tensor, nn
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, set_seed
 
 from hf_lora.data import ClassificationData
-from hf_lora.recipe.head_start import WarmStart, frozen_features, install
+from hf_lora.recipe.head_start import HeadStart, WarmStart, frozen_features, install
+from hf_lora.recipe.progress import Progress, attach
 from hf_lora.tasks.metrics import BASELINES, first_output
+from hf_lora.training.arguments import silent
+from hf_lora.training.checkpoints import ending_on_sigterm
 from hf_lora.training.distributed import on_first
+from hf_lora.training.gradient_init import choose_start
 from hf_lora.training.trainer import LoRATrainer
 
 
@@ -167,3 +176,72 @@ def watched(trainer: LoRATrainer) -> Iterator[Evaluations]:
     finally:
         trainer.remove_callback(evaluations)
         trainer.compute_metrics = own
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Result of the retraining: examples, seconds, kept or not."""
+
+    examples: int
+    seconds: float
+    kept: bool = True
+
+    def metrics(self) -> dict[str, float]:
+        """What `metrics.json` says of it."""
+        examples = {"refit_examples": self.examples} if self.kept else {}
+        return {**examples, "refit_runtime": self.seconds}
+
+    def __str__(self) -> str:
+        outcome = (
+            "validation scores were measured before it"
+            if self.kept
+            else "not kept: it does worse on the validation split, though it was trained on it"
+        )
+        return f"on all {self.examples:,} examples, {self.seconds:.1f} s; {outcome}"
+
+
+def refit_probe(trainer: LoRATrainer, data: ClassificationData, start: HeadStart) -> Refit:
+    """Let the adapter's head be the probe of all examples. `start`: of `start_head(..., on_all=True)`."""
+    assert start.warm is not None
+    install(trainer.accelerator.unwrap_model(trainer.model), start.warm.best)
+    return Refit(sum(len(data.splits[split]) for split in ("train", "validation")), 0.0)
+
+
+def refit(
+    trainer: LoRATrainer,
+    data: ClassificationData,
+    start: HeadStart,
+    fresh: Snapshot,
+    lora_init: str,
+    outputs: np.ndarray | None = None,
+    progress: Progress | None = None,
+) -> Refit:
+    """Train the model of a trainer that has trained again, from the start, on its evaluation set too.
+
+    start: of `start_head(..., on_all=True)`. fresh: the trained parameters before any start. lora_init: as for
+    `choose_start`. outputs: the model's as it is, `(examples, labels)`, for the evaluation set, where they are known.
+    Seed, epochs and rates are those of before; `trainer` keeps its history and its callbacks.
+    Where that did clearly worse on the evaluation set, though it has seen it, training has failed, and what was there
+    before is kept. Every process has to call it.
+    """
+    began = time.perf_counter()
+    args = silent(trainer.args)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    before, judged = Snapshot.of(model), validation_quality(trainer, data, outputs)
+    fresh.restore(model)
+    if start.kind == "probe" and start.warm is not None:
+        assert start.warm.on_all is not None
+        install(model, start.warm.on_all[1])
+    examples = concatenate_datasets([data.splits["train"], data.splits["validation"]])
+    again = LoRATrainer(
+        model=model, args=args, train_dataset=examples, processing_class=trainer.processing_class
+    )
+    attach(again, progress or Progress(), f"retraining on all {len(examples):,} examples")
+    choose_start(again, lora_init, start.kind)
+    set_seed(args.seed)
+    with ending_on_sigterm(trainer.state.global_step):
+        again.train()
+    kept = not clearly_better(judged, validation_quality(trainer, data))
+    if not kept:
+        before.restore(model)
+    return Refit(len(examples), time.perf_counter() - began, kept)

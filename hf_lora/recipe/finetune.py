@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, set_seed
 
+from hf_lora._files import reserved
 from hf_lora.adapters.card import RunSummary
 from hf_lora.adapters.loading import load_classifier
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
@@ -22,12 +23,10 @@ from hf_lora.models.cpu import set_threads
 from hf_lora.models.loading import choose_precision, load_tokenizer
 from hf_lora.models.pooling import AUTO, check_pooling, choose_pooling
 from hf_lora.models.verify import probe_batch, verify_injection
-from hf_lora.recipe.compare import Snapshot, baseline_logits, keep_the_better, watched
+from hf_lora.recipe.compare import Snapshot, baseline_logits, keep_the_better, refit, refit_probe, watched
 from hf_lora.recipe.head_start import start_head
 from hf_lora.recipe.options import FROM_DATA, FinetuneOptions
-from hf_lora.recipe.output import prepare_output, reserved
 from hf_lora.recipe.progress import Progress, attach, data_facts, progress_of, stage
-from hf_lora.recipe.refit import refit, refit_probe
 from hf_lora.recipe.results import FinetuneResult, measure_test, measure_validation, write_results
 from hf_lora.recipe.settings import (
     Recipe,
@@ -37,6 +36,7 @@ from hf_lora.recipe.settings import (
     choose_smoothing,
     is_sharded,
     last_layer_only,
+    prepare_output,
     with_data,
 )
 from hf_lora.tasks.metrics import compute_metrics

@@ -24,10 +24,9 @@ from hf_lora.data import ClassificationData, DataConfig, load_splits, prepare_da
 from hf_lora.models.loading import load_tokenizer
 from hf_lora.recipe.finetune import Finetuning
 from hf_lora.recipe.options import all_options
-from hf_lora.recipe.output import LAST
 from hf_lora.recipe.progress import Lines, Progress
 from hf_lora.recipe.results import METRICS, seconds_of
-from hf_lora.recipe.settings import Recipe
+from hf_lora.recipe.settings import LAST, Recipe
 from hf_lora.training.checkpoints import checkpoints, delete
 
 RECORD, LOG = "run.json", "train.log"

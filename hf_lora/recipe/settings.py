@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hf_lora.adapters.directory import CONFIG
 from hf_lora.data.config import DataConfig
 from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.lora.config import LoRAConfig
@@ -23,7 +25,13 @@ from hf_lora.recipe.options import (
 )
 from hf_lora.tasks import Task
 from hf_lora.training.arguments import LoRATrainingArguments
+from hf_lora.training.checkpointing import tell_broken
+from hf_lora.training.checkpoints import checkpoints, clear_leftovers, delete, newest_complete
 
+logger = logging.getLogger(__name__)
+
+LAST = "last"
+"""The value of `resume_from_checkpoint` that means the newest complete checkpoint."""
 # A linear probe is the smallest adapter there is, whose B stays zero: PEFT's files have no rank 0.
 PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
 # Whether a run retrains on all examples, the held-out ones included, once it has been measured.
@@ -231,3 +239,29 @@ def last_layer_only(args: LoRATrainingArguments, is_probe: bool) -> str | None:
     if not is_probe:
         return "LoRA makes as much of it"
     return None if args.cache_frozen_prefix == "no" else "the states of frozen layers are cached"
+
+
+def prepare_output(args: LoRATrainingArguments, *, overwrite: bool = False) -> str | None:
+    """The checkpoint to resume from, if any. Raises ValueError rather than mix two runs in one directory."""
+    output = Path(args.output_dir)
+    clear_leftovers(output)
+    resume = args.resume_from_checkpoint
+    if resume == LAST:
+        last, broken = newest_complete(output)
+        tell_broken(last, broken)
+        if last is None:
+            logger.warning("no checkpoint in %s to resume from; starting from the beginning", output)
+            return None
+        return str(last)
+    if resume is not None:
+        return str(resume)
+    found = checkpoints(output)
+    if overwrite:
+        for checkpoint in found:
+            delete(checkpoint)
+    elif found or (output / CONFIG).is_file():
+        raise ValueError(
+            f"output_dir is in use; got {str(output)!r} with {'checkpoints' if found else 'an adapter'} of an earlier "
+            "run; pass --resume_from_checkpoint to go on, --overwrite_output_dir to replace it, or another directory"
+        )
+    return None

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hf_lora._files import reserved
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import inject_lora, remove_lora, trainable_parameter_count
 from hf_lora.models.loading import meta_classifier
 from hf_lora.recipe.grid import RECORD, TEST, VALIDATION, Grid, Variant
-from hf_lora.recipe.output import reserved
 from hf_lora.recipe.progress import Progress, data_facts, progress_of
 from hf_lora.recipe.results import METRICS, PREFIXES
 from hf_lora.recipe.settings import Recipe, with_data

@@ -25,9 +25,8 @@ from transformers import set_seed
 
 from hf_lora import LoRATrainer, TextClassifier
 from hf_lora.adapters.peft_format import adapter_tensors
-from hf_lora.recipe.compare import Snapshot
+from hf_lora.recipe.compare import Snapshot, refit
 from hf_lora.recipe.head_start import frozen_features, install, output_layer, start_head
-from hf_lora.recipe.refit import refit
 from hf_lora.training.checkpoints import EXIT_CODE, Preempted
 from hf_lora.training.gradient_init import choose_start, start_lora
 
