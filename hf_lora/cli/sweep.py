@@ -25,8 +25,8 @@ def register(commands: Any) -> None:
         help="train ranks, projections and seeds, and find the smallest setting that is as good as the best",
         usage="hf-lora sweep [CONFIG.yaml] --output_dir O [--ranks R,R] [--projections P,P] [--seeds N] [options]",
         description="Train every pair of a rank and a set of projections with every seed, all on the same split of "
-        "the data, and print mean, spread, parameters and seconds. A run that is done is used as it is; a sweep "
-        "that was stopped goes on with the same command.",
+        "the data, compare them on its validation part, and print mean, spread, parameters and seconds. A run that "
+        "is done is used as it is; a sweep that was stopped goes on with the same command.",
         epilog=f"{_TRAIN}--seed is the first seed and the one that the data are split with.",
         # `--seed` is an argument of the runs and no abbreviation of `--seeds`.
         allow_abbrev=False,
@@ -38,11 +38,6 @@ def register(commands: Any) -> None:
         "--projections",
         default="q,v,qv,qkvo",
         help="sets of projections, with commas between (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--metric",
-        help="what is compared, measured on the validation data: accuracy, f1_macro, loss, ... "
-        "(default: accuracy, or pearson for a regression)",
     )
     _add_common(parser, sweep, each="setting", files="sweep.json and sweep.png")
     parser = commands.add_parser(
@@ -63,15 +58,13 @@ def register(commands: Any) -> None:
         default="8,32,128,all",
         help="examples of each label, with commas between; all: the whole training data (default: %(default)s)",
     )
-    parser.add_argument(
-        "--metric",
-        help="what is drawn: accuracy, f1_macro, loss, ... (default: accuracy, or pearson for a regression)",
-    )
     parser.add_argument("--plot", help="the picture: .png, .svg or .pdf (default: curve.png in --output_dir)")
     _add_common(parser, curve, each="size", files="curve.json and curve.png")
 
 
 def _add_common(parser: argparse.ArgumentParser, run: Any, *, each: str, files: str) -> None:
+    words = "accuracy, f1_macro, loss, ... (default: accuracy, or pearson for a regression)"
+    parser.add_argument("--metric", help=f"what is compared: {words}")
     parser.add_argument("--seeds", type=int, default=3, help=f"runs of each {each} (default: 3)")
     parser.add_argument("--output_dir", required=True, help=f"where runs, {files} go")
     parser.add_argument(
@@ -85,22 +78,18 @@ def sweep(options: argparse.Namespace) -> None:
     """Train what is not done, then the table, the picture, and the smallest setting that is good enough."""
     from hf_lora.cli.tables import print_columns
     from hf_lora.recipe.sweep import SWEEP, lora_parameters, run_sweep, sweep_grid
+    from hf_lora.recipe.sweep_report import SIZE, in_words
 
     settings, progress = _settings(options, SWEEP)
     projections = [word.strip() for word in options.projections.split(",")]
     grid = sweep_grid(settings, _numbers(options.ranks), projections, options.seeds)
     if options.dry_run:
         counts = lora_parameters(grid)
-        rows = [
-            {
-                "rank": run.variant.options["lora_rank"],
-                "projections": run.variant.options["lora_projections"],
-                "seed": run.seed,
-                "LoRA parameters": counts[run.variant.name],
-            }
+        facts = [
+            {**run.variant.setting, "seed": run.seed, "LoRA parameters": counts[run.variant.name]}
             for run in grid.runs
         ]
-        return _list(grid, rows, as_json=options.json)
+        return _list(grid, facts, as_json=options.json)
     found = run_sweep(grid, options.metric, progress)
     if options.json:
         print(json.dumps(found.as_json()))
@@ -111,7 +100,7 @@ def sweep(options: argparse.Namespace) -> None:
     for topic, setting in (("best", found.best), ("smallest within noise of it", found.smallest)):
         spread = setting.lines["validation"].spread
         score = f"{setting.mean:.4f}" + ("" if spread is None else f" (spread {spread:.4f})")
-        print(f"{topic}: {setting.words}: {score}, {setting.parameters:,} trainable parameters")
+        print(f"{topic}: {in_words(setting)}: {score}, {setting.facts[SIZE]:,} trainable parameters")
     print(f"its adapter of the first seed: {found.smallest.directory}")
     print(f"written: {' and '.join(map(str, found.files))}")
 
@@ -124,10 +113,7 @@ def curve(options: argparse.Namespace) -> None:
     settings, progress = _settings(options, CURVE)
     grid = curve_grid(settings, _numbers(options.shots), options.seeds)
     if options.dry_run:
-        sizes = [str(run.variant.options["few_shot"] or "all") for run in grid.runs]
-        facts = [
-            {"of each label": size, "seed": run.seed} for size, run in zip(sizes, grid.runs, strict=True)
-        ]
+        facts = [{"of each label": run.variant.setting["shots"], "seed": run.seed} for run in grid.runs]
         return _list(grid, facts, as_json=options.json)
     found = run_curve(grid, options.metric, progress, options.plot and Path(options.plot))
     if options.json:

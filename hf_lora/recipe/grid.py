@@ -60,51 +60,42 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What is varied besides the seed. name: that of its folder. setting: the options, as reports call them."""
+
+    name: str
+    options: Mapping[str, Any]
+    setting: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Point:
-    """One variant of a grid: the options that it sets, and what its runs have measured.
+    """A variant and what its runs have measured.
 
     lines: scores by what was measured. facts: numbers that do not depend on the metric. seconds: mean training time of
     the runs that were not interrupted; None where there is none. directory: the run of the first seed.
     """
 
-    options: Mapping[str, Any]
+    variant: Variant
     lines: Mapping[str, Scores]
     facts: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
     directory: Path = Path()
 
     @property
-    def setting(self) -> dict[str, Any]:
-        """Of a sweep: `rank` and `projections`."""
-        return {name.removeprefix("lora_"): value for name, value in self.options.items()}
+    def options(self) -> Mapping[str, Any]:
+        """The options that the variant sets, as `finetune` takes them."""
+        return self.variant.options
 
     @property
-    def words(self) -> str:
-        """Of a sweep: the setting in words."""
-        return "rank {rank} on {projections}".format(**self.setting)
-
-    @property
-    def shots(self) -> str:
-        """Of a curve: the size as in `--shots`."""
-        return str(self.options["few_shot"] or "all")
-
-    @property
-    def parameters(self) -> float:
-        """Of a sweep: the trainable parameters."""
-        return self.facts["trainable_parameters"]
+    def setting(self) -> Mapping[str, Any]:
+        """`rank` and `projections`, or `shots`."""
+        return self.variant.setting
 
     @property
     def mean(self) -> float:
         """The mean of the first line."""
         return next(iter(self.lines.values())).mean
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is varied besides the seed: options by name. name: that of its folder."""
-
-    name: str
-    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -291,4 +282,4 @@ class Grid:
         }
         pairs = zip(metrics, records, strict=True)
         whole = [seconds_of(found) for found, record in pairs if not record["resumed"]]
-        return Point(variant.options, lines, facts, fmean(whole) if whole else None, runs[0].directory)
+        return Point(variant, lines, facts, fmean(whole) if whole else None, runs[0].directory)

@@ -15,7 +15,7 @@ from hf_lora.recipe.grid import RECORD, TEST, VALIDATION, Grid, Variant
 from hf_lora.recipe.progress import Progress, data_facts, progress_of
 from hf_lora.recipe.results import METRICS, PREFIXES
 from hf_lora.recipe.settings import Recipe, with_data
-from hf_lora.recipe.sweep_report import FORMATS, LINES, Curve, Report, Sweep, write_report
+from hf_lora.recipe.sweep_report import FORMATS, LINES, SIZE, Curve, Report, Sweep, write_report
 from hf_lora.tasks import Task
 
 SWEEP, CURVE = "a sweep", "a curve"
@@ -105,8 +105,15 @@ def sweep_grid(
     _check_numbers("ranks", ranks, "whole numbers above 0, such as 1,2,4,8")
     letters = [LoRAConfig(projections=word).projections for word in projections]
     _check_once("projections", letters)
-    options = [{"lora_rank": rank, "lora_projections": word} for word in letters for rank in ranks]
-    variants = [Variant("rank-{lora_rank}-{lora_projections}".format(**entry), entry) for entry in options]
+    variants = [
+        Variant(
+            f"rank-{rank}-{word}",
+            {"lora_rank": rank, "lora_projections": word},
+            {"rank": rank, "projections": word},
+        )
+        for word in letters
+        for rank in ranks
+    ]
     return Grid(SWEEP, variants, seeds, settings, tables, draws=False)
 
 
@@ -120,7 +127,10 @@ def curve_grid(
     refuse(settings, CURVE)
     _check_numbers("shots", shots, "whole numbers above 0 and 'all', such as 8,32,128,all")
     ordered = sorted(shots, key=lambda number: (number is None, number))
-    variants = [Variant(f"shots-{number or 'all'}", {"few_shot": number}) for number in ordered]
+    variants = [
+        Variant(f"shots-{number or 'all'}", {"few_shot": number}, {"shots": str(number or "all")})
+        for number in ordered
+    ]
     return Grid(CURVE, variants, seeds, settings, tables, draws=True)
 
 
@@ -188,8 +198,8 @@ def _run(
             runs = grid.runs_of(variant)
             facts: dict[str, float]
             if kind is Sweep:
-                trainable = runs[0].read(METRICS)["trainable_parameters"]
-                facts = {"lora_parameters": counts[variant.name], "trainable_parameters": trainable}
+                trainable = runs[0].read(METRICS)[SIZE]
+                facts = {"lora_parameters": counts[variant.name], SIZE: trainable}
             else:
                 examples = [run.read(RECORD)["examples"] for run in runs]
                 held_out = fmean(entry["validation"] * data.held_out for entry in examples)

@@ -21,7 +21,7 @@ from hf_lora.recipe.grid import TEST, VALIDATION, Point, Scores
 logger = logging.getLogger(__name__)
 
 LOWER_IS_BETTER = ("loss", "mse", "rmse")
-LORA = "LoRA"
+LORA, SIZE = "LoRA", "trainable_parameters"
 # The lines of a curve, and how the keys of what they measure end in metrics.json.
 LINES = {LORA: "", "linear probe": "_probe", "majority class": "_majority"}
 FORMATS = {".png": "Software", ".svg": "Date", ".pdf": "CreationDate"}
@@ -64,7 +64,7 @@ class Sweep(Results):
     @cached_property
     def best(self) -> Point:
         """The setting of the best mean; the smaller one of two that are equal."""
-        return max(self.points, key=lambda entry: (self.sign * entry.mean, -entry.parameters))
+        return max(self.points, key=lambda entry: (self.sign * entry.mean, -entry.facts[SIZE]))
 
     @cached_property
     def noise(self) -> tuple[float, str]:
@@ -97,7 +97,7 @@ class Sweep(Results):
         # Equal means, such as of 4 and 6 and of 5 and 5 right answers, differ by rounding.
         limit = self.sign * self.best.mean - self.noise[0] - 1e-12
         good = [entry for entry in self.points if self.sign * entry.mean >= limit]
-        return min(good, key=lambda entry: (entry.parameters, -self.sign * entry.mean))
+        return min(good, key=lambda entry: (entry.facts[SIZE], -self.sign * entry.mean))
 
     def as_json(self) -> dict[str, Any]:
         """The contents of `sweep.json`."""
@@ -107,8 +107,8 @@ class Sweep(Results):
             "validation_examples": self.measured_on,
             "noise": self.noise[0],
             "noise_rule": self.noise[1],
-            "best": self.best.setting,
-            "smallest_within_noise": self.smallest.setting,
+            "best": dict(self.best.setting),
+            "smallest_within_noise": dict(self.smallest.setting),
             "settings": [
                 {
                     **entry.setting,
@@ -129,7 +129,7 @@ class Sweep(Results):
             "rank": [entry.setting["rank"] for entry in self.points],
             "projections": [entry.setting["projections"] for entry in self.points],
             "LoRA": [entry.facts["lora_parameters"] for entry in self.points],
-            "trainable": [entry.parameters for entry in self.points],
+            "trainable": [entry.facts[SIZE] for entry in self.points],
             "mean": [entry.mean for entry in self.points],
             "spread": [entry.lines[VALIDATION].spread for entry in self.points],
             "test mean": [scores and scores.mean for scores in tests],
@@ -143,20 +143,20 @@ class Sweep(Results):
 
         figure = Figure(figsize=(8, 4.8), layout="constrained")
         axes = figure.subplots()
-        ordered = sorted(self.points, key=lambda entry: entry.parameters)
+        ordered = sorted(self.points, key=lambda entry: entry.facts[SIZE])
         sets = dict.fromkeys(entry.setting["projections"] for entry in self.points)
         for name, marker in zip(sets, itertools.cycle("osD^vP*X"), strict=False):
             line = [entry for entry in ordered if entry.setting["projections"] == name]
-            sizes, scores = [e.parameters for e in line], [e.lines[VALIDATION] for e in line]
+            sizes, scores = [e.facts[SIZE] for e in line], [e.lines[VALIDATION] for e in line]
             _draw(axes, sizes, scores, marker=marker, label=name)
         for entry in self.points:
-            place, rank = (entry.parameters, entry.mean), f"r{entry.setting['rank']}"
+            place, rank = (entry.facts[SIZE], entry.mean), f"r{entry.setting['rank']}"
             axes.annotate(rank, place, (5, 5), textcoords="offset points", fontsize=7)
         level, smallest = self.best.mean, self.smallest
         axes.axhspan(level - self.sign * self.noise[0], level, color=_GREY, alpha=0.35, lw=0)
         axes.axhline(level, color=_GREY, lw=1, label="within noise of the best")
         ring: dict[str, Any] = {"markersize": 15, "mfc": "none", "mec": _RED, "mew": 2, "linestyle": "none"}
-        axes.plot(smallest.parameters, smallest.mean, "o", label=f"smallest: {smallest.words}", **ring)
+        axes.plot(smallest.facts[SIZE], smallest.mean, "o", label=f"smallest: {in_words(smallest)}", **ring)
         axes.set_xscale("log")
         for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             axis(lambda size, _: f"{size:,.0f}" if f"{size:.0e}"[0] in "1235" else "")
@@ -193,7 +193,7 @@ class Curve(Results):
             "lower_is_better": self.sign < 0,
             "sizes": [
                 {
-                    "shots": point.shots,
+                    **point.setting,
                     **point.facts,
                     "seconds": point.seconds,
                     "lines": {name: scores.as_json() for name, scores in point.lines.items()},
@@ -205,7 +205,7 @@ class Curve(Results):
     def table(self) -> dict[str, list[Any]]:
         """The columns of the table by name; None where there is no value."""
         columns: dict[str, list[Any]] = {
-            "of each label": [point.shots for point in self.points],
+            "of each label": [point.setting["shots"] for point in self.points],
             "examples": [round(point.facts["examples"]) for point in self.points],
             "held out": [round(point.facts["held_out"]) or None for point in self.points],
         }
@@ -254,8 +254,8 @@ class Curve(Results):
         lower, labels = False, []
         for index, point in enumerate(self.points):
             lower = index > 0 and math.log(examples[index] / examples[index - 1]) < near and not lower
-            each = "" if point.shots == "all" else " each"
-            labels.append("\n" * (2 * lower) + f"{examples[index]:,.0f}\n({point.shots}{each})")
+            each = f"{point.setting['shots']}{' each' * (point.setting['shots'] != 'all')}"
+            labels.append("\n" * (2 * lower) + f"{examples[index]:,.0f}\n({each})")
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(examples, labels, fontsize=9)
@@ -276,6 +276,11 @@ def write_report(found: Report, output: Path, picture: Path | None = None) -> Re
         # Without a date, so that the same runs give the same file.
         found.figure().savefig(picture, dpi=150, metadata={FORMATS[picture.suffix.lower()]: None})
     return replace(found, files=(report, picture))
+
+
+def in_words(setting: Point) -> str:
+    """A setting of a sweep, for people."""
+    return "rank {rank} on {projections}".format(**setting.setting)
 
 
 def _seconds(point: Point) -> str | None:

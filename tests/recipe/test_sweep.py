@@ -19,7 +19,7 @@ from conftest import write_texts
 
 from hf_lora import LoRATrainer
 from hf_lora.recipe.finetune import Finetuning, finetune
-from hf_lora.recipe.grid import Grid, Point, Scores
+from hf_lora.recipe.grid import Grid, Point, Scores, Variant
 from hf_lora.recipe.progress import Lines
 from hf_lora.recipe.sweep import choose_metric, curve_grid, learning_curve, sweep, sweep_grid
 from hf_lora.recipe.sweep_report import Curve, Sweep, write_report
@@ -382,7 +382,8 @@ def test_the_metric_of_a_regression_is_not_accuracy() -> None:
 def setting(rank: int, size: int, *scores: float, projections: str = "qv") -> Point:
     facts = {"lora_parameters": size - 10, "trainable_parameters": size}
     options = {"lora_rank": rank, "lora_projections": projections}
-    return Point(options, {"validation": Scores(dict(enumerate(scores)))}, facts)
+    variant = Variant("", options, {"rank": rank, "projections": projections})
+    return Point(variant, {"validation": Scores(dict(enumerate(scores)))}, facts)
 
 
 def sweep_of(*points: Point, metric: str = "accuracy", examples: int = 100) -> Sweep:
@@ -453,7 +454,7 @@ def test_the_table_marks_the_choice() -> None:
 def curve_of(*shots: int, seeds: int = 2, data: str = "d") -> Curve:
     points = [
         Point(
-            {"few_shot": n},
+            Variant("", {"few_shot": n}, {"shots": str(n)}),
             {"LoRA": Scores({seed: n / (98 + seed) for seed in range(seeds)})},
             {"examples": 2 * n, "held_out": 0},
         )
