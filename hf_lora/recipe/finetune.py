@@ -132,9 +132,8 @@ class Finetuning:
         """Read, check, split and tokenize the data."""
         set_seed(self.args.seed)
         if not torch.cuda.is_available():
-            self.args.dataloader_pin_memory = (
-                False  # has no effect without a GPU but a warning at every epoch
-            )
+            # It has no effect without a GPU but a warning at every epoch.
+            self.args.dataloader_pin_memory = False
         if self.args.device.type == "cpu":
             set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         model = self.recipe.model

@@ -101,10 +101,11 @@ class _Events(TrainerCallback):
         self._loss: dict[str, float] = {}
         self._trains = False
         self._first = 0
-        self.reset()
+        self.reset(staged=False)
 
-    def reset(self) -> None:
-        """A stage of predictions begins."""
+    def reset(self, *, staged: bool) -> None:
+        """A stage of predictions begins or ends."""
+        self._staged = staged
         self._done = self._total = 0
         self._loader: Any = None
 
@@ -139,6 +140,8 @@ class _Events(TrainerCallback):
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
     ) -> None:
         """One batch of a pass over a data set more; the passes of a stage add up."""
+        if not (self._trains or self._staged):
+            return
         if eval_dataloader is not self._loader:
             if self._trains:
                 self._progress.begin("validation")
@@ -152,7 +155,7 @@ class _Events(TrainerCallback):
         """An evaluation of a training has ended."""
         found = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
         found.pop("epoch", None)
-        self.reset()
+        self.reset(staged=False)
         self._progress.evaluated(state.epoch or 0.0, self._loss | found)
         self._loss = {}
 
@@ -168,14 +171,15 @@ def attach(trainer: Trainer, progress: Progress, training: str = "") -> None:
 
 
 @contextmanager
-def stage(progress: Progress, name: str, *trainers: Trainer) -> Iterator[None]:
-    """Inside, a stage goes on, and the passes over data sets of these trainers advance it."""
-    for trainer in trainers:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, _Events):
-                callback.reset()
+def stage(progress: Progress, name: str, trainer: Trainer) -> Iterator[None]:
+    """Inside, a stage goes on, and the trainer's passes over data sets advance it."""
+    events = [entry for entry in trainer.callback_handler.callbacks if isinstance(entry, _Events)]
+    for entry in events:
+        entry.reset(staged=True)
     progress.begin(name)
     try:
         yield
     finally:
         progress.end()
+        for entry in events:
+            entry.reset(staged=False)

@@ -41,7 +41,7 @@ def test_one_command_from_texts_to_a_table(
     else:
         assert "of texts.csv, seed 7" not in captured.out and "texts.csv, seed 7" in captured.out
     logs = [path.read_text() for path in output.glob("*/seed-7/train.log")]
-    assert len(logs) == 2 and all("labels: 2: " in log for log in logs)
+    assert len(logs) == 2 and all("; labels " in log for log in logs)
     # What is done is used; nothing but the object is on the standard output.
     assert cli.main([*line, "--json"]) == 0
     captured = capsys.readouterr()
@@ -94,7 +94,7 @@ MISTAKES = {
     "sweep --resume_from_checkpoint": ["--resume_from_checkpoint", "a sweep goes on by itself"],
     "sweep --push_to_hub": ["--push_to_hub", "hf-lora push"],
     "sweep --accelerate_config cpu_2": ["--accelerate_config", "one process"],
-    "sweep --lora_rnk 1": ["lora_rnk", "did you mean lora_rank"],
+    "sweep --lora_rnk 1": ["lora_rnk", "did you mean --lora_rank"],
     "sweep --model_name_or_path @tmp/nobase": ["nobase"],
     "curve --shots 8,,32": ["shots", "'8,,32'", "8,32,128,all"],
     "curve --shots 8,most": ["shots", "'8,most'", "'all'"],

@@ -13,14 +13,19 @@ import runpy
 import shutil
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 # Commands that refuse a directory that is there.
 WRITE_NEW = ("merge", "resize", "add", "extract", "export")
-# What makes a training of `hf_lora.finetune` take a second.
-TINY = {"max_seq_length": 32, "overwrite_output_dir": True}
-TINY_TRAINING = {"num_train_epochs": 1, "use_cpu": True, "disable_tqdm": True}
+# What makes a training of `hf_lora.finetune` take a second: by option, the argument that it may be given in, and its name there.
+TINY = {
+    "max_seq_length": (32, "data", "max_length"),
+    "overwrite_output_dir": (True, "options", "overwrite_output_dir"),
+    "num_train_epochs": (1, "args", "num_train_epochs"),
+    "use_cpu": (True, "args", "use_cpu"),
+}
 
 
 def make_finetune_tiny() -> None:
@@ -30,8 +35,12 @@ def make_finetune_tiny() -> None:
     finetune = hf_lora.finetune
 
     def quick(*args: Any, **settings: Any) -> Any:
-        # Training arguments that are given as one object hold for all.
-        return finetune(*args, **{**settings, **TINY, **({} if "args" in settings else TINY_TRAINING)})
+        for option, (value, argument, field) in TINY.items():
+            if argument not in settings:
+                settings[option] = value
+            elif argument != "args":  # training arguments that are given as one object hold for all
+                settings[argument] = replace(settings[argument], **{field: value})
+        return finetune(*args, **settings)
 
     hf_lora.finetune = quick
 
