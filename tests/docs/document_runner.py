@@ -19,7 +19,8 @@ from typing import Any
 
 # Commands that refuse a directory that is there.
 WRITE_NEW = ("merge", "resize", "add", "extract", "export")
-# What makes a training of `hf_lora.finetune` take a second: by option, the argument that it may be given in, and its name there.
+# What makes a training of `hf_lora.finetune` take a second: by option its value, the argument that it may be given in
+# as a part, and its name there.
 TINY = {
     "max_seq_length": (32, "data", "max_length"),
     "overwrite_output_dir": (True, "options", "overwrite_output_dir"),
