@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer
 from fake_hub import FakeHub, as_json, folder_files
+from helpers_commands import Captured
 from helpers_training import arguments, assert_same_tensors, dataset, injected
 from huggingface_hub import constants, snapshot_download
 from transformers import TrainerCallback
@@ -27,7 +28,6 @@ from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.cli import main as cli
 from hf_lora.training.checkpoints import checkpoints, problem
 
-Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 CARD = "---\nlicense: mit\n---\n# A card\n\n![curve](training_curve.png)\n<img src='./matrix.png'>\n"
 

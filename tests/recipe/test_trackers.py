@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from conftest import LABELS
 from helpers_recipe import run_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
+@pytest.mark.slow
 def test_tensorboard_has_lora_settings_and_metrics_by_class(
     tiny_bert_dir: Path, tiny_csv: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -8,20 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LABELS, randomize, tiny_tokenizer
+from conftest import LABELS, tiny_tokenizer
+from helpers_serving import LONG, PAIRS, TEXTS, make_adapter, peft_logits, plain_logits
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from hf_lora import (
-    LoRAConfig,
     TextClassifier,
     head_parameters,
-    load_classifier,
     lora_disabled,
     lora_layers,
     lora_parameters,
-    save_adapter,
 )
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.lora.inject import base_parameters
@@ -29,44 +27,6 @@ from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.loading import Precision
 from hf_lora.serving import classifier as inference
 from hf_lora.serving.classifier import CPU_TOKENS, WINDOW, _rounded, load_trained
-
-LONG = "the film was good and the meal was awful but we had fun " * 5
-TEXTS = [
-    "good",
-    "the trip was broken and sad but the food we had there was lovely and warm",
-    "",
-    LONG,
-    "words nobody knows",
-    "a very bad day",
-]
-PAIRS = [("the film", "it was good and we had fun"), ("the meal was cold and rude", "bad"), ("a", "b")]
-
-
-def peft_logits(base: Path, adapter: Path, texts: Sequence[Any], max_length: int = 32) -> Tensor:
-    """The oracle: peft on plain transformers, one text (or pair) at a time, nothing of hf_lora."""
-    config = json.loads((adapter / "hf_lora.json").read_text())
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(config["labels"]))
-    return plain_logits(PeftModel.from_pretrained(model, adapter).eval(), texts, max_length)
-
-
-@torch.inference_mode()
-def plain_logits(model: torch.nn.Module, texts: Sequence[Any], max_length: int = 32) -> Tensor:
-    tokenizer = tiny_tokenizer()
-    rows = []
-    for text in texts:
-        parts = [text] if isinstance(text, str) else text
-        encoded = tokenizer(*parts, truncation=True, max_length=max_length, return_tensors="pt")
-        rows.append(model(**encoded).logits[0])
-    return torch.stack(rows)
-
-
-def make_adapter(base: Path, directory: Path, labels: Sequence[str], **options: Any) -> Path:
-    """An adapter with random A, B and a head large enough to give outputs of both signs."""
-    torch.manual_seed(4)
-    model, tokenizer = load_classifier(str(base), labels, LoRAConfig(rank=2), **options)
-    randomize(model, 0.3)
-    model.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(6))
-    return save_adapter(model, directory, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
