@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hf_lora.recipe.head_start import start_head
     from hf_lora.recipe.options import FinetuneOptions
     from hf_lora.recipe.results import FinetuneResult
+    from hf_lora.recipe.sweep import learning_curve, sweep
     from hf_lora.serving.classifier import TextClassifier
     from hf_lora.training.arguments import LoRATrainingArguments
     from hf_lora.training.gradient_init import start_lora
@@ -56,6 +57,8 @@ _HOMES = {
     "finetune": "recipe.finetune",
     "FinetuneOptions": "recipe.options",
     "FinetuneResult": "recipe.results",
+    "sweep": "recipe.sweep",
+    "learning_curve": "recipe.sweep",
     "start_head": "recipe.head_start",
     "start_lora": "training.gradient_init",
 }
@@ -71,6 +74,7 @@ __all__ = [
     "finetune",
     "head_parameters",
     "inject_lora",
+    "learning_curve",
     "load_adapter",
     "load_classifier",
     "lora_disabled",
@@ -82,6 +86,7 @@ __all__ = [
     "save_adapter",
     "start_head",
     "start_lora",
+    "sweep",
     "trainable_parameter_count",
     "unmerge_lora",
 ]
