@@ -242,9 +242,7 @@ def dry_run(recipe: Recipe) -> None:
     from hf_lora.lora.inject import inject_lora, trainable_parameter_count
     from hf_lora.models.loading import meta_classifier
 
-    model = meta_classifier(
-        recipe.model.model_name_or_path, revision=recipe.model.model_revision, **recipe.model.hub
-    )
+    model = meta_classifier(recipe.model.model_name_or_path, **recipe.model.place)
     names = inject_lora(model, recipe.lora_config)
     left_open = {name: "from the data" for name in FROM_DATA if getattr(recipe.args, name) == 0}
     settings = {"lora": recipe.lora_config.to_dict(), "training": recipe.args.to_dict() | left_open}

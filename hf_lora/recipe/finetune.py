@@ -100,7 +100,9 @@ class Finetuning:
     ) -> None:
         self.recipe, self.options = recipe, recipe.options
         self.args = copy.copy(recipe.args)
-        self.given_data = data
+        self.data_given = data is not None
+        if data is not None:
+            self.data = data
         first = self.args.process_index == 0
         self.progress = progress if first and progress is not None else Progress()
         self.is_probe = recipe.lora is None
@@ -121,6 +123,7 @@ class Finetuning:
             self.prepare_data()
             self.choose_settings()
             self.load_model()
+            self.verify()
             self.make_trainer()
             self.start()
             self.train()
@@ -137,10 +140,8 @@ class Finetuning:
         if self.args.device.type == "cpu":
             set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         model = self.recipe.model
-        self.tokenizer = load_tokenizer(model.model_name_or_path, revision=model.model_revision, **model.hub)
-        if self.given_data is not None:
-            self.data = self.given_data
-        else:
+        self.tokenizer = load_tokenizer(model.model_name_or_path, **model.place)
+        if not self.data_given:
             with self.args.main_process_first(desc="preparing the data"):
                 self.data = prepare_data(self.recipe.data, self.tokenizer, tables=self.recipe.tables)
         for topic, text in data_facts(self.data):
@@ -148,14 +149,8 @@ class Finetuning:
 
     def choose_settings(self) -> None:
         """What is left open and depends on the data: rate, epochs, label smoothing, whether to retrain in the end."""
-        examples, held_out = len(self.data.splits["train"]), len(self.data.splits["validation"])
-        self.refits = choose_refit(
-            self.options.refit,
-            self.args,
-            held_out=self.data.held_out,
-            examples=examples + held_out,
-            stopping=self.options.early_stopping_patience is not None,
-        )
+        examples = len(self.data.splits["train"])
+        self.refits = choose_refit(self.options, self.args, self.data)
         left_open = any(getattr(self.args, name) == 0 for name in FROM_DATA)
         chosen = f"{choose_rate(self.args, examples)}, {choose_epochs(self.args, examples)}"
         choose_smoothing(self.args, self.data.task)
@@ -165,9 +160,8 @@ class Finetuning:
             self.progress.fact("training", chosen)
 
     def load_model(self) -> None:
-        """The pretrained encoder with head and LoRA, checked to act on the output."""
+        """The pretrained encoder with head and LoRA."""
         args, model = self.args, self.recipe.model
-        place = {"revision": model.model_revision, **model.hub}
         precision = choose_precision(
             self.options.precision, args.device, autocast=args.bf16 or args.fp16, sharded=is_sharded(args)
         )
@@ -176,7 +170,7 @@ class Finetuning:
             model.model_name_or_path,
             labels=len(self.data.labels),
             last_only=last_layer_only(args, self.is_probe),
-            **place,
+            **model.place,
         )
         # Once more, so that the head and A do not depend on what the data preparation drew.
         set_seed(args.seed)
@@ -190,15 +184,19 @@ class Finetuning:
                 max_length=self.data.max_length,
                 text_columns=self.data.text_columns,
                 dtype=precision.dtype,
-                **place,
+                **model.place,
             )
+        reason = pooling.reason.partition(";")[0]
+        self.progress.fact("encoder", f"{precision.name}, {pooling.pooling} pooling ({reason})")
+
+    def verify(self) -> None:
+        """Check that every adapted layer acts on the output."""
+        args, name = self.args, self.recipe.model.model_name_or_path
         report = verify_injection(self.model, probe_batch(self.model, self.tokenizer), allow_unused=True)
         if args.ddp_find_unused_parameters is None:
             # Looking for them costs a walk through the graph at every step; the probe has just looked.
             args.ddp_find_unused_parameters = bool(report.unused)
-        self.progress.fact("model", f"{model.model_name_or_path}, {trainable_parameter_count(self.model)}")
-        reason = pooling.reason.partition(";")[0]
-        self.progress.fact("encoder", f"{precision.name}, {pooling.pooling} pooling ({reason})")
+        self.progress.fact("model", f"{name}, {trainable_parameter_count(self.model)}")
         if args.world_size > 1:
             self.progress.fact("processes", f"{args.world_size} ({args.parallel_mode.value})")
 

@@ -167,7 +167,7 @@ class Grid:
         config = Recipe.from_settings(self.settings_of(run), tables=self.tables).data
         if self._prepared is None or self._prepared[0] != config:
             model = self.base.model
-            tokenizer = load_tokenizer(model.model_name_or_path, revision=model.model_revision, **model.hub)
+            tokenizer = load_tokenizer(model.model_name_or_path, **model.place)
             test_seed = self.seeds[0] if self.draws else None
             data = prepare_data(config, tokenizer, tables=self.tables, test_seed=test_seed)
             self._prepared = config, data

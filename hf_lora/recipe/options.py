@@ -44,9 +44,10 @@ class ModelOptions:
     trust_remote_code: bool = option(False, help="Run code that the base model's repository brings.")
 
     @property
-    def hub(self) -> dict[str, Any]:
-        """What transformers' `from_pretrained` takes of these."""
-        return {name: getattr(self, name) for name in ("cache_dir", "token", "trust_remote_code")}
+    def place(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` takes of these besides the name."""
+        hub = {name: getattr(self, name) for name in ("cache_dir", "token", "trust_remote_code")}
+        return {"revision": self.model_revision, **hub}
 
 
 @dataclass(frozen=True, kw_only=True)

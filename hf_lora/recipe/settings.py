@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora.adapters.directory import CONFIG
+from hf_lora.data import ClassificationData
 from hf_lora.data.config import DataConfig
 from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.lora.config import LoRAConfig
@@ -202,27 +203,25 @@ def choose_smoothing(args: LoRATrainingArguments, task: Task) -> None:
         args.label_smoothing_factor = 0.0
 
 
-def choose_refit(
-    refit: str, args: LoRATrainingArguments, *, held_out: bool, examples: int, stopping: bool = False
-) -> bool:
+def choose_refit(options: FinetuneOptions, args: LoRATrainingArguments, data: ClassificationData) -> bool:
     """Whether a run trains again on all examples in the end; docs/benchmarks says how that was measured.
 
-    held_out: whether the validation split was taken from the training data. examples: of both. stopping: whether
-    training ends where the validation split says so. Raises ValueError for an unknown word, and where it cannot be.
+    Raises ValueError for an unknown word, and where it cannot be.
     """
+    refit = options.refit
     if refit not in REFITS:
         raise ValueError(f"unknown refit; got {refit!r}; expected one of {', '.join(REFITS)}")
     problems = {
-        "early stopping or load_best_model_at_end, for which something has to be held out": stopping
-        or args.load_best_model_at_end,
+        "early stopping or load_best_model_at_end, for which something has to be held out": (
+            options.early_stopping_patience is not None or args.load_best_model_at_end
+        ),
         "FSDP or DeepSpeed, whose weights are sharded": is_sharded(args),
     }
     problem = next((name for name, present in problems.items() if present), None)
     if refit == "always" and problem is not None:
         raise ValueError(f"refit=always cannot be done; got {problem}; use refit=never")
-    return refit == "always" or (
-        refit == "auto" and problem is None and held_out and examples <= FEW_EXAMPLES
-    )
+    few = len(data.splits["train"]) + len(data.splits["validation"]) <= FEW_EXAMPLES
+    return refit == "always" or (refit == "auto" and problem is None and data.held_out and few)
 
 
 def is_sharded(args: LoRATrainingArguments) -> bool:

@@ -154,7 +154,7 @@ def lora_parameters(grid: Grid) -> dict[str, int]:
     Raises ValueError where the model has no such projections.
     """
     model, counts = grid.base.model, {}
-    empty = meta_classifier(model.model_name_or_path, revision=model.model_revision, **model.hub)
+    empty = meta_classifier(model.model_name_or_path, **model.place)
     for variant in grid.variants:
         lora = Recipe.from_settings({**grid.settings, **variant.options}, tables=grid.tables).lora
         assert lora is not None

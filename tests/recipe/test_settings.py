@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from hf_lora.data.splits import FEW_EXAMPLES
@@ -22,6 +25,11 @@ PLACE = {"model_name_or_path": "base", "train_file": "a.csv", "output_dir": "out
 
 def recipe(**settings: object) -> Recipe:
     return Recipe.from_settings({**PLACE, **settings})
+
+
+def data_of(held_out: bool, examples: int) -> Any:
+    """Of data only what the choice of a retraining asks for."""
+    return SimpleNamespace(held_out=held_out, splits={"train": range(examples - 1), "validation": range(1)})
 
 
 def arguments(**settings: object):
@@ -92,7 +100,7 @@ def test_only_single_labels_are_smoothed() -> None:
 def test_a_few_examples_are_all_trained_on_in_the_end(
     refit: str, held_out: bool, examples: int, expected: bool
 ) -> None:
-    assert choose_refit(refit, arguments(), held_out=held_out, examples=examples) is expected
+    assert choose_refit(FinetuneOptions(refit=refit), arguments(), data_of(held_out, examples)) is expected
 
 
 @pytest.mark.parametrize("problem", ["early stopping", "best model", "sharded"])
@@ -102,12 +110,18 @@ def test_what_needs_a_held_out_part_or_whole_weights_is_not_refitted(
     args = arguments(load_best_model_at_end=problem == "best model")
     if problem == "sharded":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    given = {"held_out": True, "examples": 10, "stopping": problem == "early stopping"}
-    assert not choose_refit("auto", args, **given)
-    assert not choose_refit("never", args, **given)
+    patience = 2 if problem == "early stopping" else None
+
+    def chosen(refit: str) -> bool:
+        return choose_refit(
+            FinetuneOptions(refit=refit, early_stopping_patience=patience), args, data_of(True, 10)
+        )
+
+    assert not chosen("auto")
+    assert not chosen("never")
     words = "FSDP" if problem == "sharded" else "early stopping"
     with pytest.raises(ValueError, match=f"^refit=always cannot be done; got {words}.*; use refit=never$"):
-        choose_refit("always", args, **given)
+        chosen("always")
 
 
 def test_help_says_how_few_are_few() -> None:
@@ -117,7 +131,7 @@ def test_help_says_how_few_are_few() -> None:
 
 def test_an_unknown_refit_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown refit; got 'yes'; expected one of auto, always, never"):
-        choose_refit("yes", arguments(), held_out=True, examples=10)
+        choose_refit(FinetuneOptions(refit="yes"), arguments(), data_of(True, 10))
 
 
 @pytest.mark.parametrize("flags", [{"num_train_epochs": 7}, {"max_steps": 5}])
