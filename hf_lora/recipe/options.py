@@ -165,6 +165,21 @@ COMMON = (
 )
 
 
+# Names that other tools have for options of ours.
+_MEANT = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "max_length": "max_seq_length",
+    "rank": "lora_rank",
+    "r": "lora_rank",
+    "alpha": "lora_alpha",
+    "target_modules": "lora_target_modules",
+    "init_lora_weights": "lora_init",
+}
+
+
 def options_of(owner: type, prefix: str = "") -> Iterator[Option]:
     """The options that a dataclass defines; a field whose flag is "" is none."""
     hints = typing.get_type_hints(owner)
@@ -215,9 +230,9 @@ def check_names(
     known = option_names() | set(also)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, [*ours, *also], 1) or difflib.get_close_matches(
-                name, known, 1
-            )
+            likely = [[*ours, *also], known]
+            near = [_MEANT[name]] if name in _MEANT else []
+            near += [match for group in likely for match in difflib.get_close_matches(name, group, 1)]
             hint = f"did you mean {prefix}{near[0]}?" if near else "hf-lora train --help_all lists them"
             raise ValueError(f"unknown {what}{prefix}{name}; {hint}")
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from hf_lora.adapters.directory import CONFIG
 from hf_lora.data import ClassificationData
 from hf_lora.data.config import DataConfig
@@ -77,21 +79,15 @@ class Recipe:
         for name, example in _REQUIRED.items():
             if not values.get(name):
                 raise ValueError(f"{name} is missing; expected such as {example!r}")
-        model = ModelOptions(**_take(values, "model"))
-        data = _take(values, "data")
+        _check_objects(objects, settings)
+        model, data = ModelOptions(**_take(values, "model")), _take(values, "data")
         lora, options = _take(values, "LoRA"), _take(values, "run")
-        if "args" in objects:
-            output = values.pop("output_dir")
-        for name, given in (("lora", lora), ("options", options), ("args", values), ("data", data)):
-            twice = given.keys() - {"train_file", "validation_file", "test_file"}
-            if name in objects and twice:
-                raise ValueError(f"{name}= and {min(twice)} are both given; expected one of the two")
         args = objects.get("args")
         if args is None:
             args = LoRATrainingArguments(**{**training_defaults(), **values})
         else:
             args = copy.copy(args)
-            args.output_dir = output
+            args.output_dir = values["output_dir"]
         place = {"cache_dir": model.cache_dir, "token": model.token}
         if "data" in objects:
             data_config = replace(objects["data"], **data, **place)
@@ -134,6 +130,28 @@ def with_data(
     tables = {split: table for split, table in given.items() if f"{split}_file" not in paths}
     output = output_dir and str(output_dir)
     return {**settings, **paths, "model_name_or_path": model, "output_dir": output}, tables
+
+
+# What may be given as an object, and the topics of options that it stands for; "": the training arguments.
+_OBJECTS = {
+    "lora": (LoRAConfig, "LoRA"),
+    "options": (FinetuneOptions, "run"),
+    "data": (DataConfig, "data"),
+    "args": (TrainingArguments, ""),
+}
+
+
+def _check_objects(objects: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for an object of another type, and for an option that is given beside its object."""
+    of_topics = {entry.name for title in ("model", "data", "LoRA", "run") for entry in all_options()[title]}
+    for name, value in objects.items():
+        kind, title = _OBJECTS[name]
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is no {kind.__name__}; got {type(value).__name__}")
+        names = {entry.name for entry in all_options()[title]} if title else settings.keys() - of_topics
+        twice = (settings.keys() & names) - {"train_file", "validation_file", "test_file", "output_dir"}
+        if twice:
+            raise ValueError(f"{name}= and {min(twice)} are both given; expected one of the two")
 
 
 def _take(values: dict[str, Any], title: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_every_option_has_words(entry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("lora_rnk", "lora_rank"), ("lr", "lora"), ("weight_deca", "weight_decay")]
+    ("name", "near"), [("lora_rnk", "lora_rank"), ("lr", "learning_rate"), ("weight_deca", "weight_decay")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"^unknown option {name}; (did you mean {near}|hf-lora train)"):
