@@ -9,17 +9,9 @@ from hf_lora.data.config import DataConfig
 
 # The layouts of GLUE and of the usual Hub data sets: one text, or a pair of texts in the order of the model.
 TEXT_LAYOUTS: tuple[tuple[str, ...], ...] = (
-    ("text",),
-    ("sentence",),
-    ("content",),
-    ("review",),
-    ("utterance",),
-    ("text", "text_pair"),
-    ("text1", "text2"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("premise", "hypothesis"),
+    *(("text",), ("sentence",), ("content",), ("review",), ("utterance",)),
+    *(("text", "text_pair"), ("text1", "text2"), ("sentence1", "sentence2"), ("question1", "question2")),
+    *(("question", "sentence"), ("premise", "hypothesis")),
 )
 LABEL_COLUMNS = ("label", "labels")
 

@@ -79,46 +79,48 @@ class DataConfig:
         return DEFAULT_SEED if self.seed is None else self.seed
 
     def __post_init__(self) -> None:
-        self._check_names()
-        self._check_values()
+        def refuse(mistake: object, message: str) -> None:
+            if mistake:
+                raise ValueError(message)
 
-    def _check_names(self) -> None:
-        if self.dataset_name and self.train_file:
-            raise ValueError(
-                f"two training sets: {self.dataset_name!r} and {self.train_file!r}; expected one"
-            )
+        train, few_shot, fraction = self.train_file, self.few_shot, self.validation_fraction
+        text, pair, limit = self.text_column, self.text_pair_column, self.max_train_samples
+        both = self.dataset_name and train
+        refuse(both, f"two training sets: {self.dataset_name!r} and {train!r}; expected one")
         for name in ("dataset_config_name", "dataset_revision"):
-            if getattr(self, name) and not self.dataset_name:
-                raise ValueError(f"{name} needs a dataset_name; got {getattr(self, name)!r}")
-        if self.text_pair_column and not self.text_column:
-            raise ValueError(f"text_pair_column needs a text_column; got {self.text_pair_column!r} alone")
-        named = [name for name in (self.text_column, self.text_pair_column, self.label_column) if name]
-        if len(set(named)) < len(named):
-            raise ValueError(f"one column has two roles; got text, pair and label columns {', '.join(named)}")
-
-    def _check_values(self) -> None:
+            value = getattr(self, name)
+            refuse(value and not self.dataset_name, f"{name} needs a dataset_name; got {value!r}")
+        refuse(pair and not text, f"text_pair_column needs a text_column; got {pair!r} alone")
+        named = [name for name in (text, pair, self.label_column) if name]
+        twice = len(set(named)) < len(named)
+        refuse(twice, f"one column has two roles; got text, pair and label columns {', '.join(named)}")
         for name in ("max_length", "few_shot", "max_train_samples", "max_eval_samples", "max_test_samples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected 1 or more")
-        if self.few_shot is not None and self.max_train_samples is not None:
-            raise ValueError(
-                f"few_shot and max_train_samples both cut the training data; got {self.few_shot} and "
-                f"{self.max_train_samples}; expected one of the two"
-            )
-        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1"
-            )
+            refuse(value is not None and value < 1, f"{name} is {value}; expected 1 or more")
+        refuse(
+            few_shot is not None and limit is not None,
+            "few_shot and max_train_samples both cut the training data; "
+            f"got {few_shot} and {limit}; expected one of the two",
+        )
+        usable = fraction is None or 0 < fraction < 1
+        refuse(not usable, f"validation_fraction is {fraction}; expected a number between 0 and 1")
         if self.problem_type is not None:
             # Imported here, since it takes a second.
             from hf_lora.tasks import TASKS
 
-            if self.problem_type not in TASKS:
-                raise ValueError(
-                    f"unknown problem_type {self.problem_type!r}; expected one of {', '.join(TASKS)}"
-                )
-        try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            raise ValueError(f"unknown encoding {self.encoding!r}; try utf-8, latin-1 or cp1252") from None
+            known = ", ".join(TASKS)
+            message = f"unknown problem_type {self.problem_type!r}; expected one of {known}"
+            refuse(self.problem_type not in TASKS, message)
+        codec_for(self.encoding)
+
+
+def codec_for(encoding: str) -> str:
+    """The codec that also skips the byte order mark that spreadsheets write in front of UTF-8.
+
+    Raises ValueError: the encoding is unknown.
+    """
+    try:
+        name = codecs.lookup(encoding).name
+    except LookupError:
+        raise ValueError(f"unknown encoding {encoding!r}; try utf-8, latin-1 or cp1252") from None
+    return "utf-8-sig" if name == "utf-8" else encoding

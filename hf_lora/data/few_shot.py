@@ -53,8 +53,8 @@ def few_shot(
 def draw(carried: Sequence[Sequence[int]], shots: int, seed: int) -> list[int]:
     """Rows in the order they are drawn: each label that a row carries gets `shots` rows, or all it has.
 
-    carried: the labels of each row. In round n every label, the rarest first, is brought to n rows. So a smaller draw
-    is the beginning of a larger one.
+    carried: the labels of each row. In round n every label, the rarest first, is brought to n rows, so that a smaller
+    draw is the beginning of a larger one.
     """
     waiting: dict[int, list[int]] = {}
     for row in np.random.default_rng(seed).permutation(len(carried)).tolist():
@@ -94,12 +94,11 @@ def divide(carried: Sequence[Sequence[int]], fraction: float) -> list[bool]:
 
 def _shortages(carried: Sequence[Sequence[int]], scheme: LabelScheme, shots: int) -> tuple[str, ...]:
     counts = Counter(label for labels in carried for label in labels)
-    few = [(name, counts[label]) for label, name in enumerate(scheme.names) if 0 < counts[label] < shots]
-    if not few:
-        return ()
-    shown = ", ".join(f"{name!r} ({count:,})" for name, count in few[:_LISTED])
-    more = ", ..." if len(few) > _LISTED else ""
-    return (
+    pairs = zip(scheme.names, (counts[label] for label in range(len(scheme.names))), strict=True)
+    few = [f"{name!r} ({count:,})" for name, count in pairs if 0 < count < shots]
+    shown = ", ".join(few[:_LISTED]) + (", ..." if len(few) > _LISTED else "")
+    warning = (
         f"train: {len(few):,} of {len(scheme.names):,} labels have fewer than {shots:,} examples, and all of theirs "
-        f"are taken: {shown}{more}",
+        f"are taken: {shown}"
     )
+    return (warning,) if few else ()

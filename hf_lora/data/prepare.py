@@ -39,8 +39,8 @@ class ClassificationData:
 
     `splits` has the tokenizer's outputs and "labels": int64, a list of `len(labels)` float32 for multi-label,
     or float32 for a regression. `texts` has the text and label columns of the same rows in the same order.
-    `labels` are names in id order; a regression has one, the name of its label column. `held_out`: whether the
-    validation split was taken from the training data, which had none of its own.
+    `labels` are names in id order; of a regression the name of its label column. `held_out`: the validation
+    split was taken from the training data.
     """
 
     splits: datasets.DatasetDict
@@ -79,8 +79,7 @@ def prepare_data(
     raw = load_splits(config, tables)
     if "train" not in raw:
         raise ValueError("there is no training split; give a train_file or a dataset_name that has one")
-    columns = choose_columns(raw["train"].column_names, config, "the train split")
-    _check_max_length(config.max_length, tokenizer, pair=len(columns) > 2)
+    columns = _checked_columns(raw, "train", config, tokenizer)
     asked_for = bool(config.test_file) or "test" in (tables or {})
     raw, warnings = without_hidden_test(raw, columns[-1], asked_for=asked_for)
     scheme = learn_labels(raw["train"], columns[-1], config.problem_type)
@@ -96,8 +95,7 @@ def prepare_data(
     elif held_out:
         splits["train"], splits["validation"], more = hold_out(splits["train"], scheme, config)
     ordered = {split: splits[split] for split in SPLIT_NAMES if split in splits}
-    data = _finish(ordered, columns, scheme, config, tokenizer, (*warnings, *more))
-    return replace(data, held_out=held_out)
+    return _finish(ordered, columns, scheme, config, tokenizer, (*warnings, *more), held_out)
 
 
 @without_progress_bars()
@@ -114,32 +112,32 @@ def prepare_test(
     tables: {"test": data in memory}, as `load_splits` takes it.
     Raises ValueError: as `prepare_data`, and for a label that is hidden or that the classifier does not know.
     """
-    if config.problem_type not in (None, problem_type):
-        raise ValueError(
-            f"problem_type is {config.problem_type!r}; the classifier was trained for {problem_type!r}"
-        )
+    given = config.problem_type
+    if given not in (None, problem_type):
+        raise ValueError(f"problem_type is {given!r}; the classifier was trained for {problem_type!r}")
     raw = load_splits(config, tables)
     if "test" not in raw:
         raise ValueError(f"there is no test split; got {', '.join(raw)}; give a test_file")
-    columns = choose_columns(raw["test"].column_names, config, "the test split")
-    _check_max_length(config.max_length, tokenizer, pair=len(columns) > 2)
+    columns = _checked_columns(raw, "test", config, tokenizer)
     if "-1" not in labels and are_hidden(raw["test"], columns[-1]):
-        raise ValueError(
-            "every label of the test split is -1: they are hidden; give a test_file that has labels"
-        )
+        raise ValueError("every label of the test split is -1: they are hidden; give a test_file with labels")
     scheme = LabelScheme(task_of(problem_type), tuple(labels))
     splits = {"test": _encode(raw["test"], columns, scheme, "test")}
-    return _finish(splits, columns, scheme, config, tokenizer, ())
+    return _finish(splits, columns, scheme, config, tokenizer, (), False)
 
 
-def _check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, *, pair: bool) -> None:
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"max_length is {max_length}; the tokenizer's model takes at most {tokenizer.model_max_length}"
-        )
-    if max_length <= special:
-        raise ValueError(f"max_length is {max_length}; expected more than the {special} special tokens")
+def _checked_columns(
+    raw: datasets.DatasetDict, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
+    """The text columns and the label column; raises ValueError where `max_length` does not fit them too."""
+    columns = choose_columns(raw[split].column_names, config, f"the {split} split")
+    special = tokenizer.num_special_tokens_to_add(pair=len(columns) > 2)
+    most, problem = tokenizer.model_max_length, f"max_length is {config.max_length}"
+    if config.max_length > most:
+        raise ValueError(f"{problem}; the tokenizer's model takes at most {most}")
+    if config.max_length <= special:
+        raise ValueError(f"{problem}; expected more than the {special} special tokens")
+    return columns
 
 
 def _encode(
@@ -149,32 +147,32 @@ def _encode(
     *texts, label = columns
     for name in columns:
         require_column(dataset.column_names, name, f"the {split} split")
-    encoded = scheme.encode(read_labels(dataset, label), split)
+    encoded = scheme.task.encode(read_labels(dataset, label), scheme.names, split)
     marks = [name for name in (BADLY_ENCODED,) if name in dataset.column_names]
+    # Stratified splits need a ClassLabel.
+    feature = datasets.ClassLabel(names=list(scheme.names)) if scheme.task.one_label else scheme.task.feature
     kept = _with_string_texts(dataset.select_columns([*columns, *marks]), texts, split)
-    return kept.add_column(ENCODED, encoded, feature=scheme.task.working_feature(scheme.names))
+    return kept.add_column(ENCODED, encoded, feature=feature)
 
 
 def _with_string_texts(
     dataset: datasets.Dataset, text_columns: Sequence[str], split: str
 ) -> datasets.Dataset:
     """Turn nulls into empty texts and numbers into their digits; leave columns of strings as they are."""
-    changing = [name for name in text_columns if not _is_all_strings(dataset, name)]
-    for name in changing:
+    features, changing = dataset.features.copy(), []
+    for name in text_columns:
+        is_string = getattr(features[name], "dtype", None) in ("string", "large_string")
+        if is_string and dataset.data.column(name).null_count == 0:
+            continue
         value = next((value for value in dataset[name] if value is not None), "")
         if not isinstance(value, str | int | float):
-            raise ValueError(
-                f"column {name!r} of the {split} split holds {type(value).__name__} values, not text"
-            )
+            held = type(value).__name__
+            raise ValueError(f"column {name!r} of the {split} split holds {held} values, not text")
+        features[name] = datasets.Value("string")
+        changing.append(name)
     if not changing:
         return dataset
-    features = datasets.Features({**dataset.features, **dict.fromkeys(changing, datasets.Value("string"))})
     return dataset.map(_stringify, batched=True, fn_kwargs={"columns": changing}, features=features)
-
-
-def _is_all_strings(dataset: datasets.Dataset, column: str) -> bool:
-    is_string = getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
-    return is_string and dataset.data.column(column).null_count == 0
 
 
 def _stringify(batch: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[str]]:
@@ -188,6 +186,7 @@ def _finish(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     warnings: tuple[str, ...],
+    held_out: bool,
 ) -> ClassificationData:
     """Cut the splits to size, tokenize and count them."""
     text_columns, max_length = columns[:-1], config.max_length
@@ -206,16 +205,16 @@ def _finish(
         .rename_column(ENCODED, "labels")
         for split, dataset in tokenized.items()
     }
+    texts = {split: part.select_columns(list(columns)) for split, part in kept.items()}
     return ClassificationData(
-        splits=datasets.DatasetDict(splits),
-        texts=datasets.DatasetDict(
-            {split: part.select_columns(list(columns)) for split, part in kept.items()}
-        ),
+        datasets.DatasetDict(splits),
+        datasets.DatasetDict(texts),
         labels=scheme.names,
         problem_type=scheme.task.name,
         text_columns=text_columns,
         max_length=max_length,
         report=report,
+        held_out=held_out,
     )
 
 
@@ -243,7 +242,7 @@ def _tokenize_batch(
 ) -> dict[str, list[Any]]:
     """Return the tokenizer's outputs, cut to `max_length`, and the length that each example had before.
 
-    Only examples that are too long are tokenized again, by the tokenizer itself: it knows how to cut a pair.
+    Only examples that are too long are tokenized again, by the tokenizer: it knows how to cut a pair.
     """
     texts = [batch[name] for name in text_columns]
     outputs = dict(tokenizer(*texts, truncation=False, verbose=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -13,7 +12,7 @@ import numpy as np
 from hf_lora.data.files import BADLY_ENCODED, FALLBACK_ENCODING
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class DataReport:
     """Counts by the name of the split, and the warnings that follow from them.
 
@@ -41,50 +40,42 @@ class DataReport:
         warnings: tuple[str, ...],
     ) -> DataReport:
         """Count the texts of each split; `lengths` are in tokens, before they were cut to `max_length`."""
-        report = cls(
-            examples={split: len(dataset) for split, dataset in splits.items()},
-            truncated={split: int((tokens > max_length).sum()) for split, tokens in lengths.items()},
-            empty_texts={
-                split: sum(any(not text.strip() for text in row) for row in _rows(dataset, text_columns))
-                for split, dataset in splits.items()
-            },
-            longest={split: int(tokens.max(initial=0)) for split, tokens in lengths.items()},
-            badly_encoded={
-                split: sum(dataset[BADLY_ENCODED]) if BADLY_ENCODED in dataset.column_names else 0
-                for split, dataset in splits.items()
-            },
-            label_counts=label_counts,
-        )
-        found = (*warnings, *_leaks(splits, text_columns), *report._count_warnings())
-        return dataclasses.replace(report, warnings=found)
+        report, found = cls({}, {}, {}, {}, {}, label_counts), [*warnings, *_leaks(splits, text_columns)]
+        for split, dataset in splits.items():
+            empty = sum(any(not text.strip() for text in row) for row in _rows(dataset, text_columns))
+            bad = sum(dataset[BADLY_ENCODED]) if BADLY_ENCODED in dataset.column_names else 0
+            report.examples[split] = len(dataset)
+            report.truncated[split] = int((lengths[split] > max_length).sum())
+            report.empty_texts[split] = empty
+            report.longest[split] = int(lengths[split].max(initial=0))
+            report.badly_encoded[split] = bad
+            if empty:
+                found.append(f"{split}: {empty:,} of {len(dataset):,} examples have an empty text")
+            if bad:
+                found.append(f"{split}: {bad:,} of {len(dataset):,} files were read as {FALLBACK_ENCODING}")
+            counts = label_counts[split]
+            absent = [name for name, count in counts.items() if not count]
+            if split == "train" and absent:
+                found.append(
+                    f"train: {len(absent):,} of {len(counts):,} labels have no example: {absent[:5]}"
+                )
+        return dataclasses.replace(report, warnings=tuple(found))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, ready for JSON."""
         return {**dataclasses.asdict(self), "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
-        return "\n".join([*self._split_lines(), *(f"warning: {warning}" for warning in self.warnings)])
-
-    def _split_lines(self) -> Iterator[str]:
+        lines = []
         for split, examples in self.examples.items():
-            yield (
+            lines.append(
                 f"{split}: {examples:,} examples, {self.truncated[split]:,} truncated, longest "
                 f"{self.longest[split]:,} tokens, {self.empty_texts[split]:,} with an empty text, "
                 f"{self.badly_encoded[split]:,} badly encoded"
             )
             if sizes := self.label_counts[split].values():
-                yield f"{split} labels: {len(sizes):,}, of {min(sizes):,} to {max(sizes):,} examples"
-
-    def _count_warnings(self) -> Iterator[str]:
-        for split, examples in self.examples.items():
-            if empty := self.empty_texts[split]:
-                yield f"{split}: {empty:,} of {examples:,} examples have an empty text"
-            if badly_encoded := self.badly_encoded[split]:
-                yield f"{split}: {badly_encoded:,} of {examples:,} files were read as {FALLBACK_ENCODING}"
-            counts = self.label_counts[split]
-            absent = [name for name, count in counts.items() if not count]
-            if split == "train" and absent:
-                yield f"train: {len(absent):,} of {len(counts):,} labels have no example: {absent[:5]}"
+                lines.append(f"{split} labels: {len(sizes):,}, of {min(sizes):,} to {max(sizes):,} examples")
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def _leaks(splits: Mapping[str, datasets.Dataset], text_columns: tuple[str, ...]) -> Iterator[str]:

@@ -34,14 +34,13 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Inside, `datasets` shows no progress bars; who calls us shows progress."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        if shown:
+            datasets.enable_progress_bars()
 
 
 @without_progress_bars()
@@ -50,8 +49,7 @@ def load_splits(config: DataConfig, tables: Mapping[str, Any] | None = None) -> 
 
     tables: by those names, data in memory or paths, in place of the configuration's files. A DatasetDict under
     "train" brings all its splits; those that are given by themselves replace them.
-    Raises ValueError: a file, table or data set cannot be read, has no examples, or has no split of the expected
-    name.
+    Raises ValueError: a file, table or data set cannot be read, has no examples or no split of the expected name.
     """
     sources = _sources(config, tables or {})
     if config.dataset_name:
@@ -108,14 +106,8 @@ def _read(source: Any, split: str, config: DataConfig) -> datasets.Dataset | dat
 
 
 def _known_splits(found: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
-    # Backwards, so that the best of the names wins.
-    known = {
-        split: found[name]
-        for split, names in SPLIT_NAMES.items()
-        for name in reversed(names)
-        if name in found
-    }
-    return datasets.DatasetDict(known)
+    best = {split: [name for name in names if name in found][:1] for split, names in SPLIT_NAMES.items()}
+    return datasets.DatasetDict({split: found[name] for split, names in best.items() for name in names})
 
 
 def _one_split(found: datasets.Dataset | datasets.DatasetDict, split: str, source: Any) -> datasets.Dataset:
@@ -160,17 +152,23 @@ def hold_out(
     The only example of a label stays in train.
     Raises ValueError: a part would be too small to hold every label.
     """
-    if not scheme.task.stratifies:
+    if not scheme.task.one_label:
         fraction = held_out_fraction(config, len(dataset), 1)
-        return *_split(dataset, config, fraction, stratify_by_column=None), ()
+        return *_split(dataset, config, fraction, by=None), ()
     encoded = np.asarray(dataset[ENCODED][:])
     counts = np.bincount(encoded, minlength=len(scheme.names))
     single, several = (np.flatnonzero(of_one) for of_one in (counts[encoded] == 1, counts[encoded] > 1))
     labels = int((counts > 1).sum())
     fraction = held_out_fraction(config, len(several), labels)
-    _check_hold_out(len(several), labels, fraction)
+    held_out = math.ceil(fraction * len(several))
+    if min(held_out, len(several) - held_out) < max(labels, 1):
+        raise ValueError(
+            f"validation_fraction {fraction} splits {len(several):,} examples into {len(several) - held_out:,} and "
+            f"{held_out:,}; expected one or more for each of {labels:,} labels in both; change the "
+            "fraction or give a validation_file"
+        )
     splittable = dataset.select(several) if len(single) else dataset
-    train, validation = _split(splittable, config, fraction, stratify_by_column=ENCODED)
+    train, validation = _split(splittable, config, fraction, by=ENCODED)
     if not len(single):
         return train, validation, ()
     names = ", ".join(repr(scheme.names[index]) for index in np.flatnonzero(counts == 1)[:5])
@@ -179,23 +177,14 @@ def hold_out(
 
 
 def _split(
-    dataset: datasets.Dataset, config: DataConfig, fraction: float, *, stratify_by_column: str | None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+    dataset: datasets.Dataset, config: DataConfig, fraction: float, *, by: str | None
+) -> tuple[Any, Any]:
+    """Train and validation, stratified by a column."""
     if len(dataset) < 2:
         raise ValueError("the train split has one example; expected two or more, or a validation_file")
     held_out = math.ceil(fraction * len(dataset))
-    parts = dataset.train_test_split(held_out, seed=config.split_seed, stratify_by_column=stratify_by_column)
+    parts = dataset.train_test_split(held_out, seed=config.split_seed, stratify_by_column=by)
     return parts["train"], parts["test"]
-
-
-def _check_hold_out(examples: int, labels: int, fraction: float) -> None:
-    held_out = math.ceil(fraction * examples)
-    if min(held_out, examples - held_out) < max(labels, 1):
-        raise ValueError(
-            f"validation_fraction {fraction} splits {examples:,} examples into {examples - held_out:,} and "
-            f"{held_out:,}; expected one or more for each of {labels:,} labels in both; change the "
-            "fraction or give a validation_file"
-        )
 
 
 def subset(dataset: datasets.Dataset, split: str, config: DataConfig) -> datasets.Dataset:

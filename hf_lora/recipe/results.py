@@ -23,7 +23,7 @@ from hf_lora.data import ClassificationData
 from hf_lora.lora.inject import ParameterCount, injection, lora_disabled, trainable_parameter_count
 from hf_lora.serving.classifier import TextClassifier
 from hf_lora.tasks.calibration import Calibration
-from hf_lora.tasks.metrics import CLASS_F1, first_output
+from hf_lora.tasks.metrics import CLASS_F1, errors_beside, first_output
 from hf_lora.training.trainer import LoRATrainer
 
 METRICS = "metrics.json"
@@ -238,7 +238,8 @@ def _measured(
         sides["probe" if name == "probe" else "baseline"] = Scores(
             {metric: value for metric, value in values.items() if CLASS_F1 not in metric}
         )
-    errors = info.task.class_errors(result.predictions, disabled.predictions, result.label_ids, data.labels)
+    given, without = result.predictions.argmax(-1), disabled.predictions.argmax(-1)
+    errors = errors_beside(given, without, result.label_ids, data.labels) if info.task.one_label else {}
     return SplitResult(**sides, class_errors=errors, timing=timing)
 
 

@@ -217,7 +217,7 @@ def choose_epochs(args: LoRATrainingArguments, examples: int) -> str:
 
 def choose_smoothing(args: LoRATrainingArguments, task: Task) -> None:
     """Switch label smoothing off where there is no single label to smooth."""
-    if not task.smooths_labels:
+    if not task.one_label:
         args.label_smoothing_factor = 0.0
 
 

@@ -221,7 +221,7 @@ def _run(
 def choose_metric(wanted: str | None, task: Task) -> str:
     """The metric that is compared. Raises ValueError for one that is not measured for these labels."""
     names = ["loss", *task.metric_names, *["rmse"] * ("mse" in task.metric_names)]
-    name = (wanted or task.default_metric).removeprefix("eval_").removeprefix("test_")
+    name = (wanted or task.metric_names[0]).removeprefix("eval_").removeprefix("test_")
     if name not in names:
         raise ValueError(
             f"the metric is not measured for these labels; got {name!r}; expected one of {', '.join(names)}"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy import ndarray
 from scipy.optimize import brentq
 from scipy.special import logsumexp, softmax
 
@@ -23,8 +24,6 @@ MIN_OF_EACH = 5
 """Examples with a label, and without it, that a threshold of its own needs."""
 PRIOR = 40.0
 """With so many examples of a label, its threshold depends as much on what was seen as on the probabilities."""
-BINS = 15
-"""Bins of the expected calibration error, as in Guo et al. 2017."""
 # Scores that differ by rounding are equal: a threshold between them would decide by it.
 _DIGITS = 6
 
@@ -45,16 +44,15 @@ class Calibration:
         """The temperature; 1 where none was fitted."""
         return 1.0 if self.temperature is None else self.temperature
 
-    def decision_outputs(self, logits: np.ndarray) -> np.ndarray:
+    def decision_outputs(self, logits: ndarray) -> ndarray:
         """Outputs `(examples, labels)` whose maximum, or for multi-label whose sign, is the calibrated decision.
 
-        These are logits - temperature * logit(threshold). Without thresholds they are the logits themselves, since
-        a temperature changes no decision.
+        These are logits - temperature * logit(threshold); a temperature alone changes no decision.
         """
         if self.thresholds is None:
             return logits
-        offsets = [math.log(threshold) - math.log1p(-threshold) for threshold in self.thresholds]
-        return logits - np.array([self.scale * offset for offset in offsets], logits.dtype)
+        offsets = [self.scale * (math.log(each) - math.log1p(-each)) for each in self.thresholds]
+        return logits - np.array(offsets, logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Reliability:
     accuracy: float
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
+def reliability(confidence: ndarray, correct: ndarray, bins: int = 15) -> Reliability:
     """Compare confidences `(decisions,)` in [0, 1] with whether the decisions are right, in bins of equal width."""
     # Bin b holds ((b - 1) / bins, b / bins], the first one 0 too.
     index = np.clip(np.ceil(confidence * bins).astype(int), 1, bins) - 1
@@ -89,11 +87,11 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
         means = float(confidence[inside].mean()), float(correct[inside].mean())
         found.append(Bin(number / bins, (number + 1) / bins, int(inside.sum()), *means))
     distance = sum(entry.count * abs(entry.accuracy - entry.confidence) for entry in found)
-    error = distance / max(1, len(confidence))
-    return Reliability(tuple(found), error, float(confidence.mean()), float(correct.mean()))
+    totals = float(confidence.mean()), float(correct.mean())
+    return Reliability(tuple(found), distance / max(1, len(confidence)), *totals)
 
 
-def fit_temperature(excess: np.ndarray) -> float:
+def fit_temperature(excess: ndarray) -> float:
     """The temperature T at which softmax(logits / T), for multi-label the sigmoid, makes the references likeliest.
 
     excess: how far each answer's logit is above the true one's, a row for each decision.
@@ -117,9 +115,7 @@ def fit_temperature(excess: np.ndarray) -> float:
     return 1 / inverse if loss(inverse) < loss(1.0) else 1.0
 
 
-def fit_thresholds(
-    probabilities: np.ndarray, references: np.ndarray, prior: float = PRIOR
-) -> tuple[float, ...]:
+def fit_thresholds(probabilities: ndarray, references: ndarray, prior: float = PRIOR) -> tuple[float, ...]:
     """For each label the threshold with the best expected F1 on examples like these.
 
     The best cut of a few examples is a matter of chance, and worse than one half on others (Lipton et al. 2014,
@@ -135,13 +131,13 @@ def fit_thresholds(
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a growing function is 0 between two bounds, else the bound that is nearer to it."""
+    """Where a growing function is 0 between two bounds, or the nearer bound."""
     if function(high) <= 0:
         return high
     return low if function(low) >= 0 else float(brentq(function, low, high))
 
 
-def _threshold(scores: np.ndarray, truth: np.ndarray, prior: float) -> float:
+def _threshold(scores: ndarray, truth: ndarray, prior: float) -> float:
     positives = int(truth.sum())
     if min(positives, len(truth) - positives) < MIN_OF_EACH:
         return 0.5

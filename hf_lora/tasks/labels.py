@@ -24,29 +24,25 @@ class LabelScheme:
     task: Task
     names: tuple[str, ...]
 
-    def encode(self, values: Sequence[Any], split: str) -> list[Any]:
-        """An id, a row of `len(names)` zeros and ones, or a number for each value.
-
-        Raises:
-            ValueError: a label is missing, is not one of `names`, or is not a number in a regression.
-        """
-        return self.task.encode(values, self.names, split)
-
     def count(self, encoded: Sequence[Any]) -> dict[str, int]:
         """How many examples have each label; nothing for a regression."""
         counts = self.task.count(encoded, len(self.names))
-        return dict(zip(self.names, counts, strict=True)) if counts else {}
+        return dict(zip(self.names, counts, strict=True)) if self.task.has_classes else {}
 
 
 def read_labels(dataset: datasets.Dataset, column: str) -> list[Any]:
     """The label column as plain values: the ids of a ClassLabel as names, and its -1 as None."""
     feature, values = dataset.features[column], dataset[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        return [_class_name(feature, value) for value in values]
-    item = getattr(feature, "feature", None)
-    if isinstance(item, datasets.ClassLabel):
-        return [row if row is None else [_class_name(item, value) for value in row] for row in values]
-    return values
+    item = getattr(feature, "feature", feature)
+    if not isinstance(item, datasets.ClassLabel):
+        return values
+
+    def name(value: int | None) -> str | None:
+        return None if value in (None, -1) else item.int2str(value)
+
+    if item is feature:
+        return [name(value) for value in values]
+    return [row if row is None else [name(value) for value in row] for row in values]
 
 
 def are_hidden(dataset: datasets.Dataset, column: str) -> bool:
@@ -58,9 +54,7 @@ def learn_labels(dataset: datasets.Dataset, column: str, problem_type: str | Non
     """Learn the scheme from the training split; a problem type of None is inferred from the values.
 
     Integers are sorted as numbers and strings as strings; a ClassLabel keeps its names and their order.
-
-    Raises:
-        ValueError: a label is missing, or a classification has fewer labels than it needs.
+    Raises ValueError: a label is missing, or a classification has fewer labels than it needs.
     """
     values = read_labels(dataset, column)
     task = task_of(problem_type) if problem_type else infer_task(values)
@@ -83,28 +77,24 @@ def label_name(value: Any, split: str, row: int) -> str:
         return str(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    raise ValueError(bad_label(value, split, row, "expected a string, an integer or a boolean for a class"))
+    raise bad_label(value, split, row, "expected a string, an integer or a boolean for a class")
 
 
 def label_id(ids: dict[str, int], name: str, split: str, row: int) -> int:
     """The id of a name. Raises ValueError for an unknown one."""
     if name not in ids:
         known = ", ".join(map(repr, list(ids)[:_LISTED])) + (", ..." if len(ids) > _LISTED else "")
-        raise ValueError(
-            bad_label(name, split, row, f"it is not one of the {len(ids)} labels known: {known}")
-        )
+        raise bad_label(name, split, row, f"it is not one of the {len(ids)} labels known: {known}")
     return ids[name]
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:
     """Sorted, as numbers if all are integers."""
-    if all(map(is_integer, names)):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
+    numbers = all(map(is_integer, names))
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 
 def is_integer(text: str) -> bool:
-    """Whether a text is a whole number."""
     return _INTEGER.fullmatch(text.strip()) is not None
 
 
@@ -116,18 +106,12 @@ def is_missing(value: Any) -> bool:
 
 def require_labels(values: Sequence[Any], split: str, is_missing: Callable[[Any], bool]) -> None:
     """Raise ValueError if any label is missing."""
-    rows = [row for row, value in enumerate(values, 1) if is_missing(value)]
-    if rows:
+    if rows := [row for row, value in enumerate(values, 1) if is_missing(value)]:
         raise ValueError(
             f"{len(rows):,} of {len(values):,} examples of the {split} split have no label (null, empty, NaN "
             f"or -1); the first is row {rows[0]}; remove them or fill them in"
         )
 
 
-def bad_label(value: Any, split: str, row: int, problem: str) -> str:
-    """The message about one label."""
-    return f"label {value!r} in the {split} split, row {row}: {problem}"
-
-
-def _class_name(feature: datasets.ClassLabel, value: int | None) -> str | None:
-    return None if value is None or value == -1 else feature.int2str(value)
+def bad_label(value: Any, split: str, row: int, problem: str) -> ValueError:
+    return ValueError(f"label {value!r} in the {split} split, row {row}: {problem}")

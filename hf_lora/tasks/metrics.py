@@ -10,11 +10,13 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import evaluate
 import numpy as np
 from datasets import Features, List, Value
+from numpy import ndarray
 from transformers import EvalPrediction
 
 from hf_lora._choices import Registry
@@ -29,15 +31,11 @@ BASELINES = {"majority": "majority class", "probe": "linear probe"}
 
 _CLASS, _SCORE = Value("int64"), Value("float64")
 # The accepted inputs of a metric, in the order of trial.
-_CLASSES = [
-    Features({"predictions": List(_CLASS), "references": List(_CLASS)}),
-    Features({"predictions": _CLASS, "references": _CLASS}),
-]
+_CLASSES = [Features({"predictions": kind, "references": kind}) for kind in (List(_CLASS), _CLASS)]
 _SCORES = [Features({"predictions": _SCORE, "references": _SCORE})]
 _CLASS_SCORES = [
-    Features({"prediction_scores": List(_SCORE), "references": List(_CLASS)}),
-    Features({"prediction_scores": List(_SCORE), "references": _CLASS}),
-    Features({"prediction_scores": _SCORE, "references": _CLASS}),
+    Features({"prediction_scores": scores, "references": references})
+    for scores, references in ((List(_SCORE), List(_CLASS)), (List(_SCORE), _CLASS), (_SCORE, _CLASS))
 ]
 
 
@@ -48,15 +46,15 @@ class UndefinedMetricError(ValueError):
 class LocalMetric(evaluate.Metric):
     """A metric that needs no script, and no files unless processes share them.
 
-    function: from the inputs, as arrays, to a number, or to several by name. config_name: the name in `METRICS`.
+    function: from the inputs, as arrays, to a number, or to several by name. name: its key in `METRICS`.
     """
 
     def __init__(
-        self, function: Callable[..., Any], inputs: list[Features], config_name: str, **options: Any
+        self, function: Callable[..., Any], inputs: list[Features], name: str, **options: Any
     ) -> None:
         self._function, self._inputs = function, inputs
         options.setdefault("keep_in_memory", options.get("num_process", 1) == 1)
-        super().__init__(config_name, **options)
+        super().__init__(name, **options)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -65,9 +63,7 @@ class LocalMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         text = getattr(self._function, "func", self._function).__doc__ or ""
-        return evaluate.MetricInfo(
-            description=text, citation="", inputs_description=text, features=self._inputs
-        )
+        return evaluate.MetricInfo(text, citation="", inputs_description=text, features=self._inputs)
 
     def _build_data_dir(self) -> str:
         """Name the cache directory of the base class, and make it only if something is written there."""
@@ -80,7 +76,7 @@ class LocalMetric(evaluate.Metric):
         return result if isinstance(result, dict) else {self.config_name: float(result)}
 
 
-def of_classes(predictions: np.ndarray, references: np.ndarray, *, score: str, **options: Any) -> float:
+def of_classes(predictions: ndarray, references: ndarray, *, score: str, **options: Any) -> float:
     """A score of scikit-learn. Averages: "macro" (classes alike), "weighted" (by support) or "micro" (pooled).
 
     Classes that neither occur nor are predicted do not count; a class without predictions has precision 0. Of a
@@ -91,7 +87,7 @@ def of_classes(predictions: np.ndarray, references: np.ndarray, *, score: str, *
     return getattr(sklearn.metrics, score)(references, predictions, **options)
 
 
-def roc_auc(prediction_scores: np.ndarray, references: np.ndarray) -> float:
+def roc_auc(prediction_scores: ndarray, references: ndarray) -> float:
     """Area under the ROC curve; over classes, the mean of each versus the rest.
 
     Scores are `(examples,)` of the positive class, or `(examples, classes)`, where references are class ids
@@ -107,7 +103,7 @@ def roc_auc(prediction_scores: np.ndarray, references: np.ndarray) -> float:
     return roc_auc_score(references, prediction_scores, average="macro")
 
 
-def correlation(predictions: np.ndarray, references: np.ndarray, *, kind: str) -> float:
+def correlation(predictions: ndarray, references: ndarray, *, kind: str) -> float:
     """A correlation of scipy between predicted and true numbers, -1 to 1.
 
     Raises UndefinedMetricError for fewer than two examples, or where either side is constant.
@@ -119,28 +115,29 @@ def correlation(predictions: np.ndarray, references: np.ndarray, *, kind: str) -
     return getattr(scipy.stats, kind)(predictions, references).statistic
 
 
-def mean_squared_error(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+def mean_squared_error(predictions: ndarray, references: ndarray) -> dict[str, float]:
     """Mean of the squared differences, in squared units of the scores, and its square root ("rmse")."""
     mse = float(np.mean(np.square(predictions - references)))
     return {"mse": mse, "rmse": mse**0.5}
 
 
 METRICS: Registry[str, Callable[..., LocalMetric]] = Registry("metric")
-_AVERAGED = {
-    f"{name}_{average}": partial(of_classes, score=f"{name}_score", average=average, zero_division=0)
-    for average in ("macro", "micro", "weighted")
-    for name in ("f1", "precision", "recall")
-}
-_TABLE: tuple[tuple[list[Features], dict[str, Callable[..., Any]]], ...] = (
-    (_CLASSES, {"accuracy": partial(of_classes, score="accuracy_score"), **_AVERAGED}),
-    (_CLASSES[-1:], {"matthews_correlation": partial(of_classes, score="matthews_corrcoef")}),
-    (_CLASS_SCORES, {"roc_auc": roc_auc}),
-    (_SCORES, {"pearson": partial(correlation, kind="pearsonr")}),
-    (_SCORES, {"spearman": partial(correlation, kind="spearmanr"), "mse": mean_squared_error}),
-)
-for _inputs, _functions in _TABLE:
-    for _name, _function in _functions.items():
-        METRICS.register(_name, partial(LocalMetric, _function, _inputs, _name))
+
+
+def _register(inputs: list[Features], **functions: Callable[..., Any]) -> None:
+    for name, function in functions.items():
+        METRICS.register(name, partial(LocalMetric, function, inputs, name))
+
+
+_register(_CLASSES, accuracy=partial(of_classes, score="accuracy_score"))
+for _average, _name in product(("macro", "micro", "weighted"), ("f1", "precision", "recall")):
+    _score = partial(of_classes, score=f"{_name}_score", average=_average, zero_division=0)
+    _register(_CLASSES, **{f"{_name}_{_average}": _score})
+_register(_CLASSES[-1:], matthews_correlation=partial(of_classes, score="matthews_corrcoef"))
+_register(_CLASS_SCORES, roc_auc=roc_auc)
+_correlations = {"pearson": "pearsonr", "spearman": "spearmanr"}
+_register(_SCORES, **{name: partial(correlation, kind=kind) for name, kind in _correlations.items()})
+_register(_SCORES, mse=mean_squared_error)
 
 
 def compute_metrics(
@@ -149,13 +146,8 @@ def compute_metrics(
     """Return the function that the Trainer calls with logits `(examples, len(labels))` and label ids.
 
     by_class: the F1 of every label too, under "class_f1_<label>", as trackers plot them.
-
-    A metric that is undefined for some predictions, such as ROC AUC where a class is absent, is left out of
-    their results; the reason is logged once.
-
-    Raises:
-        ValueError: the problem type is unknown. The function raises it for logits that are not finite or
-            that have another number of columns.
+    A metric that is undefined, such as ROC AUC where a class is absent, is left out; the reason is logged once.
+    Raises ValueError: the problem type is unknown; the function: logits are not finite or not one for each label.
     """
     task = task_of(problem_type)
     metrics = {name: METRICS.get(name)() for name in task.metric_names}
@@ -192,24 +184,18 @@ def class_errors(predictions: Any, references: Any, labels: Sequence[str]) -> di
     example is wrong for a label that it has and is not given, a false positive for one that it is given and has not.
     """
     given, truth = (_one_hot(np.asarray(array), len(labels)) for array in (predictions, references))
-    counts = {
-        "support": truth.sum(axis=0),
-        "wrong": (truth & ~given).sum(axis=0),
-        "false_positives": (given & ~truth).sum(axis=0),
-    }
-    return {
-        label: {name: int(count[index]) for name, count in counts.items()}
-        for index, label in enumerate(labels)
-    }
+    counts = np.stack([truth, truth & ~given, given & ~truth]).sum(axis=1).T.tolist()
+    names = "support", "wrong", "false_positives"
+    return {label: dict(zip(names, row, strict=True)) for label, row in zip(labels, counts, strict=True)}
 
 
 def errors_beside(
-    given: np.ndarray, given_disabled: np.ndarray, references: np.ndarray, labels: Sequence[str]
+    given: ndarray, given_disabled: ndarray, references: ndarray, labels: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """`class_errors` of a classifier and, as "wrong_disabled", of the same one with its adapter disabled."""
-    enabled = class_errors(given, references, labels)
     without = class_errors(given_disabled, references, labels)
-    return {label: {**enabled[label], "wrong_disabled": without[label]["wrong"]} for label in labels}
+    enabled = class_errors(given, references, labels)
+    return {label: {**row, "wrong_disabled": without[label]["wrong"]} for label, row in enabled.items()}
 
 
 def class_f1(errors: Mapping[str, int]) -> float:
@@ -219,18 +205,17 @@ def class_f1(errors: Mapping[str, int]) -> float:
     return 2 * right / touched if touched else 0.0
 
 
-def _one_hot(classes: np.ndarray, count: int) -> np.ndarray:
+def _one_hot(classes: ndarray, count: int) -> ndarray:
     """A boolean array `(examples, count)`; rows of 0 and 1 stay as they are."""
     return classes.astype(bool) if classes.ndim == 2 else classes[:, None] == np.arange(count)
 
 
-def _logits(predictions: Any, examples: int, outputs: int) -> np.ndarray:
-    """The logits as fp64 `(examples, outputs)`. Raises ValueError if they are not finite or have another shape."""
+def _logits(predictions: Any, examples: int, outputs: int) -> ndarray:
+    """The logits as fp64 `(examples, outputs)`."""
     logits = np.asarray(first_output(predictions), dtype=np.float64).reshape(examples, -1)
     if logits.shape[1] != outputs:
         raise ValueError(f"the logits have {logits.shape[1]} columns; expected {outputs}, one for each label")
-    bad = int((~np.isfinite(logits)).sum())
-    if bad:
+    if bad := int((~np.isfinite(logits)).sum()):
         raise ValueError(
             f"{bad:,} of {logits.size:,} logits are NaN or infinite; the training diverged; "
             "try a lower learning rate"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from scipy.special import expit
+from numpy import ndarray
 from torch import Tensor
 
-from hf_lora.tasks.calibration import Calibration, fit_thresholds
+from hf_lora.tasks.calibration import Calibration
 from hf_lora.tasks.labels import bad_label, in_order, label_id, label_name, require_labels
 from hf_lora.tasks.probe import Fit, Layer, Problem
 from hf_lora.tasks.task import MULTI, Task
@@ -24,8 +25,9 @@ class MultiLabel(Task):
     baseline = "majority class"
     probe = "a logistic regression for each label"
     metric_names = ("accuracy", "f1_macro", "f1_micro", "precision_micro", "recall_micro", "roc_auc")
-    default_metric = "accuracy"
     feature = datasets.List(datasets.Value("float32"))
+    dtype = bool
+    activation = staticmethod(torch.sigmoid)
     has_thresholds = True
     missed = "Texts that have the label and were not given it"
     confidence_of = (
@@ -51,59 +53,43 @@ class MultiLabel(Task):
             vectors.append([float(index in given) for index in range(len(names))])
         return vectors
 
-    def count(self, encoded: Sequence[Sequence[float]], labels: int) -> list[int]:
-        return np.reshape(encoded, (-1, labels)).sum(0).astype(int).tolist()
-
     def labels_of(self, encoded: Sequence[Sequence[float]], labels: int) -> list[tuple[int, ...]]:
         return [tuple(np.flatnonzero(vector).tolist()) or (labels,) for vector in encoded]
 
     def sample_labels(self, labels: int) -> Tensor:
         return torch.eye(labels)[torch.arange(2) % labels]
 
-    def losses(self, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def losses(self, logits: ndarray, references: ndarray) -> ndarray:
         logits = np.asarray(logits, np.float64)
         # In a form that does not overflow.
         return (np.logaddexp(0, logits) - logits * references).mean(1)
 
-    def quality(
-        self, logits: np.ndarray, references: np.ndarray, class_weights: np.ndarray | None = None
-    ) -> np.ndarray:
+    def quality(self, logits: ndarray, references: ndarray, class_weights: ndarray | None = None) -> ndarray:
         return np.average((logits > 0) == (references > 0.5), axis=1, weights=class_weights)
 
-    def decide(self, logits: np.ndarray, calibration: Calibration) -> np.ndarray:
+    def decide(self, logits: ndarray, calibration: Calibration) -> ndarray:
         return calibration.decision_outputs(logits) > 0
 
-    def scores(self, scaled: Tensor) -> Tensor:
-        return scaled.sigmoid()
+    def shown(self, decision: ndarray, labels: Sequence[str]) -> str:
+        return ", ".join(label for label, has in zip(labels, decision, strict=True) if has) or "(none)"
 
     def answer(self, labels: Sequence[str], scores: list[float], decision: list[bool]) -> dict[str, Any]:
-        chosen = [column for column, given in enumerate(decision) if given]
-        return {
-            "label": [labels[column] for column in chosen],
-            "score": [scores[column] for column in chosen],
-        }
+        columns = {"label": labels, "score": scores}
+        return {name: list(compress(values, decision)) for name, values in columns.items()}
 
-    def metric_inputs(self, logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            "predictions": (logits > 0).astype(np.int64),
-            "prediction_scores": logits,
-            "references": references.astype(np.int64),
-        }
-
-    def constant(self, references: np.ndarray, labels: int) -> np.ndarray:
+    def constant(self, references: ndarray, labels: int) -> ndarray:
         with_label = (references > 0.5).sum(0)
         return np.log((with_label + 0.5) / (len(references) - with_label + 0.5))
 
     def probe_fit(self, problem: Problem) -> Fit:
         columns = [problem.targets[:, label] > 0.5 for label in range(problem.labels)]
-        models = [problem.regression() for _ in columns]
+        models = [problem.logistic() for _ in columns]
 
         def fit(strength: float) -> Layer:
             weight, bias = np.zeros((problem.labels, problem.features.shape[1])), np.zeros(problem.labels)
-            for label, (model, column) in enumerate(zip(models, columns, strict=True)):
+            for label, (logistic, column) in enumerate(zip(models, columns, strict=True)):
                 if not column.all() and column.any():
-                    row, constant = problem.fitted(model, strength, column)
-                    weight[label], bias[label] = row[0], constant[0]
+                    weight[[label]], bias[[label]] = logistic(strength, column)
                 elif problem.intercept:
                     # The log odds with one example of either kind more, so that they are finite.
                     bias[label] = np.log((column.sum() + 1) / ((~column).sum() + 1))
@@ -111,23 +97,14 @@ class MultiLabel(Task):
 
         return fit
 
-    def excess(self, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def excess(self, logits: ndarray, references: ndarray) -> ndarray:
         """Of each label of each example `(examples * labels, 2)`: the right answer, and the wrong one."""
         wrong = np.where(references > 0, -logits, logits).ravel()
         return np.stack([np.zeros_like(wrong), wrong], 1)
 
-    def thresholds(self, logits: np.ndarray, references: np.ndarray) -> tuple[float, ...]:
-        return fit_thresholds(expit(logits), references)
-
-    def confidences(self, scaled: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def confidences(self, scaled: ndarray, references: ndarray) -> tuple[ndarray, ndarray]:
         """Of the likelier of having a label and not; thresholds do not change probabilities."""
         return 1 / (1 + np.exp(-np.abs(scaled.ravel()))), ((scaled > 0) == (references > 0)).ravel()
-
-    def truth(self, references: np.ndarray) -> np.ndarray:
-        return references.astype(bool)
-
-    def shown(self, decision: np.ndarray, labels: Sequence[str]) -> str:
-        return ", ".join(label for label, has in zip(labels, decision, strict=True) if has) or "(none)"
 
 
 def _name_lists(values: Sequence[Any], split: str) -> list[list[str]]:
@@ -138,12 +115,10 @@ def _name_lists(values: Sequence[Any], split: str) -> list[list[str]]:
     for row, value in enumerate(values, 1):
         parts = [part.strip() for part in value.split(separator)] if isinstance(value, str) else value
         if not isinstance(parts, list | tuple):
-            raise ValueError(
-                bad_label(value, split, row, "expected a list of labels for a multi-label problem")
-            )
+            raise bad_label(value, split, row, "expected a list of labels for a multi-label problem")
         names = [label_name(part, split, row) for part in parts if part != ""]
         if len(set(names)) < len(names):
             hint = "it has a label twice; expected names or ids of labels, not a vector of 0 and 1"
-            raise ValueError(bad_label(value, split, row, hint))
+            raise bad_label(value, split, row, hint)
         rows.append(names)
     return rows

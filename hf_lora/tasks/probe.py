@@ -6,13 +6,13 @@ probing, then fine-tuning: Kumar et al. 2022, arXiv:2202.10054).
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy import ndarray
 from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
@@ -36,18 +36,18 @@ class Probe:
     part it was chosen on, None where that is empty. examples: how many were fitted.
     """
 
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: ndarray
+    bias: ndarray
     strength: float
     loss: float | None
     examples: int
 
-    def logits(self, features: np.ndarray) -> np.ndarray:
+    def logits(self, features: ndarray) -> ndarray:
         """The outputs `(n, labels)` for features `(n, width)`, in fp64."""
         return np.asarray(features, np.float64) @ self.weight.T + self.bias
 
 
-Layer = tuple[np.ndarray, np.ndarray]
+Layer = tuple[ndarray, ndarray]
 Fit = Callable[[float], Layer]
 """From a strength to a fitted (weight, bias)."""
 
@@ -56,36 +56,35 @@ Fit = Callable[[float], Layer]
 class Problem:
     """What is fitted: features `(n, width)`, targets, weights of the examples `(n,)`."""
 
-    features: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
+    features: ndarray
+    targets: ndarray
+    weights: ndarray
     labels: int
     intercept: bool
 
-    def regression(self) -> Any:
-        """A logistic regression that continues from its last fit."""
+    def logistic(self) -> Callable[[float, ndarray], Layer]:
+        """The fit of a logistic regression of targets at a strength; it continues from its last fit."""
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        return LogisticRegression(
+        model = LogisticRegression(
             max_iter=_ITERATIONS, tol=_TOLERANCE, warm_start=True, fit_intercept=self.intercept
         )
 
-    def fitted(self, model: Any, strength: float, targets: np.ndarray) -> Layer:
-        """Weight and bias of a logistic regression of `targets`."""
-        from sklearn.exceptions import ConvergenceWarning
+        def fit(strength: float, targets: ndarray) -> Layer:
+            with warnings.catch_warnings():
+                # What is not quite at the optimum is still a better start than a random layer.
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.set_params(C=strength).fit(self.features, targets, sample_weight=self.weights)
+            return model.coef_.copy(), np.array(model.intercept_, np.float64).reshape(len(model.coef_))
 
-        model.set_params(C=strength)
-        with warnings.catch_warnings():
-            # What is not quite at the optimum is still a better start than a random layer.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(self.features, targets, sample_weight=self.weights)
-        return model.coef_.copy(), np.array(model.intercept_, np.float64).reshape(len(model.coef_))
+        return fit
 
 
 def fit_probe(
-    features: np.ndarray,
-    targets: np.ndarray,
-    held_out: tuple[np.ndarray, np.ndarray] | None,
+    features: ndarray,
+    targets: ndarray,
+    held_out: tuple[ndarray, ndarray] | None,
     *,
     task: Task,
     labels: int,
@@ -103,10 +102,8 @@ def fit_probe(
     features = np.asarray(features, np.float64)
     center = features.mean(0) if intercept else np.zeros(features.shape[1])
     scale = float(np.sqrt(((features - center) ** 2).sum(1).mean())) or 1.0
-    weights = task.example_weights(targets, class_weights)
-    fit = task.probe_fit(
-        Problem((features - center) / scale, np.asarray(targets), weights, labels, intercept)
-    )
+    targets, weights = np.asarray(targets), task.example_weights(targets, class_weights)
+    fit = task.probe_fit(Problem((features - center) / scale, targets, weights, labels, intercept))
 
     def at(strength: float) -> Probe:
         # The products are small: several threads wait for each other, and for torch's, longer than they compute.
@@ -117,13 +114,12 @@ def fit_probe(
 
     if held_out is None or len(held_out[0]) == 0:
         return at(strength)
-    best, lowest, worse = None, math.inf, 0
+    probes: list[Probe] = []
+    losses: list[float] = []
     for strength in STRENGTHS:
-        probe = at(strength)
-        loss = float(task.losses(probe.logits(held_out[0]), held_out[1]).mean())
-        if best is None or loss < lowest:
-            best, lowest, worse = replace(probe, loss=loss), loss, 0
-        elif (worse := worse + 1) == _PATIENCE:
+        probes.append(at(strength))
+        losses.append(float(task.losses(probes[-1].logits(held_out[0]), held_out[1]).mean()))
+        best = losses.index(min(losses))
+        if len(losses) - best > _PATIENCE:
             break
-    assert best is not None
-    return best
+    return replace(probes[best], loss=losses[best])

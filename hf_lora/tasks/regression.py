@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from hf_lora.tasks.calibration import Calibration
@@ -24,8 +25,9 @@ class Regression(Task):
     baseline = "mean predictor"
     probe = "ridge regression"
     metric_names = ("pearson", "spearman", "mse")
-    default_metric = "pearson"
     feature = datasets.Value("float32")
+    dtype = np.float64
+    activation = torch.nn.Identity()
     has_classes = False
     mistakes = "errors"
     wrong_texts = "texts"
@@ -35,11 +37,7 @@ class Regression(Task):
         if any(isinstance(value, float) for value in values):
             return True
         texts = [value for value in values if isinstance(value, str)]
-        return (
-            bool(texts)
-            and all(map(NUMBER.fullmatch, map(str.strip, texts)))
-            and not all(map(is_integer, texts))
-        )
+        return all(NUMBER.fullmatch(text.strip()) for text in texts) and not all(map(is_integer, texts))
 
     def learn(self, values: Sequence[Any], column: str, declared: tuple[str, ...]) -> tuple[str, ...]:
         return (column,)
@@ -51,29 +49,27 @@ class Regression(Task):
     def sample_labels(self, labels: int) -> Tensor:
         return torch.linspace(0.0, 1.0, 2 * labels).reshape(2, labels).squeeze(-1)
 
-    def losses(self, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def losses(self, logits: ndarray, references: ndarray) -> ndarray:
         logits = np.asarray(logits, np.float64)
         return ((logits - np.reshape(references, logits.shape)) ** 2).mean(1)
 
-    def quality(
-        self, logits: np.ndarray, references: np.ndarray, class_weights: np.ndarray | None = None
-    ) -> np.ndarray:
+    def quality(self, logits: ndarray, references: ndarray, class_weights: ndarray | None = None) -> ndarray:
         return -self.losses(logits, references)
 
-    def decide(self, logits: np.ndarray, calibration: Calibration) -> np.ndarray:
+    def decide(self, logits: ndarray, calibration: Calibration) -> ndarray:
         return logits[:, 0]
 
-    def scores(self, scaled: Tensor) -> Tensor:
-        return scaled
+    def truth(self, references: ndarray) -> ndarray:
+        return super().truth(references).reshape(-1)
+
+    def shown(self, decision: float, labels: Sequence[str]) -> str:
+        return f"{decision:.4g}"
 
     def answer(self, labels: Sequence[str], scores: list[float], decision: float) -> dict[str, Any]:
-        one = len(scores) == 1
-        return {"label": labels[0] if one else list(labels), "score": scores[0] if one else scores}
+        columns = {"label": labels, "score": scores}
+        return {name: values[0] if len(scores) == 1 else list(values) for name, values in columns.items()}
 
-    def metric_inputs(self, logits: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
-        return {"predictions": logits[:, 0], "references": self.truth(references)}
-
-    def constant(self, references: np.ndarray, labels: int) -> np.ndarray:
+    def constant(self, references: ndarray, labels: int) -> ndarray:
         return references.reshape(len(references), labels).astype(float).mean(0)
 
     def probe_fit(self, problem: Problem) -> Fit:
@@ -89,12 +85,6 @@ class Regression(Task):
 
         return fit
 
-    def truth(self, references: np.ndarray) -> np.ndarray:
-        return references.astype(np.float64).reshape(-1)
-
-    def shown(self, decision: float, labels: Sequence[str]) -> str:
-        return f"{decision:.4g}"
-
 
 def _number(value: Any, split: str, row: int) -> float:
     try:
@@ -102,5 +92,5 @@ def _number(value: Any, split: str, row: int) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(bad_label(value, split, row, "expected a finite number for a regression"))
+        raise bad_label(value, split, row, "expected a finite number for a regression")
     return number

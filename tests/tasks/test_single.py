@@ -15,7 +15,6 @@ from sklearn.dummy import DummyClassifier
 
 from hf_lora.tasks import SINGLE, task_of
 from hf_lora.tasks.calibration import Calibration
-from hf_lora.tasks.single import class_margins
 
 TASK = task_of(SINGLE)
 LABELS = ("a", "b", "c")
@@ -62,9 +61,9 @@ def test_margins_rank_as_probabilities_do_and_do_not_saturate() -> None:
     for classes in (2, 5):
         logits = rng.normal(size=(50, classes)) * 3
         p = scipy.special.softmax(logits, 1)
-        np.testing.assert_allclose(class_margins(logits), np.log(p / (1 - p)), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(TASK.ranking(logits), np.log(p / (1 - p)), rtol=1e-9, atol=1e-9)
     large = np.array([[400.0, 0.0], [500.0, 0.0], [0.0, 300.0]])
-    np.testing.assert_allclose(class_margins(large), [[400, -400], [500, -500], [-300, 300]])
+    np.testing.assert_allclose(TASK.ranking(large), [[400, -400], [500, -500], [-300, 300]])
 
 
 def test_confusion_is_that_of_sklearn_with_all_labels() -> None:

@@ -50,7 +50,6 @@ def test_every_task_is_whole(task: Task) -> None:
     task.check_calibration(calibration, count)
     assert task.decide(logits, calibration).shape == task.truth(truth).shape
     assert {"predictions", "references"} <= task.metric_inputs(logits, truth).keys()
-    assert task.default_metric in task.metric_names
     assert task.words and "_" not in task.words
     column = datasets.Dataset.from_dict({"labels": truth.tolist()}).cast_column("labels", task.feature)
     assert len(task.count(column["labels"][:], count)) == (count if task.has_classes else 0)
