@@ -238,8 +238,8 @@ def _measured(
         sides["probe" if name == "probe" else "baseline"] = Scores(
             {metric: value for metric, value in values.items() if CLASS_F1 not in metric}
         )
-    given, without = result.predictions.argmax(-1), disabled.predictions.argmax(-1)
-    errors = errors_beside(given, without, result.label_ids, data.labels) if info.task.one_label else {}
+    chosen, before = result.predictions.argmax(-1), disabled.predictions.argmax(-1)
+    errors = errors_beside(chosen, before, result.label_ids, data.labels) if info.task.one_label else {}
     return SplitResult(**sides, class_errors=errors, timing=timing)
 
 
