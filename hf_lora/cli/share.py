@@ -58,7 +58,6 @@ def merge(options: Namespace) -> None:
     from hf_lora.cli.tables import print_facts
     from hf_lora.lora.inject import merge_lora, remove_lora
     from hf_lora.models.pooling import NATIVE
-    from hf_lora.serving.classifier import changed_labels
 
     output = new_directory(options.output_dir)
     # In the types of the base, so that the checkpoint has them too.
@@ -76,7 +75,8 @@ def merge(options: Namespace) -> None:
     if before is not None:
         after = classifier.logits(texts)
         report["largest_logit_difference"] = (after - before).abs().max().item()
-        report["label_flips"] = changed_labels(before, after, classifier.info)
+        info = classifier.info
+        report["label_flips"] = info.task.changed(before.numpy(), after.numpy(), info.calibration)
     remove_lora(classifier.model)
     with replacing(output) as folder:
         classifier.model.save_pretrained(folder)

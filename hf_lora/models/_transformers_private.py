@@ -14,10 +14,7 @@ from transformers.utils import cached_file, extract_commit_hash
 class AnyAttention(PreTrainedModel):
     """A model that lets its encoder choose among all implementations of attention."""
 
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
 
 def runs_sdpa(module: nn.Module) -> bool:
@@ -37,10 +34,7 @@ def set_eager_attention(config: Any) -> None:
 def record_origin(
     model: PreTrainedModel, name: str, source: str, *, revision: str | None, **hub: Any
 ) -> None:
-    """Note on a model's configuration the name it was asked for by, and the Hub commit of its files.
-
-    transformers records the place that the files were read from, and newer versions no commit.
-    """
+    """Note on a model the name it was asked for by, not where its files are, and the Hub commit of its files."""
     model.config._name_or_path = model.name_or_path = name
     path = None if Path(source).is_dir() else optional_file(source, "config.json", revision=revision, **hub)
     model.config._commit_hash = None if path is None else extract_commit_hash(str(path), None)
@@ -54,11 +48,6 @@ def commit_of(config: Any) -> str | None:
 def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
     """The gradient of a softmax's input over the last dimension."""
     return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
-
-
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own buffers, to be changed in place."""
-    return module._buffers
 
 
 def optional_file(source: str, name: str, *, revision: str | None, **hub: Any) -> Path | None:

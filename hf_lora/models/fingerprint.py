@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,32 +22,22 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     if meta := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
         raise ValueError(f"cannot take the fingerprint of a model without weights; got {meta[0]!r} on meta")
+    # Those of one device are fetched at once, since a GPU would be waited for at each of hundreds of tensors.
+    samples: dict[str, Tensor] = {}
+    for device in {tensor.device for tensor in tensors.values()}:
+        group = {name: _sample(tensor) for name, tensor in tensors.items() if tensor.device == device}
+        fetched = torch.cat(list(group.values())).cpu().split([len(sample) for sample in group.values()])
+        samples.update(zip(group, fetched, strict=True))
     digest = hashlib.sha256()
-    names = sorted(tensors)
-    for name, values in zip(names, _samples([tensors[name] for name in names]), strict=True):
+    for name in sorted(tensors):
         digest.update(f"{name}:{tuple(tensors[name].shape)};".encode())
-        digest.update(values)
+        digest.update(samples[name].view(torch.uint8).numpy().data)
     return _PREFIX + digest.hexdigest()
 
 
-def _samples(tensors: Sequence[Tensor]) -> list[memoryview]:
-    """The sampled values of each tensor, as the bytes of bf16 numbers.
-
-    Those of one device are fetched at once, since a GPU would be waited for at each of hundreds of tensors. They are
-    rounded one by one: sharing so little work among threads costs more than the work on a busy machine.
-    """
-    devices: dict[torch.device, dict[int, Tensor]] = {}
-    for index, tensor in enumerate(tensors):
-        if type(tensor).__module__.startswith("torchao"):
-            tensor = tensor.dequantize()
-        flat = tensor.detach().reshape(-1)
-        step = max(1, math.ceil(flat.numel() / SAMPLES))
-        devices.setdefault(tensor.device, {})[index] = flat[::step].to(torch.bfloat16)
-    samples = [memoryview(b"")] * len(tensors)
-    for group in devices.values():
-        values = memoryview(torch.cat(list(group.values())).cpu().view(torch.uint8).numpy())
-        start = 0
-        for index, sample in group.items():
-            end = start + torch.bfloat16.itemsize * len(sample)
-            samples[index], start = values[start:end], end
-    return samples
+def _sample(tensor: Tensor) -> Tensor:
+    """Rounded one by one: sharing so little work among threads costs more than the work on a busy machine."""
+    if type(tensor).__module__.startswith("torchao"):
+        tensor = tensor.dequantize()
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, math.ceil(flat.numel() / SAMPLES))].to(torch.bfloat16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,18 +30,21 @@ def first_token_only(model: nn.Module) -> Iterator[str | None]:
     block; None where nothing is changed. The last hidden state is `(batch, 1, width)` inside.
     """
     name = _join_to_cut(model)
-    if name is None:
-        yield None
-        return
-    with model.get_submodule(name).register_forward_pre_hook(_first_token):
+    with nullcontext() if name is None else model.get_submodule(name).register_forward_pre_hook(_first_token):
         yield name
 
 
 def _join_to_cut(model: nn.Module) -> str | None:
     """The first join of the last block, if the logits of a probe stay the same with other tokens left out."""
-    inputs = _probe(model)
-    if inputs is None:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    names = inspect.signature(model.forward).parameters
+    if not vocabulary or not {"input_ids", "attention_mask"} <= names.keys():
         return None
+    ids = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[-1, _TOKENS // 2 :] = 0
+    parameter = next(model.parameters())
+    inputs = {"input_ids": ids.to(parameter.device), "attention_mask": mask.to(parameter.device)}
     with torch.no_grad(), evaluating(model):
         joins: list[str] = []
         with ExitStack() as hooks:
@@ -57,22 +60,8 @@ def _join_to_cut(model: nn.Module) -> str | None:
     if got is None or got.shape != expected.shape:
         return None
     # Products of other shapes round otherwise; another token read would change the first digits.
-    tolerance = torch.finfo(next(model.parameters()).dtype).eps ** (2 / 3)
+    tolerance = torch.finfo(parameter.dtype).eps ** (2 / 3)
     return found if relative_difference(got, expected) <= tolerance else None
-
-
-def _probe(model: nn.Module) -> dict[str, Tensor] | None:
-    """Random tokens `(3, 7)` with padding in the last row; None for a model that takes no tokens."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    names = inspect.signature(model.forward).parameters
-    if not vocabulary or not {"input_ids", "attention_mask"} <= names.keys():
-        return None
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[-1, _TOKENS // 2 :] = 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,35 +52,26 @@ def choose_precision(
     """The precision of the frozen weights on `device` (None: the GPU where there is one).
 
     "auto" is bf16 where the hardware multiplies it natively, else fp32.
-    autocast: whether every product is cast anyway, as `--bf16` and `--fp16` ask for.
-    sharded: whether parameters are sharded over processes (FSDP, ZeRO-3), which wants one type for all.
+    autocast: every product is cast anyway, by `--bf16` or `--fp16`. sharded: over processes, by FSDP or ZeRO-3.
     Raises ValueError for another word than those in `PRECISIONS`.
     """
     if requested not in PRECISIONS:
-        raise ValueError(
-            f"precision is not usable; got {requested!r}; expected one of {', '.join(PRECISIONS)}"
-        )
+        expected = ", ".join(PRECISIONS)
+        raise ValueError(f"precision is not usable; got {requested!r}; expected one of {expected}")
     if requested != "auto":
         return Precision(requested, "as asked for")
     if autocast:
         return Precision("fp32", "cast at every step, as --bf16 or --fp16 asks for")
     if sharded:
         return Precision("fp32", "sharded parameters must be of one type")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
-    instruction = _native_instruction(kind)
-    if instruction is None:
-        return Precision("fp32", f"this {kind.upper()} does not multiply bf16 natively")
-    return Precision("bf16", f"this {kind.upper()} multiplies bf16 natively: {instruction}")
-
-
-def _native_instruction(kind: str) -> str | None:
-    """What multiplies bf16 on this kind of device, or None."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    capabilities = dict(torch.cpu.get_capabilities()) if kind == "cpu" else {}
     if kind == "cuda":
-        return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
-    return next((name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)), None)
+        capabilities["tensor cores"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    for instruction in ("tensor cores", "amx_bf16", "avx512_bf16"):
+        if capabilities.get(instruction):
+            return Precision("bf16", f"this {kind.upper()} multiplies bf16 natively: {instruction}")
+    return Precision("fp32", f"this {kind.upper()} does not multiply bf16 natively")
 
 
 def load_tokenizer(base: str, *, revision: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
@@ -120,7 +110,10 @@ def load_base(
     )
     if model_config.pad_token_id is None and model_config.eos_token_id is not None:
         model_config.pad_token_id = model_config.eos_token_id
-    with _quiet_loading():
+    # Without transformers' report of fresh weights: what is fresh is checked here, strictly.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
             config=model_config,
@@ -130,6 +123,8 @@ def load_base(
             output_loading_info=True,
             **hub,
         )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     head = find_head(model)
     mismatched = {key for key, *_ in loading["mismatched_keys"]}
     misfits = sorted(key for key in mismatched if not belongs_to(key, head))
@@ -142,26 +137,14 @@ def load_base(
         head = find_head(model)
         mismatched = {f"{HEAD}.weight", f"{HEAD}.bias"}  # no checkpoint of the base has them
     parameters = dict(model.named_parameters())
-    missing = (set(loading["missing_keys"]) | mismatched) & set(parameters)
-    trained = [name for name in parameters if name in missing or belongs_to(name, head)]
-    mixed = any(parameters[name].dtype != torch.float32 for name in trained)
-    for name in trained:
-        parameters[name].data = parameters[name].data.float()
-    if mixed:
+    missing = (set(loading["missing_keys"]) | mismatched) & parameters.keys()
+    trained = {name: p for name, p in parameters.items() if name in missing or belongs_to(name, head)}
+    if any(parameter.dtype != torch.float32 for parameter in trained.values()):
         cast_inputs(model, {name.rpartition(".")[0] for name in trained} - {""})
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
     record_origin(model, base, source, revision=revision, **hub)
     return model, missing
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' report of fresh weights: what is fresh is checked here, strictly."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 @torch.no_grad()
@@ -174,12 +157,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     prefix = base_prefix(model)
     head = [name for name in injection(model).head if not belongs_to(name, [prefix])]
     lora = {id(parameter) for parameter in lora_parameters(model).values()}
-    layers = set()
     tensors = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if any(True for _ in owner.parameters()):
+        if any(True for _ in model.get_submodule(name.rpartition(".")[0]).parameters()):
             tensors[name] = buffer
+    layers = set()
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or id(tensor) in lora:
             continue
@@ -197,6 +179,6 @@ def meta_classifier(
     """The classifier of a base model without weights, on the meta device: for names, shapes and counts."""
     source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
     config = AutoConfig.from_pretrained(source, revision=revision, num_labels=num_labels, **hub)
-    trusted = {"trust_remote_code": hub["trust_remote_code"]} if "trust_remote_code" in hub else {}
+    trust = hub.get("trust_remote_code")
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, **trusted)
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)

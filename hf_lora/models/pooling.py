@@ -58,10 +58,8 @@ def first_token(states: Tensor, mask: Tensor) -> Tensor:
 MEAN, CLS, MEAN_LAYERS = "mean", "cls", "mean_layers"
 POOLINGS.register(MEAN, Pooling("the mean of the tokens", mean_of_tokens))
 POOLINGS.register(CLS, Pooling("the first token", first_token))
-POOLINGS.register(
-    MEAN_LAYERS,
-    Pooling("the means of the tokens in three layers", mean_of_tokens, (1 / 3, 2 / 3, 1.0), of_last=MEAN),
-)
+_MEANS = Pooling("the means of the tokens in three layers", mean_of_tokens, (1 / 3, 2 / 3, 1.0), of_last=MEAN)
+POOLINGS.register(MEAN_LAYERS, _MEANS)
 
 
 class PooledHead(nn.Linear):
@@ -99,7 +97,8 @@ class PooledClassifier(AnyAttention):
                 f"a {type(model).__name__} has no encoder whose tokens could be pooled; got pooling={pooling!r}; "
                 f"expected {NATIVE!r} for this model"
             )
-        self.layers = layers_read(pooling, config.num_hidden_layers)
+        # The layers whose states are read, ascending, counted from 1.
+        self.layers = tuple(math.ceil(depth * config.num_hidden_layers) for depth in self.pool.depths)
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
             encoder.pooler = None  # read by nothing any more
         self.base_model_prefix = prefix
@@ -122,19 +121,15 @@ class PooledClassifier(AnyAttention):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """As transformers' classifiers: tokens `(batch, length)` to logits `(batch, labels)`, and the loss."""
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        values = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         kwargs.pop("return_dict", None)
         asked = kwargs.get("output_hidden_states")
         asked = self.config.output_hidden_states if asked is None else asked
         if len(self.layers) > 1:
             kwargs["output_hidden_states"] = True
-        outputs = self.base_model(**{name: x for name, x in given.items() if x is not None}, **kwargs)
+        outputs = self.base_model(**given, **kwargs)
         states = outputs.last_hidden_state
         mask = states.new_ones(states.shape[:2]) if attention_mask is None else attention_mask
         if mask.shape != states.shape[:2]:
@@ -172,7 +167,8 @@ class PooledClassifier(AnyAttention):
 
     def _below(self, outputs: Any) -> list[Tensor]:
         """The states `(batch, length, width)` of the layers that are read besides the last one."""
-        if len(self.layers) == 1:
+        below = self.layers[:-1]
+        if not below:
             return []
         # The first are the embeddings. The last may lack the encoder's final norm, and is not used.
         states, last = outputs.hidden_states, outputs.last_hidden_state
@@ -182,13 +178,7 @@ class PooledClassifier(AnyAttention):
                 f"the encoder's layers cannot be pooled; got states {[tuple(layer.shape) for layer in states]}; "
                 f"expected {expected} of {tuple(last.shape)}; use pooling={MEAN!r}"
             )
-        return [states[layer] for layer in self.layers[:-1]]
-
-
-def layers_read(pooling: str, count: int) -> tuple[int, ...]:
-    """The layers whose states a pooling reads, ascending, of 1 to `count`, the encoder's number of layers."""
-    depths = POOLINGS.get(pooling).depths
-    return tuple(math.ceil(depth * count) for depth in depths)
+        return [states[layer] for layer in below]
 
 
 def pooling_of(model: nn.Module) -> str:
@@ -218,9 +208,8 @@ AUTO = "auto"
 MOST_LABELS = 64
 # Where sentence-transformers writes how a model was pooled in training.
 _FILE = "1_Pooling/config.json"
-# Its keys that mean a pooling of ours: older files have a flag for each, newer ones a name.
-_FLAGS = {"pooling_mode_mean_tokens": MEAN, "pooling_mode_cls_token": CLS}
-_NAMES = {"mean": MEAN, "cls": CLS}
+# What in it means a pooling of ours: older files have a flag for each, newer ones a name.
+_DECLARED = {"pooling_mode_mean_tokens": MEAN, "pooling_mode_cls_token": CLS, "mean": MEAN, "cls": CLS}
 
 
 @dataclass(frozen=True)
@@ -255,8 +244,11 @@ def choose_pooling(
         return PoolingChoice(requested, "as asked for")
     # Once: it may ask whether the Hub answers.
     source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
-    if labels is not None and has_head(source, labels, revision=revision, **hub):
-        return PoolingChoice(NATIVE, f"the checkpoint has a trained head for {labels} labels")
+    if labels is not None:
+        config = AutoConfig.from_pretrained(source, revision=revision, **hub)
+        classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        if classifies and config.num_labels == labels:
+            return PoolingChoice(NATIVE, f"the checkpoint has a trained head for {labels} labels")
     declared = declared_pooling(source, revision=revision, **hub)
     if declared is None:
         return PoolingChoice(NATIVE, "the model's own head; its files name no pooling")
@@ -270,24 +262,14 @@ def choose_pooling(
     return PoolingChoice(MEAN_LAYERS, f"{named}, in three layers")
 
 
-def has_head(source: str, labels: int, *, revision: str | None = None, **hub: Any) -> bool:
-    """Whether a checkpoint, as `resolve_base` gives it, says of itself that it is a classifier of so many labels."""
-    config = AutoConfig.from_pretrained(source, revision=revision, **hub)
-    names = config.architectures or ()
-    return config.num_labels == labels and any(name.endswith("ForSequenceClassification") for name in names)
-
-
 def declared_pooling(source: str, *, revision: str | None = None, **hub: Any) -> str | None:
-    """The pooling that the files of a sentence encoder name; None where there are none, or another than ours.
-
-    source: as `resolve_base` gives it.
-    """
+    """The pooling that a sentence encoder's files at `source` name; None without such files, or for another."""
     found = optional_file(source, _FILE, revision=revision, **hub)
     if found is None:
         return None
     values = parse_object(read_bytes(found.parent, found.name, limit=MAX_JSON_BYTES), str(found))
-    if isinstance(values.get("pooling_mode"), str):
-        return _NAMES.get(values["pooling_mode"])
-    chosen = {key for key, value in values.items() if key.startswith("pooling_mode_") and value is True}
+    mode = values.get("pooling_mode")
+    flags = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
+    chosen = [mode] if isinstance(mode, str) else flags
     # Several at once are concatenated, which no head of ours is for.
-    return _FLAGS.get(chosen.pop()) if len(chosen) == 1 else None
+    return _DECLARED.get(chosen[0]) if len(chosen) == 1 else None

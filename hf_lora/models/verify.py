@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 
-from hf_lora.lora.inject import lora_layers
+from hf_lora.lora.inject import injection, lora_layers
 from hf_lora.lora.layer import LoRALayer
-from hf_lora.models._transformers_private import buffers_of
 from hf_lora.tasks import task_of
 
 LENGTH = 8
@@ -71,50 +71,15 @@ def verify_injection(
     logits that are not finite.
     """
     layers = lora_layers(model)
-    wrong = [name for name, layer in layers.items() if layer.merged or not layer.enabled]
-    if wrong:
+    if wrong := [name for name, layer in layers.items() if layer.merged or not layer.enabled]:
         raise ValueError(
             f"cannot verify a merged or disabled adapter; got {len(wrong)} such layers, first {wrong[0]!r}; "
             "call unmerge_lora first, or verify outside lora_disabled"
         )
     batch = _on_device(batch, next(iter(layers.values())).lora_B.device)
-    with _as_it_was(model, layers.values()):
-        return _probe(model, layers, batch, allow_unused)
-
-
-# Why one backward pass finds every dead layer: let f be a random projection of the logits. f is analytic in all A and
-# B together, as matrix products, softmax, layer norms and GELU are. If it depends on a B at all, its gradient there is
-# zero on a set of measure zero only, which random A and B miss. If not (the layer is not called, or its output is
-# dropped, detached or multiplied by zero), the gradient is exactly zero or None. ReLU is analytic in pieces only and
-# fp16 flushes small numbers to zero, so a suspect is probed again elsewhere with a larger projection.
-def _probe(
-    model: nn.Module, layers: Mapping[str, LoRALayer], batch: Mapping[str, Any], allow_unused: bool
-) -> VerificationReport:
-    gradients, _, called = _gradients(model, layers, batch, (), seed=0)
-    acting = {name: _acting(layer, gradients[name]) for name, layer in layers.items()}
-    suspects = {name: layer for name, layer in layers.items() if not all(acting[name])}
-    weights: dict[str, Tensor] = {}
-    if suspects:
-        again, weights, more = _gradients(model, layers, batch, suspects, seed=1)
-        called |= more
-        for name, layer in suspects.items():
-            acting[name] = [a or b for a, b in zip(acting[name], _acting(layer, again[name]), strict=True)]
-    # Fused kernels (nn.TransformerEncoderLayer in evaluation) go around a forward only where no gradients
-    # are taken: such a layer would be trained and then ignored.
-    with torch.no_grad(), _recorded(layers) as called_without_gradients:
-        model(**batch)
-    problems: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        acts = acting[name]
-        if not any(acts):
-            weight = weights.get(name)
-            bypassed = id(layer) not in called if weight is None else bool(weight.any())
-            problems.setdefault("bypassed" if bypassed else "unused", []).append(name)
-        elif not all(acts):
-            numbers = ", ".join(str(number) for number, act in enumerate(acts, 1) if not act)
-            problems.setdefault("parts", []).append(f"{name} (part {numbers} of {len(acts)})")
-        elif id(layer) in called - called_without_gradients:
-            problems.setdefault("evaluation", []).append(name)
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=cuda), evaluating(model):
+        gradients, forwards, problems = _probe(model, layers, batch)
     unused = tuple(problems.pop("unused", ())) if allow_unused else ()
     if len(unused) == len(layers):
         problems["unused"] = list(unused)
@@ -122,8 +87,7 @@ def _probe(
         found = "; ".join(f"no effect at {', '.join(dead)}: {_REASONS[k]}" for k, dead in problems.items())
         count = sum(map(len, problems.values()))
         raise ValueError(f"the adapter has {found}; got {count} such layers of {len(layers)}, expected none")
-    largest = {name: float(gradient.abs().max()) for name, gradient in gradients.items()}
-    return VerificationReport(largest, 3 if suspects else 2, unused)
+    return VerificationReport({n: float(g.abs().max()) for n, g in gradients.items()}, forwards, unused)
 
 
 _REASONS = {
@@ -137,39 +101,81 @@ _REASONS = {
 }
 
 
+# Why one backward pass finds every dead layer: let f be a random projection of the logits. f is analytic in all A and
+# B together, as matrix products, softmax, layer norms and GELU are. If it depends on a B at all, its gradient there is
+# zero on a set of measure zero only, which random A and B miss. If not (the layer is not called, or its output is
+# dropped, detached or multiplied by zero), the gradient is exactly zero or None. ReLU is analytic in pieces only and
+# fp16 flushes small numbers to zero, so a suspect is probed again elsewhere with a larger projection.
+def _probe(
+    model: nn.Module, layers: Mapping[str, LoRALayer], batch: dict[str, Any]
+) -> tuple[dict[str, Tensor], int, dict[str, list[str]]]:
+    """The gradient by each B, the number of forwards, and the layers without effect by the kind of `_REASONS`."""
+    gradients, _, called = _gradients(model, layers, batch, ())
+    acting = {name: _acting(layer, gradients[name]) for name, layer in layers.items()}
+    suspects = [name for name, acts in acting.items() if not all(acts)]
+    weights: dict[str, Tensor] = {}
+    if suspects:
+        again, weights, more = _gradients(model, layers, batch, suspects)
+        called |= more
+        for name in suspects:
+            parts = zip(acting[name], _acting(layers[name], again[name]), strict=True)
+            acting[name] = [first or second for first, second in parts]
+    # Fused kernels (nn.TransformerEncoderLayer in evaluation) go around a forward only where no gradients
+    # are taken: such a layer would be trained and then ignored.
+    with torch.no_grad(), _recorded(layers) as called_without_gradients:
+        functional_call(model, _buffers(model), (), batch)
+    problems: dict[str, list[str]] = {}
+    for name, acts in acting.items():
+        if not any(acts):
+            weight = weights.get(name)
+            bypassed = id(layers[name]) not in called if weight is None else bool(weight.any())
+            problems.setdefault("bypassed" if bypassed else "unused", []).append(name)
+        elif not all(acts):
+            numbers = ", ".join(str(number) for number, act in enumerate(acts, 1) if not act)
+            problems.setdefault("parts", []).append(f"{name} (part {numbers} of {len(acts)})")
+        elif id(layers[name]) in called - called_without_gradients:
+            problems.setdefault("evaluation", []).append(name)
+    return gradients, 3 if suspects else 2, problems
+
+
 def _gradients(
-    model: nn.Module,
-    layers: Mapping[str, LoRALayer],
-    batch: Mapping[str, Any],
-    suspects: Iterable[str],
-    seed: int,
+    model: nn.Module, layers: Mapping[str, LoRALayer], batch: dict[str, Any], suspects: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], set[int]]:
     """The gradient of a random projection of the logits by each B and by the suspects' frozen weights.
 
     And the ids of the layers whose forward was called. Quantized weights get no gradient and are left out.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers.values():
-        stds = {layer.lora_A: 1 / math.sqrt(layer.lora_A[0].numel()), layer.lora_B: _B_STD}
-        for factor, std in stds.items():
-            factor.data.copy_(std * torch.randn(factor.shape, generator=generator))
-        layer.lora_B.requires_grad_(True)
-    weights = {name: layers[name].frozen_weight for name in suspects}
-    weights = {name: w.requires_grad_(True) for name, w in weights.items() if type(w) is nn.Parameter}
+    generator = torch.Generator().manual_seed(1 if suspects else 0)
+    tensors, factors, weights = _buffers(model), dict[str, Tensor](), dict[str, Tensor]()
+    tied: dict[int, Tensor] = {}
+    for placement, (name, layer) in zip(injection(model).placements, layers.items(), strict=True):
+        for factor, std in (("lora_A", 1 / math.sqrt(layer.lora_A[0].numel())), ("lora_B", _B_STD)):
+            own = getattr(layer, factor)
+            factors[name] = (std * torch.randn(own.shape, generator=generator)).to(own).requires_grad_()
+            tensors[f"{placement.layer}.{factor}".lstrip(".")] = factors[name]
+        weight = layer.frozen_weight
+        if name in suspects and type(weight) is nn.Parameter:
+            weights[name] = tied.setdefault(id(weight), weight.detach().requires_grad_())
+            tensors[placement.weight] = weights[name]
     with torch.enable_grad(), _recorded(layers) as called:
-        logits = _logits(model(**batch))
+        logits = _logits(functional_call(model, tensors, (), batch))
     if not logits.isfinite().all():
         hint = "try another batch, or a base in bf16 or fp32"
         raise ValueError(f"cannot verify the adapter; got {logits.dtype} logits that are not finite; {hint}")
-    wanted = [*(layer.lora_B for layer in layers.values()), *weights.values()]
+    wanted = [*factors.values(), *weights.values()]
     gradients: Iterable[Tensor | None] = [None] * len(wanted)
     if logits.requires_grad:
-        projection = torch.randn(logits.shape, generator=generator).to(logits) * (_STRONGER if seed else 1.0)
-        # autograd.grad, and not backward: it fills no .grad, of B or of the head.
+        projection = torch.randn(logits.shape, generator=generator).to(logits)
+        projection *= _STRONGER if suspects else 1.0
         gradients = torch.autograd.grad(logits, wanted, projection, allow_unused=True)
     found = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True)]
     of_weights = dict(zip(weights, found[len(layers) :], strict=True))
-    return dict(zip(layers, found, strict=False)), of_weights, called
+    return dict(zip(factors, found, strict=False)), of_weights, called
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, for a forward that may change them."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def _acting(layer: LoRALayer, gradient: Tensor) -> list[bool]:
@@ -200,36 +206,6 @@ def _recorded(layers: Mapping[str, LoRALayer]) -> Iterator[set[int]]:
         lambda module, *_: called.add(id(module)) if id(module) in wanted else None
     ):
         yield called
-
-
-@contextmanager
-def _as_it_was(model: nn.Module, layers: Iterable[LoRALayer]) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; after, everything the probe may touch is as before."""
-    buffers = [buffers_of(module) for module in model.modules()]
-    kept = [
-        {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in own.items()}
-        for own in buffers
-    ]
-    layers = list(layers)
-    values = [(p, p.detach().clone()) for layer in layers for p in (layer.lora_A, layer.lora_B)]
-    touched = [*(p for p, _ in values), *(layer.frozen_weight for layer in layers)]
-    required_grad = [tensor.requires_grad for tensor in touched]
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=cuda), evaluating(model):
-            yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in values:
-                parameter.copy_(value)
-            for tensor, required in zip(touched, required_grad, strict=True):
-                tensor.requires_grad_(required)
-            for own, before in zip(buffers, kept, strict=True):
-                own.clear()
-                for name, (buffer, content) in before.items():
-                    own[name] = buffer
-                    if buffer is not None and content is not None and not torch.equal(buffer, content):
-                        buffer.copy_(content)
 
 
 def _on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -278,10 +254,6 @@ def _tokens(config: Any, tokenizer: Any) -> dict[str, Tensor]:
 
 
 def _images(config: Any) -> dict[str, Tensor]:
-    size = config.image_size
-    shape = (
-        2,
-        getattr(config, "num_channels", 3),
-        *(size if isinstance(size, list | tuple) else (size, size)),
-    )
-    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+    size, channels = config.image_size, getattr(config, "num_channels", 3)
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    return {"pixel_values": torch.randn(2, channels, *sides, generator=torch.Generator().manual_seed(0))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,9 @@ class TextClassifier:
 
         base: another place of the base model. check_base: refuse one with other weights than trained on.
         device: default: the GPU where there is one.
-        merge: put the updates into the weights, in fp32: the model runs as fast as a plain one, and `lora_disabled`
-            goes on working.
+        merge: put the updates into the weights, in fp32, for a plain model's speed; `lora_disabled` still works.
         precision: of the encoder, "fp32", "bf16", or "auto": bf16 where the device multiplies it natively; None: the
-            types the base is stored in. The head is fp32.
-        A quantized base runs as it is, neither merged nor cast.
+            types the base is stored in. The head is fp32. A quantized base is neither merged nor cast.
         Raises ValueError if there is no such adapter or anything in it does not fit.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -159,50 +156,40 @@ class TextClassifier:
         return result
 
     def _encode(self, texts: Sequence[Text]) -> dict[str, list[list[int]]]:
-        pairs = [_as_pair(text) for text in texts]
-        if len({second is None for _, second in pairs}) > 1:
+        parts = [_parts(text) for text in texts]
+        if len(set(map(len, parts))) > 1:
             raise ValueError("single texts and text pairs cannot be mixed in one call")
-        first = [text for text, _ in pairs]
-        second = None if pairs[0][1] is None else [text for _, text in pairs]
-        return dict(self.tokenizer(first, second, truncation=True, max_length=self._max_length()))
+        columns = map(list, zip(*parts, strict=True))
+        return dict(self.tokenizer(*columns, truncation=True, max_length=self._max_length()))
 
     def _max_length(self) -> int:
         # Tokenizers without a limit report a huge number; the position embeddings are the limit then.
-        positions = (
-            getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        )
-        return self.info.max_length or min(self.tokenizer.model_max_length, positions)
+        limit = self.tokenizer.model_max_length
+        positions = getattr(self.model.config, "max_position_embeddings", None) or limit
+        return self.info.max_length or min(limit, positions)
 
     def _padded(self, batch: Mapping[str, list[list[int]]]) -> Mapping[str, Tensor]:
         """What `tokenizer.pad` gives, in a tenth of its time: each `(rows, longest)`, the longest rounded up."""
-        tokenizer = self.tokenizer
-        padding = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
-            "attention_mask": 0,
-        }
-        if tokenizer.pad_token_id is None or not batch.keys() <= padding.keys():
+        tokenizer, pad = self.tokenizer, self.tokenizer.pad_token_id
+        fillers = {"input_ids": pad, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
+        if pad is None or not batch.keys() <= fillers.keys():
             return tokenizer.pad(dict(batch), return_tensors="pt")
         lengths = np.array([len(ids) for ids in batch["input_ids"]])
         width = int(lengths.max())
         # Only where the model is told what is padding; others may read it in a batch of one text too.
-        if "attention_mask" in batch and self.model.config.pad_token_id == tokenizer.pad_token_id:
+        if "attention_mask" in batch and self.model.config.pad_token_id == pad:
             width = max(width, min(_rounded(width), self._max_length()))
         filled = filled_places(lengths, width, tokenizer.padding_side)
-        return {name: padded(rows, filled, padding[name]) for name, rows in batch.items()}
+        return {name: padded(rows, filled, fillers[name]) for name, rows in batch.items()}
 
 
 def _batches(lengths: Sequence[int], batch_size: int | None, budget: int) -> Iterator[list[int]]:
-    """Indices of the texts in each batch, the longest texts first.
-
-    Batches of `batch_size` texts; where that is None, of at most `budget` tokens with padding, or one text.
-    """
+    """Indices of the texts in each batch, the longest first: `batch_size`, or at most `budget` tokens, or one text."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    start = 0
-    while start < len(order):
-        size = batch_size or max(1, budget // max(1, _rounded(lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
+    while order:
+        size = batch_size or max(1, budget // max(1, _rounded(lengths[order[0]])))
+        yield order[:size]
+        del order[:size]
 
 
 def _rounded(length: int) -> int:
@@ -212,11 +199,6 @@ def _rounded(length: int) -> int:
     """
     step = max(1, 1 << length.bit_length() >> 4)
     return -(-length // step) * step
-
-
-def changed_labels(before: Tensor, after: Tensor, info: AdapterInfo) -> int:
-    """How many texts `predict` gives other labels by two sets of outputs `(texts, labels)`; none of a regression."""
-    return info.task.changed(before.numpy(), after.numpy(), info.calibration)
 
 
 def load_trained(
@@ -238,7 +220,7 @@ def load_trained(
         raise ValueError(
             f"the adapter in {str(directory)!r} names no base model; pass base='<Hub id or directory>'"
         )
-    info = files.info or _info_of_foreign(files, base)
+    info = files.info or _foreign_info(files, base)
     # An adapter must not make its base's code run, nor ask on the terminal.
     hub.setdefault("trust_remote_code", False)
     hub["revision"] = info.base_model.revision if base == info.base_model.name_or_path else None
@@ -260,7 +242,7 @@ def load_trained(
     return model.eval(), tokenizer, info
 
 
-def _info_of_foreign(files: AdapterFiles, base: str) -> AdapterInfo:
+def _foreign_info(files: AdapterFiles, base: str) -> AdapterInfo:
     """What somebody else's PEFT adapter tells: the size of its head is the number of labels."""
     head = [tensor for key, tensor in files.tensors.items() if ".lora_" not in key and tensor.ndim == 2]
     if not head:
@@ -268,13 +250,12 @@ def _info_of_foreign(files: AdapterFiles, base: str) -> AdapterInfo:
             f"the adapter in {str(files.directory)!r} has no classification head; load it with "
             "hf_lora.load_adapter onto a model whose head is trained"
         )
-    info = AdapterInfo(labels=tuple(f"LABEL_{index}" for index in range(head[-1].shape[0])))
-    return replace(info, base_model=BaseModel(base, files.peft_config.get("revision")))
+    labels = tuple(f"LABEL_{index}" for index in range(len(head[-1])))
+    return AdapterInfo(labels, base_model=BaseModel(base, files.peft_config.get("revision")))
 
 
-def _as_pair(text: Any) -> tuple[str, str | None]:
-    if isinstance(text, str):
-        return text, None
-    if isinstance(text, list | tuple) and len(text) in (1, 2) and all(isinstance(part, str) for part in text):
-        return text[0], text[1] if len(text) == 2 else None
+def _parts(text: Any) -> tuple[str, ...]:
+    parts = (text,) if isinstance(text, str) else text
+    if isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(p, str) for p in parts):
+        return tuple(parts)
     raise ValueError(f"not a text; got {text!r}; expected a string or a pair of strings")

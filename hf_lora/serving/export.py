@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from hf_lora.adapters.info import FILE, AdapterInfo
 from hf_lora.lora.inject import is_injected, lora_layers, merge_lora, unmerge_lora
 from hf_lora.models._transformers_private import set_eager_attention
 from hf_lora.models.pooling import blank_like, native_class
-from hf_lora.serving.classifier import Text, TextClassifier, changed_labels
+from hf_lora.serving.classifier import Text, TextClassifier
 from hf_lora.serving.onnx import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
 
 # Of a logit, for logits up to 1; for greater ones in proportion, as rounding is.
@@ -113,9 +113,10 @@ def export_onnx(
     with replacing(directory) as folder:
         with _one_line(f"{type(model).__name__} cannot be exported to ONNX"):
             _write_graph(model, _batch(plain, inputs, *_TRACED), folder / MODEL)
-            shapes = [_batch(plain, inputs, *shape) for shape in _SHAPES]
             onnx = OnnxClassifier(folder / MODEL, model.config, classifier.tokenizer, info)
-            difference = max(_difference(model, onnx.model, batch) for batch in shapes)
+            with torch.inference_mode():
+                shapes = [_batch(plain, inputs, *shape) for shape in _SHAPES]
+                difference = max(_distance(onnx.model(**x).logits, model(**x).logits) for x in shapes)
             logits[MODEL] = onnx.logits(texts)
         _check(max(difference, _distance(logits[MODEL], logits["torch"])), logits["torch"])
         if int8:
@@ -136,10 +137,10 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
     It is built anew: copies of parametrized modules share their class with the original.
     """
-    types = {parameter.dtype for parameter in model.parameters()}
-    if types != {torch.float32}:
+    types = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    if types != ["torch.float32"]:
         raise ValueError(
-            f"only a classifier in fp32 is exported; got {sorted(map(str, types))}; "
+            f"only a classifier in fp32 is exported; got {types}; "
             "load it with TextClassifier.from_pretrained(..., precision='fp32')"
         )
     config = deepcopy(model.config)
@@ -179,22 +180,19 @@ class _Logits(nn.Module):
 @torch.no_grad()
 def _write_graph(model: PreTrainedModel, example: Mapping[str, Tensor], path: Path) -> None:
     names = list(example)
-    program = cast(
-        torch.onnx.ONNXProgram,
-        torch.onnx.export(
-            _Logits(model, names).eval(),
-            tuple(example.values()),
-            dynamo=True,
-            verbose=False,
-            input_names=names,
-            output_names=["logits"],
-            dynamic_shapes=(tuple(_DYNAMIC for _ in names),),
-        ),
+    program: Any = torch.onnx.export(
+        _Logits(model, names).eval(),
+        tuple(example.values()),
+        dynamo=True,
+        verbose=False,
+        input_names=names,
+        output_names=["logits"],
+        dynamic_shapes=(tuple(_DYNAMIC for _ in names),),
     )
     graph = program.model.graph
     nodes: list[Any] = list(graph.all_nodes())
-    inner = [value for node in nodes for value in node.outputs if not value.is_graph_output()]
-    values = [*inner, *graph.initializers.values()]
+    values = [value for node in nodes for value in node.outputs if not value.is_graph_output()]
+    values += graph.initializers.values()
     for value in values:
         # Runtimes infer shapes themselves; the quantizer transposes weights and trips over those that are stored.
         value.shape = None
@@ -220,11 +218,6 @@ def _write_int8(source: Path, target: Path) -> None:
     )
 
 
-@torch.inference_mode()
-def _difference(model: nn.Module, other: nn.Module, batch: Mapping[str, Tensor]) -> float:
-    return _distance(model(**batch).logits, other(**batch).logits)
-
-
 def _distance(left: Tensor, right: Tensor) -> float:
     # NaN is as far away as can be; the greatest of a list with it could be anything.
     return (left - right).abs().nan_to_num(nan=torch.inf).max().item()
@@ -241,13 +234,13 @@ def _check(difference: float, logits: Tensor) -> None:
 
 def _compare(info: AdapterInfo, logits: Mapping[str, Tensor], folder: Path, file: str) -> Compared:
     got, expected = logits[file], logits["torch"]
-    classes = info.task.has_classes
-    scores = (info.task.probabilities(part, info.calibration) for part in (got, expected))
+    task, classes = info.task, info.task.has_classes
+    scores = (task.probabilities(part, info.calibration) for part in (got, expected))
     return Compared(
         bytes=sum(path.stat().st_size for path in folder.glob(f"{file}*")),
         largest_logit_difference=_distance(got, expected),
         largest_probability_difference=_distance(*scores) if classes else None,
-        changed_labels=changed_labels(got, expected, info) if classes else None,
+        changed_labels=task.changed(got.numpy(), expected.numpy(), info.calibration) if classes else None,
     )
 
 
@@ -257,10 +250,11 @@ def _one_line(what: str) -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
+        quiet = io.StringIO()
         with (
             warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(quiet),
+            contextlib.redirect_stderr(quiet),
         ):
             warnings.simplefilter("ignore")
             yield

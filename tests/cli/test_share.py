@@ -20,7 +20,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from hf_lora import TextClassifier
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.serving import export
-from hf_lora.serving.classifier import changed_labels
 from hf_lora.serving.export import PROBES, Export
 from hf_lora.serving.onnx import MODEL, MODEL_INT8, load_onnx
 
@@ -167,9 +166,10 @@ def test_the_merged_format_is_a_plain_checkpoint(adapter_dir: Path, tmp_path: Pa
 
 
 def test_flips_are_labels_that_changed() -> None:
-    before = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]])
-    after = torch.tensor([[0.0, 1.0], [0.5, 1.0], [2.0, 1.0]])
-    assert changed_labels(before, after, AdapterInfo(("a", "b"))) == 1
-    # Rows 1 (both labels) and 3 (the second) cross zero; row 2 gains the first label.
-    assert changed_labels(before, after, AdapterInfo(("a", "b"), "multi_label_classification")) == 3
-    assert changed_labels(before[:, :1], after[:, :1], AdapterInfo(("a",), "regression")) == 0
+    before = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]])
+    after = np.array([[0.0, 1.0], [0.5, 1.0], [2.0, 1.0]])
+    # By several labels rows 1 (both labels) and 3 (the second) cross zero; row 2 gains the first label.
+    problems = {"single_label_classification": 1, "multi_label_classification": 3, "regression": 0}
+    for problem, expected in problems.items():
+        info = AdapterInfo(("a", "b"), problem)
+        assert info.task.changed(before, after, info.calibration) == expected

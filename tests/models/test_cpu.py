@@ -176,7 +176,7 @@ def test_other_devices_are_left_alone():
 
 @pytest.mark.parametrize("model_type", TRAINED)
 def test_the_mathematics_is_the_same(monkeypatch, model_type):
-    monkeypatch.setattr(module, "_is_quicker", lambda dtype, dropout: True)
+    monkeypatch.setattr(module, "_SDPA_IS_QUICKER", set())
     model = tiny_model(model_type)
     entry = ARCHITECTURES.get(model_type)
     inject_lora(

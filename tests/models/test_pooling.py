@@ -30,7 +30,6 @@ from hf_lora.models.pooling import (
     choose_pooling,
     declared_pooling,
     first_token,
-    layers_read,
     mean_of_tokens,
     pooling_of,
 )
@@ -160,8 +159,9 @@ def test_an_unknown_pooling_names_the_known_ones(tiny_bert_dir: Path) -> None:
 def test_three_layers_are_a_third_two_thirds_and_all_of_the_depth(
     count: int, layers: tuple[int, ...]
 ) -> None:
-    assert layers_read("mean_layers", count) == layers
-    assert layers_read("mean", count) == layers_read("cls", count) == (count,)
+    for pooling, expected in {"mean_layers": layers, "mean": (count,), "cls": (count,)}.items():
+        model = PooledClassifier(tiny_classifier(num_hidden_layers=count), pooling)
+        assert model.layers == expected
 
 
 def test_layers_of_another_length_are_not_pooled() -> None:

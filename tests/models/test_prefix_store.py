@@ -63,7 +63,7 @@ def test_more_than_the_free_disk_is_refused_before_anything_is_written(tmp_path,
 def test_the_disk_space_is_taken_at_once_and_given_back(tmp_path):
     """10 MB from the start, in a file that no one sees: it goes with the process, however that ends."""
     kept = store(tmp_path / "new", tokens=1 << 20, mode="disk", dtype=torch.bfloat16)
-    file = kept._array._file
+    file = kept._file
     assert os.fstat(file.fileno()).st_blocks * 512 >= 10 << 20
     assert list((tmp_path / "new").iterdir()) == []
     kept.close()

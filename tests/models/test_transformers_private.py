@@ -26,7 +26,6 @@ from hf_lora.models.loading import load_base
         (transformers.PreTrainedConfig, "_attn_implementation"),
         (PreTrainedTokenizerBase, "_pad"),
         (torch, "_softmax_backward_data"),
-        (nn.Module(), "_buffers"),
         (nn.Module(), "_forward_pre_hooks"),
     ],
 )
@@ -67,13 +66,6 @@ def test_the_gradient_of_a_softmax_is_autograds():
     probabilities = scores.softmax(-1)
     [expected] = torch.autograd.grad(probabilities, scores, grad)
     torch.testing.assert_close(private.softmax_backward(grad, probabilities.detach()), expected)
-
-
-def test_buffers_are_the_modules_own():
-    norm = nn.BatchNorm1d(2)
-    assert private.buffers_of(norm).keys() == {"running_mean", "running_var", "num_batches_tracked"}
-    private.buffers_of(norm)["running_mean"] = torch.ones(2)
-    assert torch.equal(norm.running_mean, torch.ones(2))
 
 
 def test_a_file_that_is_not_there_is_none(tmp_path, monkeypatch):

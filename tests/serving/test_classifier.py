@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import LABELS, tiny_tokenizer
@@ -215,11 +216,12 @@ def recalibrate(adapter: Path, **values: Any) -> None:
 
 def test_flips_are_other_labels_of_predict() -> None:
     info = AdapterInfo(("a", "b"), "multi_label_classification", temperature=2.0, thresholds=(0.9, 0.5))
+    plain = AdapterInfo(("a", "b"), info.problem_type)
     # sigmoid(4.4 / 2) is just above 0.9, sigmoid(4.3 / 2) below it; 1 and -1 decide otherwise at one half alone.
-    before, after = torch.tensor([[4.4, 0.0], [1.0, 1.0]]), torch.tensor([[4.3, 0.0], [-1.0, 2.0]])
-    assert inference.changed_labels(before, after, info) == 1
-    assert inference.changed_labels(before, after, AdapterInfo(("a", "b"), info.problem_type)) == 1
-    assert inference.changed_labels(before[:1], after[:1], AdapterInfo(("a", "b"), info.problem_type)) == 0
+    before, after = np.array([[4.4, 0.0], [1.0, 1.0]]), np.array([[4.3, 0.0], [-1.0, 2.0]])
+    assert info.task.changed(before, after, info.calibration) == 1
+    assert info.task.changed(before, after, plain.calibration) == 1
+    assert info.task.changed(before[:1], after[:1], plain.calibration) == 0
 
 
 def test_regression_score_is_the_output_itself(tiny_bert_dir: Path, tmp_path: Path) -> None:
