@@ -9,13 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lora.lora.head import base_prefix, belongs_to, cast_inputs, find_head
 from hf_lora.lora.inject import injection, lora_parameters
@@ -114,7 +108,7 @@ def load_base(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
             source,
             config=model_config,
             revision=revision,
@@ -129,9 +123,8 @@ def load_base(
     mismatched = {key for key, *_ in loading["mismatched_keys"]}
     misfits = sorted(key for key in mismatched if not belongs_to(key, head))
     if misfits:
-        raise ValueError(
-            f"the checkpoint {base!r} does not fit {type(model).__name__}; other shape of {misfits[0]!r}"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"the checkpoint {base!r} does not fit {kind}; other shape of {misfits[0]!r}")
     if pooling != NATIVE:
         model = PooledClassifier(model, pooling)
         head = find_head(model)
@@ -181,4 +174,4 @@ def meta_classifier(
     config = AutoConfig.from_pretrained(source, revision=revision, num_labels=num_labels, **hub)
     trust = hub.get("trust_remote_code")
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)
+        return transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)

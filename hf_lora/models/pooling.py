@@ -85,14 +85,12 @@ class PooledClassifier(AnyAttention):
 
     def __init__(self, model: PreTrainedModel, pooling: str) -> None:
         super().__init__(model.config)
-        self.pool = POOLINGS.get(pooling)
-        self.pooling = pooling
-        self.native_class = type(model)
+        self.pool, self.pooling, self.native_class = POOLINGS.get(pooling), pooling, type(model)
         config, prefix = model.config, model.base_model_prefix
         encoder: Any = getattr(model, prefix, None)
         # The last states of a decoder behind an encoder, or of an image, are not those of the input's tokens.
         other = getattr(config, "is_encoder_decoder", False) or model.main_input_name != "input_ids"
-        if encoder is None or encoder is not model.base_model or other:
+        if encoder is not model.base_model or other:
             raise ValueError(
                 f"a {type(model).__name__} has no encoder whose tokens could be pooled; got pooling={pooling!r}; "
                 f"expected {NATIVE!r} for this model"
@@ -149,9 +147,9 @@ class PooledClassifier(AnyAttention):
         )
 
     def read_last_layer(self) -> None:
-        """Pool only the last of several layers from now on; the head keeps the weights that read it.
+        """Pool only the last of several layers from now on; the head gets a new parameter, with the weights for it.
 
-        Call it before an optimizer holds the head's weight. Raises ValueError for a pooling of one layer.
+        Raises ValueError for a pooling of one layer.
         """
         if self.pool.of_last is None:
             raise ValueError(

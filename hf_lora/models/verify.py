@@ -46,16 +46,15 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
 class VerificationReport:
     """What the probe measured. Where a layer does not act there is an error and no report."""
 
-    gradients: Mapping[str, float]
-    """The largest absolute gradient of B, by the name of the layer, for a random projection of the logits."""
-    forwards: int
+    layers: int
+    """How many are adapted."""
     unused: tuple[str, ...] = ()
-    """The layers that the model does not use, with `allow_unused`."""
+    """Those that the model does not use, with `allow_unused`."""
 
     def __str__(self) -> str:
-        total = len(self.gradients)
         unused = f"; the model does not use {', '.join(self.unused)}" if self.unused else ""
-        return f"verified: {total - len(self.unused)} of {total} adapted layers act on the output{unused}"
+        acting = self.layers - len(self.unused)
+        return f"verified: {acting} of {self.layers} adapted layers act on the output{unused}"
 
 
 def verify_injection(
@@ -79,7 +78,7 @@ def verify_injection(
     batch = _on_device(batch, next(iter(layers.values())).lora_B.device)
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=cuda), evaluating(model):
-        gradients, forwards, problems = _probe(model, layers, batch)
+        problems = _probe(model, layers, batch)
     unused = tuple(problems.pop("unused", ())) if allow_unused else ()
     if len(unused) == len(layers):
         problems["unused"] = list(unused)
@@ -87,7 +86,7 @@ def verify_injection(
         found = "; ".join(f"no effect at {', '.join(dead)}: {_REASONS[k]}" for k, dead in problems.items())
         count = sum(map(len, problems.values()))
         raise ValueError(f"the adapter has {found}; got {count} such layers of {len(layers)}, expected none")
-    return VerificationReport({n: float(g.abs().max()) for n, g in gradients.items()}, forwards, unused)
+    return VerificationReport(len(layers), unused)
 
 
 _REASONS = {
@@ -106,20 +105,15 @@ _REASONS = {
 # zero on a set of measure zero only, which random A and B miss. If not (the layer is not called, or its output is
 # dropped, detached or multiplied by zero), the gradient is exactly zero or None. ReLU is analytic in pieces only and
 # fp16 flushes small numbers to zero, so a suspect is probed again elsewhere with a larger projection.
-def _probe(
-    model: nn.Module, layers: Mapping[str, LoRALayer], batch: dict[str, Any]
-) -> tuple[dict[str, Tensor], int, dict[str, list[str]]]:
-    """The gradient by each B, the number of forwards, and the layers without effect by the kind of `_REASONS`."""
-    gradients, _, called = _gradients(model, layers, batch, ())
-    acting = {name: _acting(layer, gradients[name]) for name, layer in layers.items()}
+def _probe(model: nn.Module, layers: Mapping[str, LoRALayer], batch: dict[str, Any]) -> dict[str, list[str]]:
+    """The layers without effect, by the kind of `_REASONS`."""
+    acting, read, called = _acting(model, layers, batch, ())
     suspects = [name for name, acts in acting.items() if not all(acts)]
-    weights: dict[str, Tensor] = {}
     if suspects:
-        again, weights, more = _gradients(model, layers, batch, suspects)
+        again, read, more = _acting(model, layers, batch, suspects)
         called |= more
         for name in suspects:
-            parts = zip(acting[name], _acting(layers[name], again[name]), strict=True)
-            acting[name] = [first or second for first, second in parts]
+            acting[name] = [first or second for first, second in zip(acting[name], again[name], strict=True)]
     # Fused kernels (nn.TransformerEncoderLayer in evaluation) go around a forward only where no gradients
     # are taken: such a layer would be trained and then ignored.
     with torch.no_grad(), _recorded(layers) as called_without_gradients:
@@ -127,21 +121,20 @@ def _probe(
     problems: dict[str, list[str]] = {}
     for name, acts in acting.items():
         if not any(acts):
-            weight = weights.get(name)
-            bypassed = id(layers[name]) not in called if weight is None else bool(weight.any())
+            bypassed = read.get(name, id(layers[name]) not in called)
             problems.setdefault("bypassed" if bypassed else "unused", []).append(name)
         elif not all(acts):
             numbers = ", ".join(str(number) for number, act in enumerate(acts, 1) if not act)
             problems.setdefault("parts", []).append(f"{name} (part {numbers} of {len(acts)})")
         elif id(layers[name]) in called - called_without_gradients:
             problems.setdefault("evaluation", []).append(name)
-    return gradients, 3 if suspects else 2, problems
+    return problems
 
 
-def _gradients(
+def _acting(
     model: nn.Module, layers: Mapping[str, LoRALayer], batch: dict[str, Any], suspects: Collection[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], set[int]]:
-    """The gradient of a random projection of the logits by each B and by the suspects' frozen weights.
+) -> tuple[dict[str, list[bool]], dict[str, bool], set[int]]:
+    """Whether a random projection of the logits has a gradient by each part of each B, and by a suspect's weight.
 
     And the ids of the layers whose forward was called. Quantized weights get no gradient and are left out.
     """
@@ -169,19 +162,17 @@ def _gradients(
         projection *= _STRONGER if suspects else 1.0
         gradients = torch.autograd.grad(logits, wanted, projection, allow_unused=True)
     found = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True)]
-    of_weights = dict(zip(weights, found[len(layers) :], strict=True))
-    return dict(zip(factors, found, strict=False)), of_weights, called
+    acting = {}
+    for (name, layer), gradient in zip(layers.items(), found, strict=False):
+        rows = [len(gradient)] if layer.parts is None else [len(part) for part in layer.parts]
+        acting[name] = [bool(((part != 0) & part.isfinite()).any()) for part in gradient.split(rows)]
+    read = {name: bool(gradient.any()) for name, gradient in zip(weights, found[len(layers) :], strict=True)}
+    return acting, read, called
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """Copies, for a forward that may change them."""
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def _acting(layer: LoRALayer, gradient: Tensor) -> list[bool]:
-    """Whether the gradient of B `(rows, rank)` has any in the rows of each part of the layer."""
-    rows = [len(gradient)] if layer.parts is None else [len(part) for part in layer.parts]
-    return [bool(((part != 0) & part.isfinite()).any()) for part in gradient.split(rows)]
 
 
 def _logits(output: Any) -> Tensor:

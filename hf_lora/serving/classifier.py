@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ WINDOW = 2048
 CPU_TOKENS, TOKENS = 2048, 16_384
 
 
+@dataclass(eq=False, repr=False)
 class TextClassifier:
     """A trained classifier: model, tokenizer and what the adapter knows of its labels.
 
@@ -37,17 +39,10 @@ class TextClassifier:
     precision: what the frozen network was cast to, and why; None: the model runs in the types it came in.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        info: AdapterInfo,
-        precision: Precision | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.info = info
-        self.precision = precision
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: AdapterInfo
+    precision: Precision | None = None
 
     @classmethod
     def from_pretrained(

@@ -115,10 +115,11 @@ def export_onnx(
             _write_graph(model, _batch(plain, inputs, *_TRACED), folder / MODEL)
             onnx = OnnxClassifier(folder / MODEL, model.config, classifier.tokenizer, info)
             with torch.inference_mode():
-                shapes = [_batch(plain, inputs, *shape) for shape in _SHAPES]
-                difference = max(_distance(onnx.model(**x).logits, model(**x).logits) for x in shapes)
+                batches = [_batch(plain, inputs, *shape) for shape in _SHAPES]
+                pairs = [(model(**batch).logits, onnx.model(**batch).logits) for batch in batches]
             logits[MODEL] = onnx.logits(texts)
-        _check(max(difference, _distance(logits[MODEL], logits["torch"])), logits["torch"])
+        pairs.append((logits["torch"], logits[MODEL]))
+        _check(max(_distance(*pair) for pair in pairs), logits["torch"])
         if int8:
             with _one_line(f"{type(model).__name__} cannot be quantized"):
                 _write_int8(folder / MODEL, folder / MODEL_INT8)
@@ -133,10 +134,7 @@ def export_onnx(
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain copy on the CPU with the updates in its weights and attention by plain products, which runs everywhere.
-
-    It is built anew: copies of parametrized modules share their class with the original.
-    """
+    """A copy on the CPU with the updates in its weights and attention by plain products, which runs everywhere."""
     types = sorted({str(parameter.dtype) for parameter in model.parameters()})
     if types != ["torch.float32"]:
         raise ValueError(
@@ -146,6 +144,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     config = deepcopy(model.config)
     set_eager_attention(config)
     config.architectures = [native_class(model).__name__]
+    # Built anew: copies of parametrized modules share their class with the original.
     with torch.random.fork_rng(devices=[]):
         plain = blank_like(model, config)
     merge_now = is_injected(model) and not any(layer.merged for layer in lora_layers(model).values())
