@@ -31,12 +31,10 @@ def set_eager_attention(config: Any) -> None:
     config._attn_implementation = "eager"
 
 
-def record_origin(
-    model: PreTrainedModel, name: str, source: str, *, revision: str | None, **hub: Any
-) -> None:
+def record_origin(model: PreTrainedModel, name: str, source: str, **hub: Any) -> None:
     """Note on a model the name it was asked for by, not where its files are, and the Hub commit of its files."""
     model.config._name_or_path = model.name_or_path = name
-    path = None if Path(source).is_dir() else optional_file(source, "config.json", revision=revision, **hub)
+    path = None if Path(source).is_dir() else optional_file(source, "config.json", **hub)
     model.config._commit_hash = None if path is None else extract_commit_hash(str(path), None)
 
 
@@ -50,14 +48,12 @@ def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
     return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
 
 
-def optional_file(source: str, name: str, *, revision: str | None, **hub: Any) -> Path | None:
+def optional_file(source: str, name: str, **hub: Any) -> Path | None:
     """A file of a Hub repository or directory; None where there is none, or no network."""
     path = cached_file(
         source,
         name,
-        revision=revision,
-        cache_dir=hub.get("cache_dir"),
-        token=hub.get("token"),
+        **{option: hub.get(option) for option in ("revision", "cache_dir", "token")},
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -43,9 +44,10 @@ BUNDLED.register(
 )
 
 
-def resolve_base(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> str:
+def resolve_base(name: str, *, revision: str | None = None, cache_dir: str | None = None, **_: Any) -> str:
     """What to hand to `from_pretrained` for a base model: `name` itself, or a package's copy of its files.
 
+    The options are those of `from_pretrained`; what is not named here changes nothing.
     The copy is taken only where neither the Hub nor its local cache can give the model.
     Raises ValueError if a copy is needed that is not the published file.
     """

@@ -68,10 +68,9 @@ def choose_precision(
     return Precision("fp32", f"this {kind.upper()} does not multiply bf16 natively")
 
 
-def load_tokenizer(base: str, *, revision: str | None = None, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model: a Hub id, a local directory or a bundled name."""
-    source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
-    return AutoTokenizer.from_pretrained(source, revision=revision, **hub)
+def load_tokenizer(base: str, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model: a Hub id, a local directory or a bundled name. hub: as in `from_pretrained`."""
+    return AutoTokenizer.from_pretrained(resolve_base(base, **hub), **hub)
 
 
 def load_base(
@@ -80,22 +79,21 @@ def load_base(
     *,
     problem_type: str = "single_label_classification",
     pooling: str = NATIVE,
-    revision: str | None = None,
     dtype: torch.dtype | None = None,
     **hub: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The pretrained classifier without LoRA, and the names of the parameters that the checkpoint does not have.
 
     Those and the head are fp32 whatever `dtype` is. A checkpoint's own head is kept if it has the same shape.
+    hub: options of `from_pretrained`, such as revision.
     """
     labels = [str(label) for label in labels]
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"labels are not usable; got {labels!r}; expected at least one name, each once")
     check_pooling(pooling)
-    source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
+    source = resolve_base(base, **hub)
     model_config = AutoConfig.from_pretrained(
         source,
-        revision=revision,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
@@ -111,7 +109,6 @@ def load_base(
         model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
             source,
             config=model_config,
-            revision=revision,
             dtype=dtype or "auto",
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -136,7 +133,7 @@ def load_base(
         cast_inputs(model, {name.rpartition(".")[0] for name in trained} - {""})
     for parameter in trained.values():
         parameter.data = parameter.data.float()
-    record_origin(model, base, source, revision=revision, **hub)
+    record_origin(model, base, source, **hub)
     return model, missing
 
 
@@ -166,12 +163,9 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
         cast_inputs(model, layers - {""})
 
 
-def meta_classifier(
-    base: str, *, revision: str | None = None, num_labels: int = 2, **hub: Any
-) -> PreTrainedModel:
+def meta_classifier(base: str, *, num_labels: int = 2, **hub: Any) -> PreTrainedModel:
     """The classifier of a base model without weights, on the meta device: for names, shapes and counts."""
-    source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
-    config = AutoConfig.from_pretrained(source, revision=revision, num_labels=num_labels, **hub)
+    config = AutoConfig.from_pretrained(resolve_base(base, **hub), num_labels=num_labels, **hub)
     trust = hub.get("trust_remote_code")
     with torch.device("meta"):
         return transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)

@@ -227,27 +227,26 @@ def choose_pooling(
     *,
     labels: int | None = None,
     last_only: str | None = None,
-    revision: str | None = None,
     **hub: Any,
 ) -> PoolingChoice:
     """The pooling for a base model, a Hub id or a directory; `requested`: a pooling, or "auto".
 
     Auto keeps a checkpoint's trained head for as many `labels`. Otherwise it takes the pooling that the files of a
     sentence encoder name, a mean in three layers, and for other models their own head.
-    last_only: why auto may not read several layers, in words.
+    last_only: why auto may not read several layers, in words. hub: options of `from_pretrained`, such as revision.
     Raises ValueError for an unknown name.
     """
     if requested != AUTO:
         check_pooling(requested)
         return PoolingChoice(requested, "as asked for")
     # Once: it may ask whether the Hub answers.
-    source = resolve_base(base, revision=revision, cache_dir=hub.get("cache_dir"))
+    source = resolve_base(base, **hub)
     if labels is not None:
-        config = AutoConfig.from_pretrained(source, revision=revision, **hub)
+        config = AutoConfig.from_pretrained(source, **hub)
         classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         if classifies and config.num_labels == labels:
             return PoolingChoice(NATIVE, f"the checkpoint has a trained head for {labels} labels")
-    declared = declared_pooling(source, revision=revision, **hub)
+    declared = declared_pooling(source, **hub)
     if declared is None:
         return PoolingChoice(NATIVE, "the model's own head; its files name no pooling")
     named = f"by the {_FILE} of this sentence encoder"
@@ -260,9 +259,9 @@ def choose_pooling(
     return PoolingChoice(MEAN_LAYERS, f"{named}, in three layers")
 
 
-def declared_pooling(source: str, *, revision: str | None = None, **hub: Any) -> str | None:
+def declared_pooling(source: str, **hub: Any) -> str | None:
     """The pooling that a sentence encoder's files at `source` name; None without such files, or for another."""
-    found = optional_file(source, _FILE, revision=revision, **hub)
+    found = optional_file(source, _FILE, **hub)
     if found is None:
         return None
     values = parse_object(read_bytes(found.parent, found.name, limit=MAX_JSON_BYTES), str(found))
