@@ -12,8 +12,6 @@ from typing import IO
 import torch
 from torch import Tensor
 
-CACHE_MODES = ("no", "auto", "memory", "disk")
-
 
 class StateStore:
     """The states of many examples, one after the other: rows `(width,)`, at most `tokens` of them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# As `hf_lora.models.prefix_store.CACHE_MODES`, whose module needs torch.
 CACHE_MODES = ("no", "auto", "memory", "disk")
 
 

@@ -4,7 +4,6 @@ from dataclasses import fields
 
 from transformers import TrainingArguments
 
-from hf_lora.models import prefix_store
 from hf_lora.training import options
 from hf_lora.training.arguments import LoRATrainingArguments
 
@@ -14,7 +13,3 @@ def test_the_arguments_are_those_of_transformers_and_the_options() -> None:
     theirs = [entry.name for entry in fields(TrainingArguments)]
     assert [entry.name for entry in fields(LoRATrainingArguments)] == [*theirs, *own]
     assert all(entry.metadata["help"].endswith(".") for entry in fields(options.LoRATrainingOptions))
-
-
-def test_the_modes_of_the_cache_are_those_of_its_store() -> None:
-    assert options.CACHE_MODES == prefix_store.CACHE_MODES
