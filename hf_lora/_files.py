@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,15 +41,13 @@ def replacing(directory: Path, *, last: Sequence[str] = ()) -> Iterator[Path]:
                 temporary.rename(directory)
             else:
                 for path in sorted(temporary.iterdir(), key=lambda path: (path.name in last, path.name)):
-                    _replace(path, directory / path.name)
+                    if (directory / path.name).is_dir():
+                        shutil.rmtree(directory / path.name)
+                    path.replace(directory / path.name)
                 _fsync(directory)
             _fsync(directory.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-# How the messages of torch.save's writer are told from others.
-_TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 
 
 class WriteError(OSError):
@@ -67,12 +66,15 @@ def writing(target: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save's writer in C++ says it in a RuntimeError; others are not about files.
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITER):
+        if isinstance(error, RuntimeError) and not re.search(
+            "PytorchStreamWriter|inline_container", str(error)
+        ):
             raise
         reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+        there = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
         raise WriteError(
-            f"{str(target)!r} could not be written; got {reason!r}, with {_free_mb(target)} MB free there; "
-            "make room or give another directory"
+            f"{str(target)!r} could not be written; got {reason!r}, with {shutil.disk_usage(there).free >> 20} MB free "
+            "there; make room or give another directory"
         ) from error
 
 
@@ -84,11 +86,6 @@ def synced(folder: Path, *, inside: bool = True) -> None:
             path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make their files private
             _fsync(path)
     _fsync(folder)
-
-
-def _free_mb(path: Path) -> int:
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free >> 20
 
 
 @contextmanager
@@ -114,12 +111,6 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
 
 
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
-
-
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -131,8 +122,7 @@ def _fsync(path: Path) -> None:
 MAX_JSON_BYTES = 8 << 20
 MAX_HEADER_BYTES = 16 << 20
 MAX_PATTERN_LENGTH = 1000
-PATTERN_SECONDS = 1.0
-"""How long the patterns of one adapter may take to be matched with one name."""
+PATTERN_SECONDS = 1.0  # for matching one pattern with one name
 FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
@@ -144,26 +134,18 @@ def read_bytes(directory: Path, name: str, *, limit: int | None = None) -> bytes
     path = directory / name
     real, root = path.resolve(), directory.resolve()
     # In a Hub cache, models--a--b/snapshots/<commit>/<file> links to models--a--b/blobs/<digest>.
-    stores = [
-        folder.parent.parent / "blobs"
-        for folder in (root, *root.parents)
-        if folder.parent.name == "snapshots"
-    ]
+    snapshots = (folder.parent for folder in (root, *root.parents) if folder.parent.name == "snapshots")
+    stores = [folder.parent / "blobs" for folder in snapshots]
+    what = f"{name} in {str(directory)!r}"
     if not real.is_relative_to(root) and real.parent not in stores:
-        raise ValueError(
-            f"{name} in {str(directory)!r} is a link to another place; got {str(real)!r}; expected a file"
-        )
+        raise ValueError(f"{what} is a link to another place; got {str(real)!r}; expected a file")
     size = real.stat().st_size
     if limit is not None and size > limit:
-        raise ValueError(
-            f"{name} in {str(directory)!r} is too large; got {size:,} bytes; expected at most {limit:,}"
-        )
+        raise ValueError(f"{what} is too large; got {size:,} bytes; expected at most {limit:,}")
     with real.open("rb") as stream:
         content = stream.read(size + 1)
     if len(content) != size:
-        raise ValueError(
-            f"{name} in {str(directory)!r} has another size than its directory says; got {len(content)}"
-        )
+        raise ValueError(f"{what} has another size than its directory says; got {len(content)}")
     return content
 
 
@@ -212,14 +194,12 @@ def check_types(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
     """
     for name, allowed in kinds.items():
         value = values.get(name)
-        if value is None:
-            continue
         usable = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
-        if usable and isinstance(value, list | dict):
-            usable = all(isinstance(item, str) for item in value)
-        if usable and isinstance(value, float):
-            usable = math.isfinite(value)
-        if not usable:
+        if isinstance(value, list | dict):
+            usable = usable and all(isinstance(item, str) for item in value)
+        elif isinstance(value, float):
+            usable = usable and math.isfinite(value)
+        if value is not None and not usable:
             expected = " or ".join(kind.__name__ for kind in allowed)
             raise ValueError(f"{source} cannot be read; got {name}={shortened(value)}; expected {expected}")
 
@@ -242,16 +222,15 @@ def shortened(value: Any, limit: int = 80) -> str:
 
 def check_pattern(what: str, pattern: Any) -> None:
     """Raise ValueError for what is no regular expression of reasonable length."""
+    expected = "expected a regular expression"
     if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_LENGTH:
-        raise ValueError(
-            f"{what} has an unusable pattern; got {shortened(pattern)}; expected a regular expression of at most "
-            f"{MAX_PATTERN_LENGTH} characters"
-        )
+        expected += f" of at most {MAX_PATTERN_LENGTH} characters"
+        raise ValueError(f"{what} has an unusable pattern; got {shortened(pattern)}; {expected}")
     try:
         regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(
-            f"{what} has an invalid pattern; got {shortened(pattern)}; expected a regular expression ({error})"
+            f"{what} has an invalid pattern; got {shortened(pattern)}; {expected} ({error})"
         ) from None
 
 

@@ -39,28 +39,33 @@ def resize(
     """The best approximation of every update at a lower rank, and its loss by module.
 
     The leading singular triplets of ΔW are the best in the Frobenius norm (Eckart and Young 1936). They come from
-    an SVD of `(rank, rank)` between the QR factors of B and A'. The new factors are B = U sqrt(S) and
-    A = sqrt(S) V' with scaling 1, so alpha is the rank.
-
+    an SVD of `(rank, rank)` between the QR factors of B and A'; B = U sqrt(S), A = sqrt(S) V', scaling 1.
     rank: the new rank of every module; a module of a lower rank keeps its own.
-    energy: in place of `rank`, the share in (0, 1] of the squared singular values to keep. Each module gets
-        the smallest rank that keeps it; an update of zero gets rank 1.
+    energy: in place of `rank`, the share in (0, 1] of the squared singular values that each module keeps by the
+        smallest rank that is enough; an update of zero gets rank 1.
     Raises ValueError unless exactly one of the two is given and usable.
     """
     check_budget(rank, energy)
     factors, report = {}, {}
     for module, old in adapter.factors.items():
-        A, B, report[module] = _truncated(old, rank, energy)
-        factors[module] = old.with_matrices(A, B, scaling=1.0)
+        A, B = old.matrices
+        Q_B, R_B = torch.linalg.qr(B)
+        Q_A, R_A = torch.linalg.qr(A.T)
+        U, S, Vh = torch.linalg.svd(old.scaling * R_B @ R_A.T)
+        # Updates that cancel leave rounding errors, which are not zero.
+        size = abs(old.scaling) * A.norm() * B.norm()
+        total = 0.0 if S[0] <= _ROUNDING * size else S.square().cumsum(0)[-1].item()
+        A, B, loss = balanced(Q_B @ U, S, Vh @ Q_A.T, total=total, rank=rank, energy=energy)
+        factors[module] = old.with_matrices(A, B)
+        report[module] = replace(loss, old_rank=old.rank)
     return Adapter(factors, adapter.whole), report
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, average: bool = False) -> Adapter:
     """The exact weighted sum of the updates: factors are concatenated, so that ranks add up; scaling 1.
 
-    average: divide the weights by their sum first.
-    A module that an adapter does not have counts as an update of zero. Whole tensors (the head, biases) are always
-    averaged, with the weights divided by their sum.
+    average: divide the weights by their sum first, as it is always done for whole tensors (the head, biases).
+    A module that an adapter does not have counts as an update of zero.
     Raises ValueError if shapes or whole tensors do not fit, or if the weights sum to 0 where they are divided.
     """
     if not adapters or len(adapters) != len(weights):
@@ -72,32 +77,45 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], *, average: b
     shares = head_shares(weights) if average or has_whole else ()
     updates = shares if average else weights
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.factors)
-    return Adapter(
-        {module: _concatenated(module, adapters, updates) for module in modules},
-        {name: _mean([adapter.whole[name] for adapter in adapters], shares) for name in adapters[0].whole},
-    )
+    whole = {}
+    for name, tensor in adapters[0].whole.items():
+        terms = [s * adapter.whole[name].double() for s, adapter in zip(shares, adapters, strict=True)]
+        whole[name] = torch.stack(terms).sum(0).to(tensor.dtype)
+    return Adapter({module: _concatenated(module, adapters, updates) for module in modules}, whole)
 
 
 def head_shares(weights: Sequence[float]) -> list[float]:
     """The weights divided by their sum. Raises ValueError if that is 0."""
     total = sum(weights)
     if abs(total) <= 1e-9 * sum(abs(weight) for weight in weights):
-        raise ValueError(
-            f"weights that sum to 0 have no average, which the heads need; got {list(weights)}; "
-            "expected such as 1 0.5"
-        )
+        which = f"got {list(weights)}; expected such as 1 0.5"
+        raise ValueError(f"weights that sum to 0 have no average, which the heads need; {which}")
     return [weight / total for weight in weights]
 
 
 def check_combinable(sources: Sequence[AdapterFiles]) -> None:
     """Raises ValueError, naming both, if two adapters differ in labels, task, whole tensors or base model."""
-    for files in sources[1:]:
-        _check_same_task(sources[0], files)
-    # Before the bases: a base's fingerprint leaves out the tensors that the adapter brings whole.
-    names = [str(files.directory) for files in sources]
-    _check_whole([Adapter.from_files(files) for files in sources], names)
-    for files in sources[1:]:
-        _check_same_base(sources[0], files)
+    first, *others = sources
+    for other in others:
+        infos, places = (first.info, other.info), [str(files.directory) for files in (first, other)]
+        for what in ("labels", "problem_type", "pooling") if all(infos) else ():
+            wanted, got = (getattr(info, what) for info in infos)
+            if wanted != got:
+                raise ValueError(
+                    f"adapters with different {what.replace('_', ' ')} cannot be combined; got {got} in "
+                    f"{places[1]!r} and {wanted} in {places[0]!r}"
+                )
+        # Before the bases: a base's fingerprint leaves out the tensors that the adapter brings whole.
+        _check_whole([Adapter.from_files(files) for files in (first, other)], places)
+        digests = [info.base_model.fingerprint if info else None for info in infos]
+        names = [files.base_name for files in (first, other)]
+        # The same weights may have several names: these are compared only where a fingerprint is missing.
+        pair = names if None in digests else digests
+        if None not in pair and pair[0] != pair[1]:
+            raise ValueError(
+                f"adapters of different base models cannot be combined; got {names[1]!r} ({digests[1]}) in "
+                f"{places[1]!r} and {names[0]!r} ({digests[0]}) in {places[0]!r}"
+            )
 
 
 def check_budget(rank: int | None, energy: float | None) -> None:
@@ -130,18 +148,6 @@ def balanced(
     return root[:, None] * Vh[:k], U[:, :k] * root, truncation
 
 
-def _truncated(old: Factors, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Truncation]:
-    A, B = old.matrices
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(old.scaling * R_B @ R_A.T)
-    # Updates that cancel leave rounding errors, which are not zero.
-    size = abs(old.scaling) * A.norm() * B.norm()
-    total = 0.0 if S[0] <= _ROUNDING * size else S.square().cumsum(0)[-1].item()
-    A, B, truncation = balanced(Q_B @ U, S, Vh @ Q_A.T, total=total, rank=rank, energy=energy)
-    return A, B, replace(truncation, old_rank=old.rank)
-
-
 def _concatenated(module: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Factors:
     """[w1 s1 B1, w2 s2 B2, ...] [A1; A2; ...], over the adapters that have the module."""
     present = [
@@ -158,12 +164,7 @@ def _concatenated(module: str, adapters: Sequence[Adapter], weights: Sequence[fl
             )
     A = torch.cat([entry.matrices[0] for entry, _ in present])
     B = torch.cat([weight * entry.scaling * entry.matrices[1] for entry, weight in present], dim=1)
-    return first.with_matrices(A, B, scaling=1.0)
-
-
-def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    terms = [share * tensor.double() for share, tensor in zip(shares, tensors, strict=True)]
-    return torch.stack(terms).sum(0).to(tensors[0].dtype)
+    return first.with_matrices(A, B)
 
 
 def _check_whole(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
@@ -175,27 +176,3 @@ def _check_whole(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
                     f"adapters cannot be combined unless they bring the same whole tensors; {tensor!r} has shape "
                     f"{shapes.get(tensor, 'none')} in {name!r} and {first.get(tensor, 'none')} in {names[0]!r}"
                 )
-
-
-def _check_same_task(first: AdapterFiles, other: AdapterFiles) -> None:
-    if first.info is None or other.info is None:
-        return
-    for what in ("labels", "problem_type", "pooling"):
-        wanted, got = getattr(first.info, what), getattr(other.info, what)
-        if wanted != got:
-            raise ValueError(
-                f"adapters with different {what.replace('_', ' ')} cannot be combined; got {got} in "
-                f"{str(other.directory)!r} and {wanted} in {str(first.directory)!r}"
-            )
-
-
-def _check_same_base(first: AdapterFiles, other: AdapterFiles) -> None:
-    digests = [files.info.base_model.fingerprint if files.info else None for files in (first, other)]
-    names = [files.base_name for files in (first, other)]
-    # The same weights may have several names: these are compared only where a fingerprint is missing.
-    pair = names if None in digests else digests
-    if None not in pair and pair[0] != pair[1]:
-        raise ValueError(
-            f"adapters of different base models cannot be combined; got {names[1]!r} ({digests[1]}) in "
-            f"{str(other.directory)!r} and {names[0]!r} ({digests[0]}) in {str(first.directory)!r}"
-        )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import transformers
 from torch import Tensor, nn
 
 from hf_lora._files import MAX_JSON_BYTES, parse_object, parse_tensors, read_bytes, replacing
+from hf_lora.adapters import peft_format
 from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
-from hf_lora.adapters.peft_format import PREFIX, adapter_tensors, from_peft, load_tensors, to_peft
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import base_prefix, belongs_to, find_head
 from hf_lora.lora.inject import base_parameters, inject_lora, injection, remove_lora
@@ -30,7 +29,8 @@ from hf_lora.version import __version__
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_DIGESTED = (TENSORS, CONFIG)
+# The files with a digest in `hf_lora.json`, and the most bytes that they may have.
+_DIGESTED = {TENSORS: None, CONFIG: MAX_JSON_BYTES}
 # Up to this rank tensors may be made before the file's shapes are compared.
 _SMALL_RANK = 1024
 # The time for matching all patterns of an adapter; usual ones take milliseconds.
@@ -69,8 +69,7 @@ def save_adapter(
     files: more files by name, such as the model card under "README.md".
     All files appear or none. Raises ValueError for NaN or infinity, before writing.
     """
-    directory = Path(directory)
-    tensors = adapter_tensors(model)
+    tensors = peft_format.adapter_tensors(model)
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(
@@ -80,30 +79,35 @@ def save_adapter(
     info = adapter_info(model)
     info = replace(info, metrics={**info.metrics, **(metrics or {})})
     base = info.base_model
-    config = to_peft(model, injection(model), base_name=base.name_or_path, revision=base.revision)
-    with writing_adapter(directory, tensors, config, info) as folder:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for name, content in (files or {}).items():
-            (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return directory
+    config = peft_format.to_peft(model, base_name=base.name_or_path, revision=base.revision)
+    return write_files(directory, tensors, config, info, tokenizer=tokenizer, files=files or {})
 
 
-@contextmanager
-def writing_adapter(
-    directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], info: AdapterInfo | None
-) -> Iterator[Path]:
-    """Write all files of an adapter or none; yields their temporary folder, for more files.
+def write_files(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    info: AdapterInfo | None,
+    *,
+    tokenizer: Any = None,
+    files: Mapping[str, str | bytes],
+) -> Path:
+    """Write all files of an adapter directory or none; returns its path.
 
     info: the contents of `hf_lora.json`; the digests are added here. None: no such file.
     """
+    directory = Path(directory)
     with replacing(directory, last=(FILE,)) as folder:
         safetensors.torch.save_file(dict(tensors), folder / TENSORS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        yield folder
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for name, content in files.items():
+            (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         if info is not None:
-            info = replace(info, sha256={name: _sha256((folder / name).read_bytes()) for name in _DIGESTED})
-            (folder / FILE).write_text(info.to_json(), encoding="utf-8")
+            digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in _DIGESTED}
+            (folder / FILE).write_text(replace(info, sha256=digests).to_json(), encoding="utf-8")
+    return directory
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = True) -> LoRAConfig:
@@ -117,55 +121,78 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
 
 def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True) -> LoRAConfig:
     """Put an adapter that was read into a plain model; `load_adapter` after `read_adapter`."""
-    _check_pooling(model, files)
+    place, info = str(files.directory), files.info
+    if info is not None and info.pooling != pooling_of(model):
+        raise ValueError(
+            f"the adapter in {place!r} has a head with pooling={info.pooling!r}; got a model with "
+            f"{pooling_of(model)!r}; load it with TextClassifier.from_pretrained, or into load_base(..., pooling=...)"
+        )
     head = _head_in(files, model)
     _check_ranks(model, files, head)
     inject_lora(model, files.config, head=head, blank=True)
     try:
-        if check_base and files.info is not None:
-            _check_fingerprint(model, files)
-        load_tensors(model, files.tensors, source=str(files.directory / TENSORS))
+        trained_on = info.base_model.fingerprint if check_base and info is not None else None
+        if trained_on is not None and trained_on != (given := fingerprint(base_parameters(model))):
+            raise ValueError(
+                f"the base model is not the one the adapter in {place!r} was trained on; got weights "
+                f"with {given}; expected {files.base_name!r} with {trained_on}; load that base, or pass "
+                "check_base=False to use this one all the same"
+            )
+        peft_format.load_tensors(model, files.tensors, source=str(files.directory / TENSORS))
     except BaseException:
         remove_lora(model)
         raise
-    injection(model).info = files.info
+    injection(model).info = info
     return files.config
 
 
 def read_adapter(directory: str | Path) -> AdapterFiles:
     """Read a directory and compare its files with each other. Raises ValueError naming what is wrong."""
     directory = Path(directory)
+    place, info = str(directory), None
     for name in _DIGESTED:
         if not (directory / name).is_file():
             found = (
                 sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no directory"
             )
-            raise ValueError(
-                f"not an adapter directory; {name} is missing in {str(directory)!r}; got {found}"
-            )
+            raise ValueError(f"not an adapter directory; {name} is missing in {place!r}; got {found}")
     # Each file is read once, so that the bytes that are checked are those that are used.
-    contents = {
-        TENSORS: read_bytes(directory, TENSORS),
-        CONFIG: read_bytes(directory, CONFIG, limit=MAX_JSON_BYTES),
-    }
-    info = None
+    contents = {name: read_bytes(directory, name, limit=limit) for name, limit in _DIGESTED.items()}
     if (directory / FILE).is_file():
         text = read_bytes(directory, FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
         info = AdapterInfo.from_json(text, str(directory / FILE))
-        _check_digests(info, contents, directory)
+    for name, digest in info.sha256.items() if info else ():
+        if name in _DIGESTED and sha256(contents[name]).hexdigest() != digest:
+            raise ValueError(
+                f"{name} in {place!r} was changed after it was written; its sha256 is not the one in "
+                f"{FILE}; restore it, or delete {FILE} to load the files as a bare PEFT adapter"
+            )
     peft_config = parse_object(contents[CONFIG], str(directory / CONFIG))
     tensors = parse_tensors(contents[TENSORS], str(directory / TENSORS))
-    if info is not None:
-        _check_label_count(info, tensors, directory)
+    # Before a head of that size is made.
+    rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.ndim), default=0)
+    if info and len(info.labels) > rows:
+        raise ValueError(
+            f"{FILE} in {place!r} lists {len(info.labels)} labels; got no head of that size in "
+            f"{TENSORS}; expected at most {rows}"
+        )
     lora = info.lora if info else None
-    config = from_peft(peft_config, tensors) if lora is None else LoRAConfig.from_dict(lora)
+    config = peft_format.from_peft(peft_config, tensors) if lora is None else LoRAConfig.from_dict(lora)
     return AdapterFiles(directory, config, peft_config, tensors, info)
 
 
 def adapter_info(model: nn.Module) -> AdapterInfo:
     """The contents of `hf_lora.json` for an injected model: as loaded or declared, else from `model.config`."""
-    state = injection(model)
-    info = state.info or _info_from_config(model)
+    state, config = injection(model), getattr(model, "config", None)
+    labels = getattr(config, "id2label", None) or {}
+    info = state.info or AdapterInfo(
+        labels=tuple(str(labels[index]) for index in sorted(labels)),
+        problem_type=task_of(getattr(config, "problem_type", None)).name,
+        pooling=pooling_of(model),
+        base_model=BaseModel(
+            getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
+        ),
+    )
     base = info.base_model
     if base.fingerprint is None:
         base = replace(base, fingerprint=fingerprint(base_parameters(model)))
@@ -180,54 +207,10 @@ def adapter_info(model: nn.Module) -> AdapterInfo:
     )
 
 
-def _info_from_config(model: nn.Module) -> AdapterInfo:
-    config = getattr(model, "config", None)
-    labels = getattr(config, "id2label", None) or {}
-    return AdapterInfo(
-        labels=tuple(str(labels[index]) for index in sorted(labels)),
-        problem_type=task_of(getattr(config, "problem_type", None)).name,
-        pooling=pooling_of(model),
-        base_model=BaseModel(
-            getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
-        ),
-    )
-
-
-def _check_digests(info: AdapterInfo, contents: Mapping[str, bytes], directory: Path) -> None:
-    for name, expected in info.sha256.items():
-        if name in _DIGESTED and _sha256(contents[name]) != expected:
-            raise ValueError(
-                f"{name} in {str(directory)!r} was changed after it was written; its sha256 is not the one in "
-                f"{FILE}; restore it, or delete {FILE} to load the files as a bare PEFT adapter"
-            )
-
-
-def _check_label_count(info: AdapterInfo, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Refuse more labels than any tensor has rows, before a head of that size is made."""
-    rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.ndim), default=0)
-    if len(info.labels) > rows:
-        raise ValueError(
-            f"{FILE} in {str(directory)!r} lists {len(info.labels)} labels; got no head of that size in "
-            f"{TENSORS}; expected at most {rows}"
-        )
-
-
-def _check_pooling(model: nn.Module, files: AdapterFiles) -> None:
-    if files.info is not None and files.info.pooling != pooling_of(model):
-        raise ValueError(
-            f"the adapter in {str(files.directory)!r} has a head with pooling={files.info.pooling!r}; got a model with "
-            f"{pooling_of(model)!r}; load it with TextClassifier.from_pretrained, or into load_base(..., pooling=...)"
-        )
-
-
 def _check_ranks(model: nn.Module, files: AdapterFiles, head: list[str]) -> None:
     """Refuse ranks that the file's tensors do not have, before tensors of that size are made."""
-    rows = {
-        key.removeprefix(PREFIX).removesuffix(end): tensor.shape[0]
-        for key, tensor in files.tensors.items()
-        for end in (".lora_A.weight", ".lora_embedding_A")
-        if key.endswith(end) and tensor.ndim
-    }
+    places = ((peft_format.factor_place(key), tensor) for key, tensor in files.tensors.items() if tensor.ndim)
+    rows = {place[0]: tensor.shape[0] for place, tensor in places if place and place[1] == "A"}
     deadline = time.monotonic() + _PATTERNS_SECONDS
     for target in find_targets(model, files.config, head):
         rank = files.config.rank_of(target.name)
@@ -242,18 +225,6 @@ def _check_ranks(model: nn.Module, files: AdapterFiles, head: list[str]) -> None
                 f"the patterns of the adapter in {str(files.directory)!r} take too long to match; expected less than "
                 f"{_PATTERNS_SECONDS:g} s; use module names"
             )
-
-
-def _check_fingerprint(model: nn.Module, files: AdapterFiles) -> None:
-    assert files.info is not None
-    trained_on = files.info.base_model.fingerprint
-    given = fingerprint(base_parameters(model))
-    if trained_on is not None and trained_on != given:
-        raise ValueError(
-            f"the base model is not the one the adapter in {str(files.directory)!r} was trained on; got weights "
-            f"with {given}; expected {files.base_name!r} with {trained_on}; load that base, or pass "
-            "check_base=False to use this one all the same"
-        )
 
 
 def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
@@ -273,10 +244,6 @@ def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
         if name
         and name.endswith(wanted)
         and (not prefix or belongs_to(name, [prefix]))
-        and any(belongs_to(key, [PREFIX + name]) for key in whole)
+        and any(belongs_to(key, [peft_format.PREFIX + name]) for key in whole)
     ]
     return head + [name for name in saved if not belongs_to(name.rpartition(".")[0], saved)]
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

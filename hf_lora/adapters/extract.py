@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hf_lora.adapters.arithmetic import Truncation, balanced, check_budget
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.adapters.peft_format import load_tensors
+from hf_lora.adapters.peft_format import from_peft, load_tensors
 from hf_lora.adapters.values import Adapter, Factors
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import belongs_to, find_head
 from hf_lora.lora.inject import inject_lora, injection
-from hf_lora.lora.targets import find_targets
+from hf_lora.lora.targets import ALL_LINEAR, find_targets
 
 # A randomized SVD is faster for matrices whose smaller side is at least the first number, and at least `rank` times the
 # second.
@@ -42,10 +42,9 @@ class Extraction:
 
     modules_to_save: the modules that are whole in `adapter.whole`: head and LayerNorms.
     bias: PEFT's mode, "all" if `adapter.whole` has the biases, else "none".
-    truncations: the loss by the rank, by module. `old_rank` is the smaller side of the weight.
-    covered: by module, the change of the weights that the factors approximate.
-    carried: by name, the change of the tensors outside the head that are kept exactly.
-    left_out: by name, the change of the tensors for which the adapter has no place.
+    truncations: the loss by the rank, by module; `old_rank` is the smaller side of the weight.
+    covered, carried, left_out: the changes of the weights that the factors approximate, by module; and by name of the
+        tensors outside the head that are kept exactly, and of those for which the adapter has no place.
     """
 
     adapter: Adapter
@@ -78,34 +77,35 @@ def extract_adapter(
     """
     check_budget(rank, energy)
     modules, head = tuple(modules), tuple(head)
-    outside = _common(base_tensors, tuned_tensors, head)
-    unusable = [name for name in modules if getattr(outside.get(f"{name}.weight"), "ndim", 0) != 2]
+    changes = _changes(base_tensors, tuned_tensors, head)
+    weights = {module: f"{module}.weight" for module in modules}
+    unusable = [m for m, name in weights.items() if name not in changes or base_tensors[name].ndim != 2]
     if unusable or not modules:
         raise ValueError(
             f"modules cannot be extracted; got {unusable or 'none'}; expected linear layers outside the head"
         )
-    changes = {name: _change(base_tensors[name], tuned_tensors[name]) for name in outside}
-    changed = {name for name, change in changes.items() if change.moved > 0.0}
-    norms, bias = _places(outside, changed) if keep_vectors else ((), "none")
+    changed = {name: change for name, change in changes.items() if change.moved > 0.0}
+    norms, bias = _places(base_tensors, changed) if keep_vectors else ((), "none")
     to_save = (*head, *norms)
     factors, truncations = {}, {}
-    for module in modules:
-        weight = f"{module}.weight"
-        delta = tuned_tensors[weight].detach().float() - base_tensors[weight].detach().float()
-        A, B, truncations[module] = _low_rank(delta, changes[weight].moved, rank, energy)
+    for module, name in weights.items():
+        delta = tuned_tensors[name].detach().float() - base_tensors[name].detach().float()
+        A, B, truncations[module] = _low_rank(delta, changes[name].moved, rank, energy)
         factors[module] = Factors(A, B, scaling=1.0)
-    biases = {name for name in outside if bias == "all" and _is_bias(name)}
-    whole = {n: t.detach().float() for n, t in tuned_tensors.items() if belongs_to(n, to_save) or n in biases}
-    weights = {f"{module}.weight" for module in modules}
-    rest = [name for name in outside if name in changed and name not in weights]
+    whole = {
+        name: tensor.detach().float()
+        for name, tensor in tuned_tensors.items()
+        if belongs_to(name, to_save) or (bias == "all" and _is_bias(name))
+    }
+    rest = {name: change for name, change in changed.items() if name not in weights.values()}
     return Extraction(
         adapter=Adapter(factors, whole),
         modules_to_save=to_save,
         bias=bias,
         truncations=truncations,
-        covered={module: changes[f"{module}.weight"] for module in modules},
-        carried={name: changes[name] for name in rest if name in whole},
-        left_out={name: changes[name] for name in rest if name not in whole},
+        covered={module: changes[name] for module, name in weights.items()},
+        carried={name: change for name, change in rest.items() if name in whole},
+        left_out={name: change for name, change in rest.items() if name not in whole},
     )
 
 
@@ -117,16 +117,18 @@ def linear_modules(
     A fused weight counts as a whole. Raises ValueError for a role in another kind of layer.
     """
     head = find_head(model) if head is None else tuple(head)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if projections is None:
-        return [name for name, _ in model.named_modules() if name in linear and not belongs_to(name, head)]
-    names = [target.name for target in find_targets(model, LoRAConfig(projections=projections), head)]
-    other = [name for name in names if name not in linear]
-    if other:
+    config = LoRAConfig(target_modules=ALL_LINEAR)
+    if projections is not None:
+        config = LoRAConfig(projections=projections)
+    targets = find_targets(model, config, head)
+    modules = {target.name: model.get_submodule(target.module) for target in targets}
+    linear = [target.name for target in targets if isinstance(modules[target.name], nn.Linear)]
+    other = [name for name in modules if name not in linear]
+    if other and projections is not None:
         raise ValueError(
             f"projections={projections!r} cannot be extracted; got {other[0]!r}; expected linear layers"
         )
-    return names
+    return linear
 
 
 def inject_extraction(model: nn.Module, extraction: Extraction, info: AdapterInfo | None = None) -> None:
@@ -134,51 +136,37 @@ def inject_extraction(model: nn.Module, extraction: Extraction, info: AdapterInf
 
     Raises ValueError if the model is adapted already, or if the adapter does not fit it.
     """
-    sizes = extraction.adapter.ranks_and_alphas()
-    config = LoRAConfig(
-        rank=sizes.pop("r"),
-        alpha=sizes.pop("lora_alpha"),
-        **sizes,
-        target_modules=tuple(extraction.adapter.factors),
-        bias=extraction.bias,
-    )
+    adapter, tensors = extraction.adapter, extraction.adapter.tensors()
+    values = {"peft_type": "LORA", "bias": extraction.bias, **adapter.ranks_and_alphas()}
+    config = replace(from_peft(values, tensors), target_modules=tuple(adapter.factors))
     inject_lora(model, config, head=extraction.modules_to_save)
-    load_tensors(model, extraction.adapter.tensors(), source="the extracted adapter")
+    load_tensors(model, tensors, source="the extracted adapter")
     injection(model).info = info
 
 
-def _common(
+def _changes(
     base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], head: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """The base's tensors outside the head; both must have them in the same shape."""
-    sides = [
-        {name: tensor for name, tensor in tensors.items() if not belongs_to(name, head)}
-        for tensors in (base, tuned)
-    ]
-    for name in sorted({*sides[0], *sides[1]}):
-        shapes = [tuple(side[name].shape) if name in side else "none" for side in sides]
+) -> dict[str, Change]:
+    """The changes of the tensors outside the head; both sides must have them in the same shape."""
+    changes = {}
+    for name in dict.fromkeys((*base, *tuned)):
+        if belongs_to(name, head):
+            continue
+        shapes = [tuple(side[name].shape) if name in side else "none" for side in (base, tuned)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"the fine-tuned model is not one of this base; {name!r} has shape {shapes[1]}; expected {shapes[0]}"
             )
-    return sides[0]
+        before, after = (side[name].detach().double() for side in (base, tuned))
+        changes[name] = Change((after - before).norm().item(), before.norm().item())
+    return changes
 
 
-def _change(base: Tensor, tuned: Tensor) -> Change:
-    base = base.detach().double()
-    return Change((tuned.detach().double() - base).norm().item(), base.norm().item())
-
-
-def _places(tensors: Mapping[str, Tensor], changed: set[str]) -> tuple[tuple[str, ...], str]:
+def _places(base: Mapping[str, Tensor], changed: Iterable[str]) -> tuple[tuple[str, ...], str]:
     """Where PEFT can keep changed vectors: modules that have only vectors, and the mode of all other biases."""
-    by_module: dict[str, list[str]] = {}
-    for name in tensors:
-        by_module.setdefault(name.rpartition(".")[0], []).append(name)
-    norms = tuple(
-        module
-        for module, names in by_module.items()
-        if module and changed.intersection(names) and all(tensors[name].ndim == 1 for name in names)
-    )
+    matrices = {name.rpartition(".")[0] for name, tensor in base.items() if tensor.ndim != 1}
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in changed)
+    norms = tuple(module for module in modules if module and module not in matrices)
     biases = any(_is_bias(name) and not belongs_to(name, norms) for name in changed)
     return norms, "all" if biases else "none"
 

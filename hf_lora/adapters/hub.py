@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from hf_lora._files import read_bytes
@@ -42,34 +33,21 @@ _PICTURE = re.compile(
 )
 
 # A failed connection, or an answer that is not the Hub's.
-_CONNECTION_ERRORS = (HTTPError, ConnectionError, JSONDecodeError)
+_CONNECTION_ERRORS = (errors.HTTPError, ConnectionError, JSONDecodeError)
+_REFUSALS = (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError)
 # The first entry whose class fits gives the message.
-_FETCH_ERRORS: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (HFValidationError, "no such adapter; got {name!r}, which is neither a directory nor a Hub id"),
-    (
-        GatedRepoError,
-        "the adapter {name!r} is gated; ask for access on its page, and pass a token that has it",
-    ),
-    (
-        RepositoryNotFoundError,
-        "no such adapter; got {name!r}, which is no directory, and the Hub knows no such repository "
-        "(or it is private: pass a token)",
-    ),
-    (RevisionNotFoundError, "the adapter {name!r} has no revision {revision!r} on the Hub"),
-    (
-        LocalEntryNotFoundError,
-        "no such adapter; got {name!r}{at}, which is no directory, and the Hub cannot be reached{offline}; "
-        "not all of it is in the cache",
-    ),
-    (
-        HfHubHTTPError,
-        "the Hub refused the adapter {name!r} with status {error.response.status_code}; pass a token that may read it",
-    ),
-    (
-        _CONNECTION_ERRORS,
-        "the adapter {name!r} could not be fetched; the connection to the Hub broke off ({first_line}); try again",
-    ),
-)
+_FETCH_ERRORS: dict[type[Exception], str] = {
+    errors.HFValidationError: "no such adapter; got {name!r}, which is neither a directory nor a Hub id",
+    errors.GatedRepoError: "the adapter {name!r} is gated; ask for access on its page, and pass a token that has it",
+    errors.RepositoryNotFoundError: "no such adapter; got {name!r}, which is no directory, and the Hub knows no such "
+    "repository (or it is private: pass a token)",
+    errors.RevisionNotFoundError: "the adapter {name!r} has no revision {revision!r} on the Hub",
+    errors.LocalEntryNotFoundError: "no such adapter; got {name!r}{at}, which is no directory, and the Hub cannot be "
+    "reached{offline}; not all of it is in the cache",
+    errors.HfHubHTTPError: "the Hub refused the adapter {name!r} with status {error.response.status_code}; pass a "
+    "token that may read it",
+    Exception: "the adapter {name!r} could not be fetched; the connection to the Hub broke off ({line}); try again",
+}
 _BAD_CARD = "Invalid metadata in README.md"
 _PUSH_STATUS = {
     400: "the Hub finds it not valid",
@@ -99,17 +77,12 @@ def adapter_directory(adapter: str | Path, *, revision: str | None = None, token
             allow_patterns=list(ADAPTER_FILES),
             ignore_patterns=["*/*"],  # for the client, * stands for folders too
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, *_CONNECTION_ERRORS) as error:
-        message = next(text for kinds, text in _FETCH_ERRORS if isinstance(error, kinds))
-        said = message.format(
-            name=name,
-            revision=revision,
-            at="" if revision is None else f" at revision {revision!r}",
-            offline=" (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "",
-            error=error,
-            first_line=_first_line(error),
-        )
-        raise ValueError(said) from None
+    except (*_REFUSALS, *_CONNECTION_ERRORS) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        message = next(text for kind, text in _FETCH_ERRORS.items() if isinstance(error, kind))
+        facts = {"name": name, "revision": revision, "error": error, "line": _first_line(error)}
+        raise ValueError(message.format(**facts, at=at, offline=offline)) from None
     return Path(folder)
 
 
@@ -125,23 +98,20 @@ def push_adapter(
 ) -> str:
     """Push an adapter directory to a model repository, which is made if it is missing; returns the commit's URL.
 
-    Only the adapter's own files are pushed: weights, configuration, labels, tokenizer, card, and the pictures in the
-    card. They are read and checked first. If the repository has all of them already, no commit is made.
-    private: make the repository private; False: as its owner's settings say.
-    revision: a branch, made if it is missing. create_pr: open a pull request; its URL is returned.
-    token: default: HF_TOKEN, or the token of `hf auth login`.
+    Only the adapter's own files, which are checked first, are pushed: weights, configuration, labels, tokenizer, card,
+    and the pictures in the card. If the repository has all of them already, no commit is made.
+    private: make the repository private; False: as its owner's settings say. revision: a branch, made if it is missing.
+    create_pr: open a pull request; its URL is returned. token: default: HF_TOKEN, or that of `hf auth login`.
     Raises ValueError, in one line, if the push fails.
     """
-    commit = push_contents(
-        checked_contents(directory),
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        token=token,
-        commit_message=commit_message,
-    )
-    return commit_page(commit)
+    contents = checked_contents(directory)
+    options: dict[str, Any] = {
+        "private": private,
+        "revision": revision,
+        "create_pr": create_pr,
+        "token": token,
+    }
+    return commit_page(push_contents(contents, repo_id, commit_message=commit_message, **options))
 
 
 def commit_page(commit: CommitInfo) -> str:
@@ -165,7 +135,10 @@ def checked_contents(directory: str | Path) -> dict[str, bytes]:
 def adapter_contents(directory: Path) -> dict[str, bytes]:
     """The files of an adapter directory that belong on the Hub, by name."""
     names = {path.name for path in directory.iterdir() if path.is_file()}
-    chosen = {name for name in names if name in _OWN_FILES or _is_tokenizer_file(name)}
+    # A pattern such as `tokenizer*` fits files of any kind.
+    usual = {name for name in names if name.endswith(_TOKENIZER_ENDINGS)}
+    chosen = {name for pattern in _TOKENIZER_FILES for name in fnmatch.filter(usual, pattern)}
+    chosen |= names.intersection(_OWN_FILES)
     contents = {name: read_bytes(directory, name) for name in sorted(chosen)}
     card = contents.get("README.md", b"").decode("utf-8", "replace")
     shown = {first or second for first, second in _PICTURE.findall(card)}
@@ -227,11 +200,6 @@ def push_contents(
         )
 
 
-def _is_tokenizer_file(name: str) -> bool:
-    # A pattern such as `tokenizer*` fits files of any kind.
-    return name.endswith(_TOKENIZER_ENDINGS) and any(fnmatchcase(name, each) for each in _TOKENIZER_FILES)
-
-
 def _token(repo_id: str, token: str | None) -> str:
     """The token to push with. What can be refused without one is refused first."""
     with _push_errors(repo_id):
@@ -251,7 +219,7 @@ def _push_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Turn the errors of the Hub's client into a ValueError of one line."""
     try:
         yield
-    except HFValidationError:
+    except errors.HFValidationError:
         raise ValueError(
             f"not a repository id; got {repo_id!r}; expected user/name, of letters, digits, '-', '_' and '.'"
         ) from None
@@ -270,11 +238,11 @@ def _push_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _reason(error: BaseException, revision: str | None) -> str:
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{revision!r} is no branch there; expected the name of a branch"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return "the Hub may not be asked; got HF_HUB_OFFLINE=1; unset it"
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         other = (
             "the Hub does not work at the moment; try again later" if status >= 500 else "the Hub refused it"

@@ -15,11 +15,10 @@ FILE = "hf_lora.json"
 FORMAT_VERSION = 1
 # The types of the keys; all but labels and format_version may also be null.
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("problem_type", "pooling", "projections", "hf_lora_version"), (str,)),
+    **dict.fromkeys(("problem_type", "pooling", "projections"), (str,)),
+    **dict.fromkeys(("hf_lora_version", "transformers_version"), (str,)),
     **dict.fromkeys(("lora", "base_model", "metrics", "sha256"), (dict,)),
-    "max_length": (int,),
-    "text_columns": (list,),
-    "transformers_version": (str,),
+    **{"max_length": (int,), "text_columns": (list,)},
 }
 
 
@@ -85,7 +84,7 @@ class AdapterInfo:
     def from_json(cls, text: str, source: str = FILE) -> AdapterInfo:
         """Parse the file's text. Raises ValueError, naming `source`, for anything that `to_json` does not write."""
         values = parse_object(text.encode("utf-8", "surrogatepass"), source)
-        version = values.get("format_version")
+        version, labels = values.get("format_version"), values.get("labels")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{source} has another format version; got {version!r}; expected {FORMAT_VERSION}; "
@@ -94,24 +93,18 @@ class AdapterInfo:
         unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
         if unknown:
             raise ValueError(f"{source} has unknown keys; got {shortened(unknown)}")
-        labels = values.get("labels")
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise ValueError(
                 f"{source} has no usable labels; got {shortened(labels)}; expected a list of strings"
             )
         check_types(values, _KINDS, source)
-        base = values.pop("base_model", None) or {}
+        base, digests = values.pop("base_model", None) or {}, values.get("sha256") or {}
         check_types(base, dict.fromkeys((entry.name for entry in fields(BaseModel)), (str,)), source)
-        digests = values.get("sha256") or {}
         check_types(digests, dict.fromkeys(digests, (str,)), source)
+        given = {name: value for name, value in values.items() if value is not None}
+        for name in given.keys() & {"labels", "text_columns", "thresholds"}:
+            given[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
         try:
-            info = cls(
-                **{name: value for name, value in values.items() if value is not None},
-                base_model=BaseModel(**base),
-            )
+            return cls(**given, base_model=BaseModel(**base))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source} cannot be read: {error}") from None
-        thresholds = None if info.thresholds is None else tuple(info.thresholds)
-        return replace(
-            info, labels=tuple(labels), text_columns=tuple(info.text_columns), thresholds=thresholds
-        )

@@ -48,11 +48,6 @@ def load_classifier(
     )
     head = (*find_head(model), *fresh_modules(model, missing))
     inject_lora(model, config or LoRAConfig(), head=head)
-    base_model = BaseModel(
-        name_or_path=base,
-        revision=revision or commit_of(model.config),
-        fingerprint=fingerprint(base_parameters(model)),
-    )
     injection(model).fresh = frozenset(missing)
     injection(model).info = AdapterInfo(
         labels=tuple(labels),
@@ -60,6 +55,6 @@ def load_classifier(
         pooling=pooling,
         max_length=max_length,
         text_columns=tuple(text_columns),
-        base_model=base_model,
+        base_model=BaseModel(base, revision or commit_of(model.config), fingerprint(base_parameters(model))),
     )
     return model, load_tokenizer(base, revision=revision, **hub)

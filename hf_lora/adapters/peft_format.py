@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from hf_lora._files import check_types, shortened
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to
-from hf_lora.lora.inject import Injection, injection, lora_layers, trained_biases
+from hf_lora.lora.inject import injection, lora_layers, trained_biases
 from hf_lora.lora.targets import has_suffix
 from hf_lora.models.pooling import HEAD as POOLED_HEAD
 
 PREFIX = "base_model.model."
-# Written into the file: the release of peft that the format was tested with.
-PEFT_VERSION = "0.21.2"
+# The same in every `adapter_config.json` that is written. peft_version: the release the format was tested with.
+WRITTEN = {"peft_version": "0.21.2", "inference_mode": True, "init_lora_weights": True}
+# `target_modules` alone selects the modules.
+NO_OTHER_TARGETS = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
 
 # PEFT's options that hf_lora does not have; each is unused where it is null, false or an empty list.
 _UNSUPPORTED = (
@@ -28,7 +30,6 @@ _UNSUPPORTED = (
     *("arrow_config", "monteclora_config", "kasa_config", "velora_config"),
     *("use_bdlora", "use_qalora", "lora_bias"),
 )
-_UNUSED: tuple[Any, ...] = (None, False, [])
 # Initializations that leave the base weights alone; the others rewrite them on load.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # The types of the keys that are read; each may also be null.
@@ -41,35 +42,30 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "target_modules": (list, str),
     "modules_to_save": (list,),
 }
-_FACTOR_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+_FACTOR = re.compile(r"(.*)\.lora_(?:([AB])\.weight|embedding_([AB]))", re.DOTALL)
 
 
-def to_peft(
-    model: nn.Module, state: Injection, *, base_name: str | None, revision: str | None
-) -> dict[str, Any]:
+def to_peft(model: nn.Module, *, base_name: str | None, revision: str | None) -> dict[str, Any]:
     """The contents of `adapter_config.json` for an injected model."""
+    state = injection(model)
     config = state.config
     return {
+        **WRITTEN,
+        **NO_OTHER_TARGETS,
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None,
-        "peft_version": PEFT_VERSION,
         "base_model_name_or_path": base_name,
         "revision": revision,
-        "inference_mode": True,
         **_ranks_and_alphas(model, config),
         "lora_dropout": config.dropout,
-        "target_modules": sorted(shortest_suffixes(model, state)),
+        "target_modules": sorted(shortest_suffixes(model)),
         # peft looks these modules up in the base model, which has no pooled head.
         "modules_to_save": sorted(name for name in state.head if name != POOLED_HEAD) or None,
         "bias": config.bias,
-        "init_lora_weights": True,
         "use_rslora": config.scaling == "rslora",
         "use_dora": VARIANTS.get(config.variant).magnitude,
         "lora_bias": False,
         "fan_in_fan_out": False,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
     }
 
 
@@ -84,7 +80,7 @@ def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
         )
     check_types(values, _KINDS, "the adapter's PEFT configuration")
     for key in _UNSUPPORTED:
-        if values.get(key) not in _UNUSED:
+        if values.get(key) not in (None, False, []):
             raise ValueError(
                 f"the adapter uses {key}, which hf_lora does not support; got {shortened(values[key])}"
             )
@@ -110,8 +106,7 @@ def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
 
 def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
     """The modules with factors, checked against `target_modules` where that is a list of suffixes."""
-    parts = ((key.removeprefix(PREFIX), end) for key in keys for end in _FACTOR_ENDS if key.endswith(end))
-    names = tuple(sorted({key.removesuffix(end) for key, end in parts}))
+    names = tuple(sorted({place[0] for place in map(factor_place, keys) if place}))
     if not names:
         raise ValueError("the adapter has no LoRA tensors; expected keys that end in .lora_A.weight")
     if isinstance(declared, list):
@@ -144,23 +139,32 @@ def by_pattern(ranks: Mapping[str, int], alphas: Mapping[str, float], anchor: st
 
     anchor: "^" makes a pattern match its module alone, and not also every longer name that ends with it.
     """
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {anchor + re.escape(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {
-            anchor + re.escape(name): value for name, value in alphas.items() if value != alpha
-        },
-    }
+    result: dict[str, Any] = {}
+    for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        usual, _ = Counter(values.values()).most_common(1)[0]
+        others = {anchor + re.escape(name): value for name, value in values.items() if value != usual}
+        result |= {key: usual, pattern: others}
+    return result
 
 
 def int_if_whole(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
-def shortest_suffixes(model: nn.Module, state: Injection) -> list[str]:
+def factor_place(key: str) -> tuple[str, str, bool] | None:
+    """(module, "A" or "B", whether it is an embedding's) of a tensor's key; None for other tensors."""
+    match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+    return match and (match[1], match[2] or match[3], match[2] is None)
+
+
+def factor_key(module: str, side: str, embedding: bool) -> str:
+    """PEFT's key of the tensor; the inverse of `factor_place`."""
+    return f"{PREFIX}{module}.lora_" + (f"embedding_{side}" if embedding else f"{side}.weight")
+
+
+def shortest_suffixes(model: nn.Module) -> list[str]:
     """The shortest suffixes of dotted names that select the adapted modules and no others outside the head."""
+    state = injection(model)
     names = [target.name for target in state.targets]
     modules = [name for name, _ in model.named_modules() if ".parametrizations" not in f".{name}"]
     everything = {*names, *(name for name in modules if name and not belongs_to(name, state.head))}
@@ -187,9 +191,8 @@ def without_duplicates(keys: Iterable[str]) -> list[str]:
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors to save, by PEFT's keys: A, B, the head and trained biases; fp32 on the CPU, contiguous."""
-    own = model.state_dict()
-    files = (*_factors(model, own).values(), _whole_tensors(model, own))
-    return {key: as_saved(tensor) for part in files for key, tensor in part.items()}
+    factors, whole = _own_tensors(model)
+    return {key: as_saved(tensor) for part in (*factors.values(), whole) for key, tensor in part.items()}
 
 
 def as_saved(tensor: Tensor) -> Tensor:
@@ -197,26 +200,19 @@ def as_saved(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
-def _factors(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """By adapted module, PEFT's keys and tensors; `own`: the model's state dict."""
-    layers = lora_layers(model)
-    files: dict[str, dict[str, Tensor]] = {}
-    for placement in injection(model).placements:
+def _own_tensors(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A model's tensors by PEFT's keys: the factors by adapted module; and the head and the trained biases."""
+    own, state, layers = model.state_dict(), injection(model), lora_layers(model)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for placement in state.placements:
         name = placement.target.name
         layer = layers[name]
-        factors = {f: own[f"{placement.layer}.{f}"] for f in FACTORS if getattr(layer, f) is not None}
-        inside = f"{PREFIX}{name}."
-        files[name] = {inside + key: tensor for key, tensor in layer.to_peft(factors).items()}
-    return files
-
-
-def _whole_tensors(model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's keys and tensors of the head and the trained biases."""
-    state = injection(model)
+        trained = {f: own[f"{placement.layer}.{f}"] for f in FACTORS if getattr(layer, f) is not None}
+        factors[name] = {f"{PREFIX}{name}.{key}": tensor for key, tensor in layer.to_peft(trained).items()}
     targets = {target.module for target in state.targets}
-    head = {PREFIX + name: own[name] for name in own if belongs_to(name, state.head)}
-    biases = sorted(trained_biases(model, state))
-    return head | {bias_key(name, targets): own[name] for name in biases}
+    whole = {PREFIX + name: own[name] for name in own if belongs_to(name, state.head)}
+    whole |= {bias_key(name, targets): own[name] for name in sorted(trained_biases(model, state))}
+    return factors, whole
 
 
 @torch.no_grad()
@@ -225,57 +221,34 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
 
     Raises ValueError, before any change, for a tensor that is missing, unexpected, not finite or of another shape.
     """
-    own = model.state_dict()
-    factors, whole = _factors(model, own), _whole_tensors(model, own)
-    expected = {
-        key: tuple(tensor.shape) for part in (*factors.values(), whole) for key, tensor in part.items()
-    }
-    keys = _without_base_weights(model, tensors, source)
-    missing, unexpected = sorted(set(expected) - set(keys)), sorted(set(keys) - set(expected))
-    if missing or unexpected:
-        found = [f"{len(missing)} missing, first {missing[0]!r}"] if missing else []
-        found += [f"{len(unexpected)} unexpected, first {unexpected[0]!r}"] if unexpected else []
+    factors, whole = _own_tensors(model)
+    layers = lora_layers(model)
+    expected = {key: tensor.shape for part in (*factors.values(), whole) for key, tensor in part.items()}
+    given = {key: tensors[key] for key in without_duplicates(tensors)}
+    for name, layer in layers.items():
+        # peft may save base weights too.
+        weight = given.pop(key := f"{PREFIX}{name}.base_layer.weight", None)
+        if weight is not None and not torch.equal(weight, layer.base_weight.to(weight)):
+            raise ValueError(f"{source} brings another base weight than the model's; got {key!r}")
+    differences = {"missing": sorted(expected.keys() - given), "unexpected": sorted(given.keys() - expected)}
+    found = [f"{len(keys)} {what}, first {keys[0]!r}" for what, keys in differences.items() if keys]
+    if found:
         raise ValueError(f"{source} does not fit {type(model).__name__}; got {' and '.join(found)}")
-    for key in keys:
-        want, got = expected[key], tuple(tensors[key].shape)
+    for key, tensor in given.items():
+        want, got = tuple(expected[key]), tuple(tensor.shape)
         if want != got:
+            in_head = belongs_to(key.removeprefix(PREFIX), injection(model).head)
             raise ValueError(
                 f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
-                + _label_hint(model, key, got)
+                + (f"; load the base with num_labels={got[0]}" if in_head else "")
             )
-    damaged = _first_not_finite({key: tensors[key] for key in keys})
-    if damaged is not None:
-        raise ValueError(f"{source} is damaged; {damaged!r} holds something else than finite numbers")
-    for name, layer in lora_layers(model).items():
-        inside = len(f"{PREFIX}{name}.")
+        # NaN and infinity survive in a sum, and summing is quicker than looking at every value.
+        if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{source} is damaged; {key!r} holds something else than finite numbers")
+    for name, layer in layers.items():
         try:
-            layer.load_peft({key[inside:]: tensors[key] for key in factors[name]})
+            layer.load_peft({key.removeprefix(f"{PREFIX}{name}."): given[key] for key in factors[name]})
         except ValueError as error:
             raise ValueError(f"{source} does not fit {name!r}: {error}") from None
     for key, tensor in whole.items():
-        tensor.copy_(tensors[key])
-
-
-def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first key whose tensor holds something else than finite floating-point numbers."""
-    floating = all(tensor.is_floating_point() for tensor in tensors.values())
-    # NaN and infinity survive in a sum, and summing is quicker than looking at every value.
-    if floating and all(math.isfinite(tensor.sum().item()) for tensor in tensors.values()):
-        return None
-    bad = (k for k, t in tensors.items() if not t.is_floating_point() or not torch.isfinite(t).all())
-    return next(bad, None)
-
-
-def _without_base_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> list[str]:
-    """The keys without duplicates and base weights, which peft may save too; these must equal the model's."""
-    copies = {f"{PREFIX}{name}.base_layer.weight": layer for name, layer in lora_layers(model).items()}
-    keys = without_duplicates(tensors)
-    for key in copies.keys() & set(keys):
-        if not torch.equal(tensors[key], copies[key].base_weight.to(tensors[key])):
-            raise ValueError(f"{source} brings another base weight than the model's; got {key!r}")
-    return [key for key in keys if key not in copies]
-
-
-def _label_hint(model: nn.Module, key: str, got: tuple[int, ...]) -> str:
-    name = key.removeprefix(PREFIX)
-    return f"; load the base with num_labels={got[0]}" if belongs_to(name, injection(model).head) else ""
+        tensor.copy_(given[key])

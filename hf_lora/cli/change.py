@@ -196,7 +196,7 @@ def _write(output: Path, new: Adapter, sources: Sequence[AdapterFiles]) -> None:
     own = (directory.CONFIG, directory.TENSORS, info.FILE, "README.md")
     folder, patterns = sources[0].directory, set(hub.ADAPTER_FILES) - set(own)
     copies = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    values.write_adapter(output, values.contents(new, sources), copies=sorted(copies))
+    values.write_adapter(output, new, sources, copies=sorted(copies))
 
 
 def _sizes(output: Path, adapter: Adapter) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hf_lora import LoRAConfig, inject_lora, load_adapter, save_adapter
 from hf_lora.adapters.arithmetic import Truncation, check_combinable, combine, resize
 from hf_lora.adapters.directory import CONFIG, read_adapter
 from hf_lora.adapters.info import BaseModel
-from hf_lora.adapters.values import Adapter, Contents, Factors, contents, write_adapter
+from hf_lora.adapters.values import Adapter, Factors, write_adapter
 from hf_lora.lora.inject import lora_layers
 
 
@@ -209,7 +209,7 @@ def test_combine_agrees_with_pefts_cat_and_its_merged_weights(tmp_path: Path, us
             weight = f"{module}.weight"
             assert_close(plain[weight].double() + update, merged[weight].double(), rtol=1e-5, atol=1e-5)
 
-    directory = write_adapter(tmp_path / "both", contents(both, sources))
+    directory = write_adapter(tmp_path / "both", both, sources)
     model = tiny_classifier()
     load_adapter(model, directory)
     for module, layer in lora_layers(model).items():
@@ -236,8 +236,7 @@ def test_a_round_trip_keeps_every_update_and_output(tmp_path: Path, config: LoRA
     directory = saved(tmp_path / "old", config=config)
     files = read_adapter(directory)
     adapter = Adapter.from_files(files)
-    new = contents(adapter, [files])
-    again = read_adapter(write_adapter(tmp_path / "new", new))
+    again = read_adapter(write_adapter(tmp_path / "new", adapter, [files]))
     if config.scaling == "standard":
         assert {n: f.scaling for n, f in Adapter.from_files(again).factors.items()} == {
             n: f.scaling for n, f in adapter.factors.items()
@@ -259,7 +258,7 @@ def test_full_energy_and_sums_give_the_same_outputs(tmp_path: Path, config: LoRA
     adapter = Adapter.from_files(files)
     halves = combine([adapter, adapter], [0.25, 0.75])
     for name, value in (("resized", resize(adapter, energy=1.0)[0]), ("halves", halves)):
-        write_adapter(tmp_path / name, contents(value, [files, files]))
+        write_adapter(tmp_path / name, value, [files, files])
         assert_close(loaded(tmp_path / name), loaded(directory), rtol=1e-4, atol=1e-5)
         assert_close(with_peft(tmp_path / name), loaded(directory), rtol=1e-4, atol=1e-5)
 
@@ -269,11 +268,12 @@ def test_ranks_by_module_go_into_anchored_patterns(tmp_path: Path):
     files = read_adapter(directory)
     adapter, report = resize(Adapter.from_files(files), energy=0.7)
     assert len({entry.new_rank for entry in report.values()}) > 1
-    new = contents(adapter, [files])
-    assert new.config["target_modules"] == files.peft_config["target_modules"]
-    assert all(pattern.startswith("^bert") for pattern in new.config["rank_pattern"])
-    assert new.config["rank_pattern"].keys() == new.config["alpha_pattern"].keys()
-    again = Adapter.from_files(read_adapter(write_adapter(tmp_path / "new", new)))
+    written = read_adapter(write_adapter(tmp_path / "new", adapter, [files]))
+    config = written.peft_config
+    assert config["target_modules"] == files.peft_config["target_modules"]
+    assert all(pattern.startswith("^bert") for pattern in config["rank_pattern"])
+    assert config["rank_pattern"].keys() == config["alpha_pattern"].keys()
+    again = Adapter.from_files(written)
     assert {n: f.rank for n, f in again.factors.items()} == {n: e.new_rank for n, e in report.items()}
     assert {f.scaling for f in again.factors.values()} == {1.0}
     assert_close(with_peft(tmp_path / "new"), loaded(tmp_path / "new"), rtol=1e-4, atol=1e-5)
@@ -287,10 +287,9 @@ def test_modules_that_only_one_has_are_named_in_full(tmp_path: Path):
     sources = [read_adapter(path) for path in paths]
     check_combinable(sources)
     both = combine([Adapter.from_files(files) for files in sources], [1.0, 1.0])
-    new = contents(both, sources)
-    assert new.config["target_modules"] == sorted(both.factors) and len(both.factors) == 8
+    new = read_adapter(write_adapter(tmp_path / "both", both, sources))
+    assert new.peft_config["target_modules"] == sorted(both.factors) and len(both.factors) == 8
     assert new.info is not None and new.info.projections is None
-    write_adapter(tmp_path / "both", new)
     assert_close(with_peft(tmp_path / "both"), loaded(tmp_path / "both"), rtol=1e-4, atol=1e-5)
 
 
@@ -313,7 +312,7 @@ def test_convolutions_and_embeddings_are_cut_as_matrices(tmp_path: Path):
     assert smaller.factors["conv"].A.shape == (2, 3, 3, 3)
     assert smaller.factors["conv"].B.shape == (10, 2, 1, 1)
     assert smaller.factors["embedding"].A.shape == (2, 20)
-    write_adapter(tmp_path / "new", contents(smaller, [files]))
+    write_adapter(tmp_path / "new", smaller, [files])
     again = Pictures()
     load_adapter(again, tmp_path / "new")
     after = {name: layer.delta_weight() for name, layer in lora_layers(again).items()}
@@ -358,10 +357,10 @@ def test_metrics_are_dropped_and_foreign_adapters_stay_without_a_sidecar(tmp_pat
     files = read_adapter(saved(tmp_path / "old"))
     assert files.info is not None
     measured = replace(files, info=replace(files.info, metrics={"accuracy": 1.0}, max_length=12))
-    kept = contents(Adapter.from_files(files), [measured]).info
+    adapter = Adapter.from_files(files)
+    kept = read_adapter(write_adapter(tmp_path / "kept", adapter, [measured])).info
     assert kept is not None and not kept.metrics and kept.max_length == 12
-    new: Contents = contents(Adapter.from_files(files), [replace(files, info=None)])
-    directory = write_adapter(tmp_path / "foreign", new)
+    directory = write_adapter(tmp_path / "foreign", adapter, [replace(files, info=None)])
     assert sorted(path.name for path in directory.iterdir()) == [CONFIG, "adapter_model.safetensors"]
     assert json.loads((directory / CONFIG).read_text())["r"] == 4
     assert_close(loaded(directory), loaded(tmp_path / "old"), rtol=1e-6, atol=1e-6)

@@ -6,7 +6,6 @@ from conftest import tiny_classifier
 
 from hf_lora import LoRAConfig, inject_lora
 from hf_lora.adapters.peft_format import bias_key, from_peft, shortest_suffixes, to_peft, without_duplicates
-from hf_lora.lora.inject import injection
 
 KEYS = ["base_model.model.a.query.lora_A.weight"]
 
@@ -19,7 +18,7 @@ def injected(**options):
 
 def test_peft_reads_every_key_of_the_configuration(tmp_path, recwarn):
     model = injected(rank=4, alpha=6, dropout=0.2, bias="lora_only", rank_pattern={"query": 2})
-    values = to_peft(model, injection(model), base_name="some/base", revision="abc")
+    values = to_peft(model, base_name="some/base", revision="abc")
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     theirs = peft.LoraConfig.from_pretrained(tmp_path)
     assert not [warning for warning in recwarn if "Unexpected keyword" in str(warning.message)]
@@ -33,7 +32,7 @@ def test_the_configuration_comes_back():
     model = tiny_classifier("bert")
     names = inject_lora(model, config)
     keys = [f"base_model.model.{name}.lora_A.weight" for name in names]
-    read = from_peft(to_peft(model, injection(model), base_name=None, revision=None), keys)
+    read = from_peft(to_peft(model, base_name=None, revision=None), keys)
     twin = tiny_classifier("bert")
     assert inject_lora(twin, read) == names
     assert [read.scaling_of(n) for n in names] == [config.scaling_of(n) for n in names]
@@ -51,7 +50,7 @@ def test_the_configuration_comes_back():
 )
 def test_suffixes_are_the_shortest_that_select_the_same_modules(options, expected):
     model = injected(**options)
-    assert set(shortest_suffixes(model, injection(model))) == expected
+    assert set(shortest_suffixes(model)) == expected
 
 
 def test_tensors_that_the_configuration_does_not_name_are_refused():
