@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_lora._choices import option
-from hf_lora.cli.launch import OVERRIDES, relaunched, take_launch_options
 from hf_lora.recipe.options import (
     COMMON,
     FROM_DATA,
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from hf_lora.recipe.settings import Recipe
 
 _WIDTH, _COLUMN = 100, 32
+# What accelerate's launcher takes besides its file, and overrides in it.
+LAUNCH = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +60,20 @@ def register(commands: Any) -> None:
     commands.add_parser("train", help="fine-tune a model and export the adapter", add_help=False)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Train as the command line says; returns the exit code."""
-    argv = list(argv)
+def answered(argv: Sequence[str]) -> bool:
+    """Print the help that is asked for, if any. Raises ValueError for an unknown flag. Quick: nothing is loaded."""
     if not argv or {"-h", "--help"} & set(argv):
         print(help_text())
-        return 0
-    if "--help_all" in argv:
+    elif "--help_all" in argv:
         print(full_help())
-        return 0
-    check_flags(argv)
-    launch, argv = take_launch_options(argv)
-    if launch is not None:
-        return relaunched(launch, argv)
+    else:
+        check_flags(argv)
+        return False
+    return True
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train as the command line says."""
     from transformers.utils import logging as transformers_logging
 
     from hf_lora.cli.display import display_of, show_results
@@ -85,13 +87,12 @@ def run(argv: Sequence[str]) -> int:
     recipe = Recipe.from_settings(settings)
     if dry:
         dry_run(recipe)
-        return 0
+        return
     with display_of(quiet=quiet) as display:
         result = Finetuning(recipe, progress=display).run()
     if recipe.args.process_index == 0:
         show_results(result, plain=quiet or not sys.stdout.isatty())
     leave()
-    return 0
 
 
 def check_flags(argv: Sequence[str]) -> None:
@@ -100,7 +101,7 @@ def check_flags(argv: Sequence[str]) -> None:
     ours = [entry.name for entry in options_of(TerminalOptions)]
     # --no_x switches off what is on by default.
     names = [flag for flag in flags if not flag.startswith("no_")]
-    check_names(names, also=[*ours, *OVERRIDES, "accelerate_config", "help_all"], prefix="--")
+    check_names(names, also=[*ours, *LAUNCH, "accelerate_config", "help_all"], prefix="--")
 
 
 def parse_settings(argv: Sequence[str]) -> dict[str, Any]:

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hf_lora.cli.launch import Launch, names, relaunched, take_launch_options
-from hf_lora.cli.main import main
+from hf_lora.cli.main import Launch, launch_names, main, relaunched, take_launch_options
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ["cpu_2", "cpu_2_fsdp2", "fsdp2", "multi_gpu", "multi_node", "single_gpu", "zero2", "zero3"]
 
 
 def test_the_configurations_have_short_names():
-    assert names() == NAMES
+    assert launch_names() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

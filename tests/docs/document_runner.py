@@ -85,7 +85,7 @@ def check_flags(task: dict[str, Any], _: Any) -> None:
 
 def check_launch(task: dict[str, Any], _: Any) -> None:
     """`hf-lora train` with flags for accelerate: both parts are understood, and nothing is started."""
-    from hf_lora.cli.launch import take_launch_options
+    from hf_lora.cli.main import take_launch_options
     from hf_lora.cli.train import parse_settings
 
     launch, argv = take_launch_options(task["argv"])
