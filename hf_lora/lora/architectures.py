@@ -23,7 +23,10 @@ RowLayout = Callable[[Any, int], Rows]
 ROW_LAYOUTS: Registry[str, RowLayout] = Registry("row layout")
 
 
-def _row_layout(sizes: Callable[[Any, int], tuple[int, int, int, int]]) -> RowLayout:
+Sizes = Callable[[Any, int], tuple[int, int, int, int]]
+
+
+def _row_layout(sizes: Sizes) -> Sizes:
     """Register a layout of groups of rows: q, then k, then v. `sizes` gives their numbers and that of the groups."""
 
     def rows(config: Any, out_features: int) -> Rows:
@@ -41,7 +44,8 @@ def _row_layout(sizes: Callable[[Any, int], tuple[int, int, int, int]]) -> RowLa
             "v": tuple(range(start + q + k, start + step) for start in starts),
         }
 
-    return ROW_LAYOUTS.register(sizes.__name__, rows)
+    ROW_LAYOUTS.register(sizes.__name__, rows)
+    return sizes
 
 
 @_row_layout
@@ -69,31 +73,29 @@ def grouped_query(config: Any, out_features: int) -> tuple[int, int, int, int]:
 
 
 @_row_layout
-def falcon(config: Any, out_features: int) -> tuple[int, int, int, int]:
-    """The three forms of Falcon: groups of query heads with their k and v, one k and v for all, or per head."""
-    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    if config.new_decoder_architecture:
-        return heads // config.num_kv_heads * size, size, size, config.num_kv_heads
-    return (heads * size, size, size, 1) if config.multi_query else (size, size, size, heads)
-
-
-@_row_layout
 def gpt_bigcode(config: Any, out_features: int) -> tuple[int, int, int, int]:
     """One k and v for all query heads (multi-query), or q, k and v per head."""
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     return (heads * size, size, size, 1) if config.multi_query else (size, size, size, heads)
 
 
+@_row_layout
+def falcon(config: Any, out_features: int) -> tuple[int, int, int, int]:
+    """As GPT-BigCode, or in its new architecture groups of query heads with their k and v."""
+    if not config.new_decoder_architecture:
+        return gpt_bigcode(config, out_features)
+    size = config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads // config.num_kv_heads * size, size, size, config.num_kv_heads
+
+
 @dataclass(frozen=True)
 class Projection:
     """One place of a role.
 
-    suffix: the whole dotted suffix of the module's name inside `model.base_model`.
+    suffix: the whole dotted suffix of the module's name inside `model.base_model`; tensor: its parameter.
     rows: the layout in `ROW_LAYOUTS` of a fused module; None where the whole module is the role's.
-    tensor: the parameter of the module.
     input_first: whether the first dimension of a bare parameter is the input.
-    bypassed: whether the weight is read directly and the module's forward never called, so that only the weight-space
-        form has an effect.
+    bypassed: whether the module's forward is never called, so that only the weight-space form has an effect.
     """
 
     suffix: str
@@ -120,8 +122,7 @@ class Architecture:
 
     def projections(self, role: str) -> tuple[Projection, ...]:
         """The places of one role, a letter of `ROLES`."""
-        places: tuple[Projection, ...] = getattr(self, role)
-        return places
+        return getattr(self, role)
 
 
 ARCHITECTURES: Registry[str, Architecture] = Registry("model type")
@@ -147,11 +148,11 @@ def _bare(role: str) -> tuple[Projection, ...]:
     return (Projection("rel_attn", tensor=role, input_first=role != "o"),)
 
 
-_BERT = separate("attention.self", "query", "key", "value", "attention.output.dense")
-_LLAMA = separate("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.o_proj")
-_BART = separate(
-    "self_attn encoder_attn", "q_proj", "k_proj", "v_proj", "self_attn.out_proj encoder_attn.out_proj"
-)
+_DENSE = "attention.output.dense"
+_BERT = separate("attention.self", "query", "key", "value", _DENSE)
+_PROJ = ("q_proj", "k_proj", "v_proj")
+_LLAMA = separate("self_attn", *_PROJ, "self_attn.o_proj")
+_BART = separate("self_attn encoder_attn", *_PROJ, "self_attn.out_proj encoder_attn.out_proj")
 
 _TABLE = {
     # Encoders of text.
@@ -163,30 +164,19 @@ _TABLE = {
     # I-BERT's QuantLinear returns a pair and is no nn.Linear, so only the weight-space form applies.
     "ibert": _BERT,
     "longformer": separate(
-        "attention.self",
-        "query query_global",
-        "key key_global",
-        "value value_global",
-        "attention.output.dense",
+        "attention.self", "query query_global", "key key_global", "value value_global", _DENSE
     ),
-    "luke": separate(
-        "attention.self", "query w2e_query e2w_query e2e_query", "key", "value", "attention.output.dense"
-    ),
+    "luke": separate("attention.self", "query w2e_query e2w_query e2e_query", "key", "value", _DENSE),
     "lilt": separate(
-        "attention.self",
-        "query layout_query",
-        "key layout_key",
-        "value layout_value",
-        "attention.output.dense attention.layout_output.dense",
+        *("attention.self", "query layout_query", "key layout_key", "value layout_value"),
+        f"{_DENSE} attention.layout_output.dense",
     ),
     "xlm flaubert": separate("", "q_lin", "k_lin", "v_lin", "out_lin"),
     "distilbert": separate("attention", "q_lin", "k_lin", "v_lin", "attention.out_lin"),
     "mpnet": separate("attention.attn", "q", "k", "v", "attention.attn.o"),
     "albert": separate("attention", "query", "key", "value", "attention.dense"),
-    "deberta-v2": separate(
-        "attention.self", "query_proj", "key_proj", "value_proj", "attention.output.dense"
-    ),
-    "deberta": fused("attention.self.in_proj", "per_head", "attention.output.dense"),
+    "deberta-v2": separate("attention.self", "query_proj", "key_proj", "value_proj", _DENSE),
+    "deberta": fused("attention.self.in_proj", "per_head", _DENSE),
     "funnel": separate("attention", "q_head", "k_head", "v_head", "attention.post_proj"),
     "squeezebert": separate("attention", "query", "key", "value", "post_attention.conv1d"),
     "modernbert": fused("attn.Wqkv", "concatenated", "attn.Wo"),
@@ -196,15 +186,15 @@ _TABLE = {
     "llama mistral ministral ministral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe phimoe gpt_oss": _LLAMA,
     "gemma gemma2 gemma3_text glm glm4 olmo olmo2 olmo3 arcee diffllama doge exaone4 helium": _LLAMA,
     "hunyuan_v1_dense hunyuan_v1_moe nemotron seed_oss smollm3 stablelm starcoder2": _LLAMA,
-    "opt biogpt": separate("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.out_proj"),
+    "opt biogpt": separate("self_attn", *_PROJ, "self_attn.out_proj"),
     "bart mbart plbart mvp": _BART,
     "t5 mt5 umt5": separate(
         "SelfAttention EncDecAttention", "q", "k", "v", "SelfAttention.o EncDecAttention.o"
     ),
-    "modernbert-decoder": separate("attn", "q_proj", "k_proj", "v_proj", "attn.Wo"),
-    "phi": separate("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.dense"),
-    "gptj": separate("attn", "q_proj", "k_proj", "v_proj", "attn.out_proj"),
-    "gpt_neo": separate("attn.attention", "q_proj", "k_proj", "v_proj", "attn.attention.out_proj"),
+    "modernbert-decoder": separate("attn", *_PROJ, "attn.Wo"),
+    "phi": separate("self_attn", *_PROJ, "self_attn.dense"),
+    "gptj": separate("attn", *_PROJ, "attn.out_proj"),
+    "gpt_neo": separate("attn.attention", *_PROJ, "attn.attention.out_proj"),
     "ctrl": separate("multi_head_attention", "Wq", "Wk", "Wv", "multi_head_attention.dense"),
     "phi3": fused("self_attn.qkv_proj", "grouped_query", "self_attn.o_proj"),
     "gpt2 openai-gpt": fused("attn.c_attn", "concatenated", "attn.c_proj"),
@@ -214,22 +204,20 @@ _TABLE = {
     "bloom": fused("self_attention.query_key_value", "per_head", "self_attention.dense"),
     "falcon": fused("self_attention.query_key_value", "falcon", "self_attention.dense"),
     "mpt": fused("attn.Wqkv", "concatenated", "attn.out_proj"),
-    "t5gemma": separate(
-        "self_attn cross_attn", "q_proj", "k_proj", "v_proj", "self_attn.o_proj cross_attn.o_proj"
-    ),
+    "t5gemma": separate("self_attn cross_attn", *_PROJ, "self_attn.o_proj cross_attn.o_proj"),
     "bigbird_pegasus": Architecture(
         q=(Projection("self_attn.self.query"), *_BART.q),
         k=(Projection("self_attn.self.key"), *_BART.k),
         v=(Projection("self_attn.self.value"), *_BART.v),
         o=(Projection("self_attn.output"), *_BART.o),
     ),
-    "xlnet": Architecture(_bare("q"), _bare("k"), _bare("v"), _bare("o")),
+    "xlnet": Architecture(*map(_bare, ROLES)),
     # Encoders of images.
     "vit vit_msn deit ijepa beit dinov2 dinov2_with_registers swin segformer": separate(
-        "attention", "q_proj", "k_proj", "v_proj", "attention.o_proj"
+        "attention", *_PROJ, "attention.o_proj"
     ),
     "swinv2 donut-swin pvt": _BERT,
-    "data2vec-vision": separate("attention.attention", "query", "key", "value", "attention.output.dense"),
+    "data2vec-vision": separate("attention.attention", "query", "key", "value", _DENSE),
     "pvt_v2": separate("attention", "query", "key", "value", "attention.proj"),
 }
 for _model_types, _architecture in _TABLE.items():

@@ -89,20 +89,15 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
-        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"dropout is not a probability; got {shortened(self.dropout)}; expected 0 <= dropout < 1"
-            )
+        usable = is_number(self.dropout) and 0.0 <= self.dropout < 1.0
+        _expect(usable, "dropout is not a probability", self.dropout, "0 <= dropout < 1")
         object.__setattr__(self, "projections", _checked_projections(self.projections))
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         _check_patterns("rank_pattern", self.rank_pattern, _check_rank)
         _check_patterns("alpha_pattern", self.alpha_pattern, _check_alpha)
         for what, value, known in (("bias mode", self.bias, BIAS_MODES), ("form", self.form, FORMS)):
-            if value not in known:
-                raise ValueError(
-                    f"unknown {what}; got {shortened(value)}; expected one of {', '.join(known)}"
-                )
+            _expect(value in known, f"unknown {what}", value, f"one of {', '.join(known)}")
         if self.init not in INITS:
             # Registered by the user, or unknown.
             import_module("hf_lora.lora.initializers").INITIALIZERS.get(self.init)
@@ -131,8 +126,7 @@ class LoRAConfig:
         """The config that `to_dict` wrote. Raises ValueError for an unknown key."""
         known = sorted(entry.name for entry in fields(cls))
         unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"unknown LoRAConfig keys; got {shortened(unknown)}; expected some of {known}")
+        _expect(not unknown, "unknown LoRAConfig keys", unknown, f"some of {known}")
         return cls(**values)
 
 
@@ -145,23 +139,22 @@ def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
 
 
+def _expect(usable: bool, what: str, got: object, expected: str) -> None:
+    if not usable:
+        raise ValueError(f"{what}; got {shortened(got)}; expected {expected}")
+
+
 def _check_rank(what: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(
-            f"{what} is not a rank; got {shortened(rank)}; expected a whole number of at least 1, such as 8"
-        )
+    usable = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    _expect(usable, f"{what} is not a rank", rank, "a whole number of at least 1, such as 8")
 
 
-def _check_alpha(what: str, alpha: object) -> None:
-    if not is_number(alpha) or alpha <= 0:  # type: ignore[operator]
-        raise ValueError(
-            f"{what} is not usable; got {shortened(alpha)}; expected a number above 0, such as 16"
-        )
+def _check_alpha(what: str, alpha: Any) -> None:
+    _expect(is_number(alpha) and alpha > 0, f"{what} is not usable", alpha, "a number above 0, such as 16")
 
 
-def _check_patterns(what: str, patterns: object, check: Callable[[str, object], None]) -> None:
-    if not isinstance(patterns, Mapping):
-        raise ValueError(f"{what} is no mapping; got {shortened(patterns)}; expected {{pattern: number}}")
+def _check_patterns(what: str, patterns: Mapping[str, Any], check: Callable[[str, object], None]) -> None:
+    _expect(isinstance(patterns, Mapping), f"{what} is no mapping", patterns, "{pattern: number}")
     for pattern, value in patterns.items():
         check_pattern(what, pattern)
         check(f"{what}[{shortened(pattern)}]", value)
@@ -169,26 +162,21 @@ def _check_patterns(what: str, patterns: object, check: Callable[[str, object], 
 
 def _checked_projections(projections: str) -> str:
     letters = "".join(map(str, projections)) if isinstance(projections, list | tuple | set) else projections
-    if not isinstance(letters, str) or not letters or set(letters) - set(ROLES):
-        raise ValueError(
-            f"projections are not roles; got {shortened(projections)}; expected letters of {ROLES!r}, such as 'qv'; "
-            "for modules by name use target_modules"
-        )
+    usable = isinstance(letters, str) and bool(letters) and set(letters) <= set(ROLES)
+    expected = f"letters of {ROLES!r}, such as 'qv'; for modules by name use target_modules"
+    _expect(usable, "projections are not roles", projections, expected)
     return "".join(role for role in ROLES if role in letters)
 
 
 def _checked_targets(targets: Sequence[str] | str | None) -> tuple[str, ...] | str | None:
-    if targets is None:
-        return None
     if isinstance(targets, str):
         check_pattern("target_modules", targets)
+    if targets is None or isinstance(targets, str):
         return targets
     names = tuple(targets) if isinstance(targets, Sequence | set | frozenset) else ()
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(
-            f"target_modules is not usable; got {shortened(targets)}; expected names such as ['query', 'value'], "
-            "a regular expression, or 'all-linear'"
-        )
+    usable = bool(names) and all(isinstance(name, str) and name for name in names)
+    expected = "names such as ['query', 'value'], a regular expression, or 'all-linear'"
+    _expect(usable, "target_modules is not usable", targets, expected)
     return tuple(dict.fromkeys(names))
 
 
@@ -196,8 +184,6 @@ def _checked_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
     numbers = (layers,) if isinstance(layers, int) else tuple(layers) if isinstance(layers, Sequence) else ()
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise ValueError(
-            f"layers are not block numbers; got {shortened(layers)}; expected such as [0, 1] or [-2, -1]"
-        )
+    usable = bool(numbers) and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    _expect(usable, "layers are not block numbers", layers, "such as [0, 1] or [-2, -1]")
     return tuple(dict.fromkeys(numbers))

@@ -21,10 +21,7 @@ from torch.autograd.function import once_differentiable
 
 
 def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
-    """`scaling * B A dropout(x)`, shape `(..., out)`, in the precision of A and B.
-
-    `dropout` is the probability with which an input of A is zeroed; pass 0 outside training.
-    """
+    """`scaling * B A dropout(x)`, shape `(..., out)`, in the precision of A and B; dropout: 0 outside training."""
     x = x.to(lora_A.dtype)
     if dropout > 0.0:
         x = fast_dropout(x, dropout)
@@ -113,7 +110,7 @@ def _fold(word: Tensor, bits: int, shifted: Tensor) -> None:
 def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
     """x with elements zeroed, the mask for `drop_again`, and the factor: `factor * dropped` is dropout of x.
 
-    On a CPU the mask is int8, -1 for kept elements and 0 for others, and the factor 1 / (1 - p): products can take it
+    On a CPU the mask is int8, -1 for kept elements and 0 for others, and the factor 1 / (1 - p), for products to take
     up at no cost. With p = 0 it is x itself, without a mask.
     """
     if p == 0.0:
@@ -197,16 +194,8 @@ def lora_linear(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, lora_A, lora_B, scaling, p = inputs
         A, B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
         mask, factor, hidden = None, 1.0, None
         if p == 0.0 and _is_merged(len(x), weight, lora_A):

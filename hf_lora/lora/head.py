@@ -45,8 +45,7 @@ def fresh_modules(model: nn.Module, missing_keys: Iterable[str]) -> tuple[str, .
     missing_keys: what `from_pretrained(..., output_loading_info=True)` reports.
     Raises ValueError if so much of the encoder is missing that the checkpoint must be another model's.
     """
-    prefix = base_prefix(model)
-    head = find_head(model)
+    prefix, head = base_prefix(model), find_head(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     encoder = {name for name in sizes if not belongs_to(name, head)}
     missing = {name for name in missing_keys if name in encoder}
@@ -55,26 +54,22 @@ def fresh_modules(model: nn.Module, missing_keys: Iterable[str]) -> tuple[str, .
             f"the checkpoint does not fit the model; got no weights for {len(missing)} of {len(encoder)} encoder "
             f"tensors, such as {sorted(missing)[0]!r}; expected a checkpoint of a {type(model).__name__}"
         )
-    fresh = (_highest_missing(name, missing, encoder, prefix) for name in sorted(missing))
-    return tuple(dict.fromkeys(fresh))
-
-
-def _highest_missing(parameter: str, missing: set[str], encoder: set[str], prefix: str) -> str:
-    """The largest module around `parameter`, inside the encoder, none of whose parameters were loaded."""
-    module = parameter.rpartition(".")[0]
-    while True:
-        parent = module.rpartition(".")[0]
-        inside = {name for name in encoder if name.startswith(f"{parent}.")}
-        if not parent or parent == prefix or not inside <= missing:
-            return module
-        module = parent
+    fresh: dict[str, None] = {}
+    for parameter in sorted(missing):
+        # The largest module around it, inside the encoder, none of whose parameters were loaded.
+        module = parameter.rpartition(".")[0]
+        while (parent := module.rpartition(".")[0]) not in ("", prefix):
+            if not {name for name in encoder if name.startswith(f"{parent}.")} <= missing:
+                break
+            module = parent
+        fresh[module] = None
+    return tuple(fresh)
 
 
 def cast_inputs(model: nn.Module, layers: Iterable[str]) -> None:
-    """Let fp32 layers take the outputs of an encoder in another precision: each casts its inputs to its own type.
+    """Let layers, by dotted names, cast their inputs to their own type, since the encoder's may be another.
 
-    layers: dotted names of the modules that hold the parameters. Nothing happens to inputs of the right
-    type, nor under autocast, which decides itself.
+    Nothing happens under autocast, which decides itself.
     """
     for name in layers:
         layer = model.get_submodule(name)
@@ -87,7 +82,5 @@ def _cast_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     own = next(layer.parameters(recurse=False))
     if not own.is_floating_point() or torch.is_autocast_enabled(own.device.type):
         return inputs
-    return tuple(
-        value.to(own.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in inputs
-    )
+    floats = (isinstance(value, Tensor) and value.is_floating_point() for value in inputs)
+    return tuple(x.to(own.dtype) if cast else x for x, cast in zip(inputs, floats, strict=True))

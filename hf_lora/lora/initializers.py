@@ -89,14 +89,9 @@ def _check_rank(weight: Tensor, rank: int, name: str) -> None:
         )
 
 
-for _name, _make in {
-    "kaiming": kaiming,
-    "gaussian": gaussian,
-    "normal": normal,
-    "orthogonal": orthogonal,
-    # Until `gradient_start` has seen the training data.
-    "gradient": kaiming,
-}.items():
-    INITIALIZERS.register(_name, Initialization(_make))
-for _name, _make in {"pissa": pissa, "olora": olora}.items():
-    INITIALIZERS.register(_name, Initialization(_make, corrected=True))
+for _make in (kaiming, gaussian, normal, orthogonal):
+    INITIALIZERS.register(_make.__name__, Initialization(_make))
+# Until `start_lora` has seen the training data.
+INITIALIZERS.register("gradient", Initialization(kaiming))
+for _make in (pissa, olora):
+    INITIALIZERS.register(_make.__name__, Initialization(_make, corrected=True))

@@ -40,12 +40,11 @@ class Injection:
     placements: tuple[Placement, ...]
     head: tuple[str, ...]
     required_grad: dict[str, bool]
-    frozen_biases: dict[str, Tensor] = field(default_factory=dict)
-    """The pretrained values of the biases that are trained (`bias` other than "none")."""
-    info: Any = None
-    """Kept for whoever put it there, never read here."""
-    fresh: frozenset[str] | None = None
-    """The parameters for which the checkpoint had no weights, where `load_classifier` has looked."""
+    frozen_biases: dict[str, Tensor] = field(default_factory=dict)  # the pretrained values of trained biases
+    info: Any = None  # kept for whoever put it there, never read here
+    fresh: frozenset[str] | None = (
+        None  # parameters that the checkpoint lacked, where `load_classifier` looked
+    )
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -94,7 +93,13 @@ def inject_lora(
         raise
     state = Injection(config, tuple(placements), head, required_grad)
     setattr(model, _STATE, state)
-    _set_trainable(model, state)
+    lora = {id(p) for layer in lora_layers(model).values() for p in layer.trained_factors().values()}
+    biases = trained_biases(model, state)
+    for name, parameter in model.named_parameters():
+        is_head = belongs_to(name, head) and config.train_head
+        parameter.requires_grad_(id(parameter) in lora or name in biases or is_head)
+        if name in biases:
+            state.frozen_biases[name] = parameter.detach().clone()
     return [target.name for target in targets]
 
 
@@ -155,7 +160,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The pretrained tensors under the adapter, by name: merged weights and trained biases as they were."""
     state = injection(model)
     layers = lora_layers(model)
-    lora = {id(getattr(layer, which)) for layer in layers.values() for which in FACTORS}
+    lora = {id(parameter) for parameter in lora_parameters(model).values()}
     moved = {p.weight: f"{p.target.module}.{p.target.tensor}".lstrip(".") for p in state.placements}
     tensors: dict[str, Tensor] = {
         moved.get(name, name): parameter.detach()
@@ -174,7 +179,7 @@ def merge_lora(model: nn.Module) -> list[str]:
     The model then runs as fast as the plain one. `unmerge_lora` restores the weights bit for bit.
     Raises ValueError, and changes nothing, if the model is merged already or has quantized layers.
     """
-    layers = _checked_layers(model, merged=False, hint="unmerge_lora undoes it")
+    layers = _checked_layers(model, merged=False)
     try:
         for layer in layers.values():
             layer.merge()
@@ -188,7 +193,7 @@ def merge_lora(model: nn.Module) -> list[str]:
 
 def unmerge_lora(model: nn.Module) -> list[str]:
     """Undo `merge_lora`, bit for bit. Raises ValueError if the model is not merged."""
-    layers = _checked_layers(model, merged=True, hint="merge_lora does it")
+    layers = _checked_layers(model, merged=True)
     for layer in layers.values():
         layer.unmerge()
     return list(layers)
@@ -217,19 +222,18 @@ def remove_lora(model: nn.Module) -> list[str]:
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the encoder is the pretrained one, biases included; the head stays. Works on merged models too."""
-    layers = list(lora_layers(model).values())
+    enabled = {layer: layer.enabled for layer in lora_layers(model).values()}
     biases = injection(model).frozen_biases
     parameters = {name: p for name, p in model.named_parameters() if name in biases}
-    before = [layer.enabled for layer in layers]
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
-        for layer in layers:
+        for layer in enabled:
             layer.enabled = False
         _write(parameters, biases)
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for layer, before in enabled.items():
+            layer.enabled = before
         _write(parameters, trained)
 
 
@@ -257,16 +261,6 @@ def _attach(module: nn.Module, target: Target, config: LoRAConfig, *, blank: boo
     return Placement(target, layer=f"{parametrizations}.0", weight=f"{parametrizations}.original")
 
 
-def _set_trainable(model: nn.Module, state: Injection) -> None:
-    lora = {id(p) for layer in lora_layers(model).values() for p in layer.trained_factors().values()}
-    biases = trained_biases(model, state)
-    for name, parameter in model.named_parameters():
-        is_head = belongs_to(name, state.head) and state.config.train_head
-        parameter.requires_grad_(id(parameter) in lora or name in biases or is_head)
-        if name in biases:
-            state.frozen_biases[name] = parameter.detach().clone()
-
-
 def trained_biases(model: nn.Module, state: Injection) -> set[str]:
     """Names of the biases outside the head that the config's `bias` mode trains."""
     if state.config.bias == "none":
@@ -277,11 +271,11 @@ def trained_biases(model: nn.Module, state: Injection) -> set[str]:
     return {name for name in chosen if not belongs_to(name, state.head)}
 
 
-def _checked_layers(model: nn.Module, *, merged: bool, hint: str) -> dict[str, LoRALayer]:
+def _checked_layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
     layers = lora_layers(model)
-    wrong = [name for name, layer in layers.items() if layer.merged is not merged]
-    if wrong:
+    if wrong := [name for name, layer in layers.items() if layer.merged is not merged]:
         state = "not merged" if merged else "merged already"
+        hint = "merge_lora does it" if merged else "unmerge_lora undoes it"
         raise ValueError(f"the model is {state}; got {len(wrong)} such layers, first {wrong[0]!r}; {hint}")
     return layers
 

@@ -108,18 +108,18 @@ class LoRALayer(nn.Module):
     def add_update(
         self, weight: Tensor, spec: UpdateSpec, layout: Layout, shape: torch.Size, groups: int = 1
     ) -> None:
-        """Add the factors for a frozen `weight` of `shape` (its own is empty under ZeRO-3), on its device."""
+        """Add the factors for a frozen `weight` of `shape`, on its device."""
         covered = None if spec.parts is None else sum(map(len, spec.parts))
         if spec.variant.magnitude and covered not in (None, layout.features(shape)[0]):
             raise ValueError(
                 "variant='dora' cannot adapt a part of a fused weight, since it learns the norm of every row; "
                 "adapt all of its roles, or use variant='lora'"
             )
-        half = not weight.is_floating_point() or weight.dtype.itemsize < 4
-        matrix = (
-            layout.to_matrix(weight.detach()) if weight.numel() else weight.new_zeros(layout.features(shape))
-        )
-        matrix = matrix.float() if half else matrix
+        # Under ZeRO-3 the tensor is empty.
+        whole = weight.detach() if weight.numel() else weight.new_zeros(shape)
+        matrix = layout.to_matrix(whole)
+        if not weight.is_floating_point() or weight.dtype.itemsize < 4:
+            matrix = matrix.float()
         pieces = [matrix] if spec.parts is None else [matrix[list(rows)] for rows in spec.parts]
         made = [spec.initialization.make(piece, spec.rank, spec.scaling) for piece in pieces]
         lora_A, lora_B = map(torch.cat, zip(*made, strict=True)) if len(made) > 1 else made[0]
@@ -128,16 +128,11 @@ class LoRALayer(nn.Module):
         self.variant, self.parts = spec.variant, spec.parts
         self._blocks = None if spec.parts is None else _blocks(spec.parts, spec.rank)
         self.layout, self.weight_shape, self.groups = layout, shape, groups
-        self.start = None
-        if spec.initialization.corrected:
-            self.start = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
-        self.enabled = True
-        self._unmerged_weight = None
-        self.lora_magnitude = None
+        self.start = (lora_A.clone(), lora_B.clone()) if spec.initialization.corrected else None
+        self.enabled, self._unmerged_weight, self.lora_magnitude = True, None, None
         if spec.variant.magnitude:
-            self.lora_magnitude = nn.Parameter(
-                layout.row_norms(layout.to_weight(matrix, shape) + self.delta_weight())
-            )
+            moved = layout.to_weight(matrix, shape) + self.delta_weight()
+            self.lora_magnitude = nn.Parameter(layout.row_norms(moved))
 
     def detach(self) -> None:
         """Make the layer what it was before it was adapted; the weight stays as it is now."""
@@ -222,7 +217,7 @@ class LoRALayer(nn.Module):
     def to_peft(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PEFT's tensors, by their names under the module's, for our factors `own` by their names."""
         lora_A, lora_B = self._whole(own["lora_A"], own["lora_B"])
-        kernel = self.weight_shape[2:] if not self.layout.transposed and len(self.weight_shape) > 2 else ()
+        kernel = () if self.layout.transposed else self.weight_shape[2:]
         if kernel:
             lora_A = lora_A.reshape(lora_A.shape[0], self.weight_shape[1], *kernel)
             lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in kernel))

@@ -26,6 +26,7 @@ class ModuleLoRA(LoRALayer):
 
     base_type: type[nn.Module]
     weight: Tensor
+    bias: Tensor | None
 
     @classmethod
     def attach(cls, module: nn.Module, spec: UpdateSpec, weight: Tensor | None = None) -> LoRALayer:
@@ -59,13 +60,9 @@ class ModuleLoRA(LoRALayer):
     def frozen_weight(self) -> Tensor:
         return self.weight
 
-    @property
-    def _bias(self) -> Tensor | None:
-        return cast("Tensor | None", self.bias)
-
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's own forward with another weight."""
-        return nn.functional.linear(x, self.layout.to_matrix(weight), self._bias)
+        return nn.functional.linear(x, self.layout.to_matrix(weight), self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """W' x + b; the pretrained layer while disabled, and at its cost while merged."""
@@ -76,11 +73,10 @@ class ModuleLoRA(LoRALayer):
         dropout = self.lora_dropout if self.training else 0.0
         weight = self.layout.to_matrix(self.weight)
         lora_A, lora_B = self.factors()
+        update = (lora_A, lora_B, self.scaling, dropout)
         if self.lora_magnitude is None:
-            return functional.lora_linear(input, weight, self._bias, lora_A, lora_B, self.scaling, dropout)
-        return functional.dora_linear(
-            input, weight, self._bias, lora_A, lora_B, self.scaling, dropout, self.lora_magnitude
-        )
+            return functional.lora_linear(input, weight, self.bias, *update)
+        return functional.dora_linear(input, weight, self.bias, *update, self.lora_magnitude)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

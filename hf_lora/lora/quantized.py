@@ -3,8 +3,7 @@
     y = quantized_base(x) + scaling * B A x
 
 The layer's own forward computes the first term and the factors are fp32. Supported are `Linear8bitLt` and `Linear4bit`
-of bitsandbytes, and an `nn.Linear` whose weight torchao quantized ("weight only"). Neither library is imported here: a
-model that holds their layers has imported it.
+of bitsandbytes, and an `nn.Linear` whose weight torchao quantized ("weight only"). Neither library is imported here.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from hf_lora.lora import functional
 from hf_lora.lora.head import belongs_to
 from hf_lora.lora.layer import LoRALayer, UpdateSpec
 from hf_lora.lora.linear import LAYER_TYPES, LoRALinear, ModuleLoRA
-
-_BITSANDBYTES = ("Linear8bitLt", "Linear4bit")
 
 
 class QuantizedLoRA(LoRALinear):
@@ -95,9 +92,7 @@ def dequantized(module: nn.Module) -> Tensor:
         return functions.dequantize_4bit(weight.data, weight.quant_state)
     # The scales move from the weight to the layer's state at the first forward.
     state: Any = getattr(module, "state", None)
-    scales = next(
-        (s for s in (getattr(weight, "SCB", None), getattr(state, "SCB", None)) if s is not None), None
-    )
+    scales = weight.SCB if getattr(weight, "SCB", None) is not None else getattr(state, "SCB", None)
     return weight.detach() if scales is None else functions.int8_vectorwise_dequant(weight.data, scales)
 
 
@@ -126,7 +121,7 @@ def prepare_quantized(model: nn.Module, head: Iterable[str] = ()) -> None:
 
 def _is_bitsandbytes(module: nn.Module) -> bool:
     library = sys.modules.get("bitsandbytes")
-    return library is not None and isinstance(module, tuple(getattr(library.nn, n) for n in _BITSANDBYTES))
+    return library is not None and isinstance(module, library.nn.Linear8bitLt | library.nn.Linear4bit)
 
 
 def _is_torchao(weight: object) -> bool:

@@ -94,7 +94,7 @@ def has_suffix(name: str, suffix: str) -> bool:
 
 
 def has_module_form(module: nn.Module, tensor: str = "weight") -> bool:
-    """Whether a weight can be adapted by a forward of ours; otherwise its weight itself is parametrized."""
+    """Whether a weight can be adapted by a forward of ours; otherwise it is parametrized."""
     return tensor == "weight" and layer_type_of(module) is not None
 
 
@@ -108,14 +108,11 @@ def _by_role(
         inside = [name for name in inside if not set(architecture.skip) & set(name.split("."))]
     places: dict[tuple[str, str], tuple[str, Projection]] = {}
     for role in projections:
-        found = [
-            (name, place)
-            for name in inside
-            for place in architecture.projections(role)
-            if has_suffix(name, place.suffix) and hasattr(modules[name], place.tensor)
-        ]
+        declared = architecture.projections(role)
+        pairs = ((name, place) for name in inside for place in declared if has_suffix(name, place.suffix))
+        found = [(name, place) for name, place in pairs if hasattr(modules[name], place.tensor)]
         if not found:
-            wanted = " or ".join(place.suffix for place in architecture.projections(role)) or "no such suffix"
+            wanted = " or ".join(place.suffix for place in declared) or "no such suffix"
             raise ValueError(
                 f"the {ROLE_NAMES[role]} projection matches nothing; got {type(model).__name__} with no module "
                 f"ending in {wanted}; candidates: {_candidates(model, names)}"
@@ -123,19 +120,15 @@ def _by_role(
         for name, place in found:
             roles, _ = places.get((name, place.tensor), ("", place))
             places[name, place.tensor] = (roles + role, place)
-    order = {name: index for index, name in enumerate(names)}
-    targets = [_target(model, *key, *value) for key, value in places.items()]
-    return sorted(targets, key=lambda target: order[target.module])
-
-
-def _target(model: nn.Module, module: str, tensor: str, roles: str, place: Projection) -> Target:
-    parts = None
-    if place.rows is not None:
-        owner = model.get_submodule(module)
-        out_features, _ = layout_of(owner).features(getattr(owner, tensor).shape)
-        rows = ROW_LAYOUTS.get(place.rows)(model.config, out_features)
-        parts = tuple(tuple(row for block in rows[role] for row in block) for role in roles)
-    return Target(module, tensor, roles, parts, place.input_first, place.bypassed)
+    targets = []
+    for (module, tensor), (roles, place) in places.items():
+        parts = None
+        if place.rows is not None:
+            out_features, _ = layout_of(modules[module]).features(getattr(modules[module], tensor).shape)
+            rows = ROW_LAYOUTS.get(place.rows)(model.config, out_features)
+            parts = tuple(tuple(row for block in rows[role] for row in block) for role in roles)
+        targets.append(Target(module, tensor, roles, parts, place.input_first, place.bypassed))
+    return sorted(targets, key=lambda target: names.index(target.module))
 
 
 def _bare_parameters(model: nn.Module, head: tuple[str, ...]) -> dict[str, Target]:
@@ -152,13 +145,12 @@ def _by_name(
         return [name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
     everything = [*names, *bare]
     if isinstance(wanted, str):
-        found = [name for name in everything if full_match(wanted, name)]
-        if not found:
-            raise ValueError(
-                f"target_modules matches nothing; got the expression {wanted!r}, which must match a whole name; "
-                f"candidates: {_candidates(model, names)}"
-            )
-        return found
+        if found := [name for name in everything if full_match(wanted, name)]:
+            return found
+        raise ValueError(
+            f"target_modules matches nothing; got the expression {wanted!r}, which must match a whole name; "
+            f"candidates: {_candidates(model, names)}"
+        )
     for suffix in wanted:
         if not any(has_suffix(name, suffix) for name in everything):
             raise ValueError(
@@ -173,12 +165,13 @@ def _in_layers(targets: list[Target], layers: tuple[int, ...] | None) -> list[Ta
         return targets
     blocks = {target.name: block_of(target.name) for target in targets}
     count = 1 + max((block for block in blocks.values() if block is not None), default=-1)
-    outside = [layer for layer in layers if not -count <= layer < count]
-    if outside:
+    if not count:
+        raise ValueError(
+            f"layers={list(layers)} cannot be used; the adapted modules lie in no numbered block"
+        )
+    if outside := [layer for layer in layers if not -count <= layer < count]:
         raise ValueError(
             f"layers names blocks that are not there; got {outside}; expected {-count} to {count - 1}"
-            if count
-            else f"layers={list(layers)} cannot be used; the adapted modules lie in no numbered block"
         )
     wanted = {layer % count for layer in layers}
     return [target for target in targets if blocks[target.name] in wanted]
@@ -225,15 +218,13 @@ def guess(model: nn.Module) -> str:
 def _suffix(model: nn.Module, role: str) -> str | None:
     """The shortest end, parent included, that selects the names that look like a role and nothing else."""
     prefix = base_prefix(model)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) in LAYER_TYPES and (not prefix or name.startswith(f"{prefix}."))
-    ]
+    linear = (name for name, module in model.named_modules() if type(module) in LAYER_TYPES)
+    names = [name for name in linear if not prefix or name.startswith(f"{prefix}.")]
+    split = [name.rpartition(".") for name in names]
     alike = [
-        name
-        for name in names
-        if _USUAL[role].fullmatch(name.rpartition(".")[2]) and "att" in name.rpartition(".")[0].lower()
+        f"{parent}.{last}"
+        for parent, _, last in split
+        if "att" in parent.lower() and _USUAL[role].fullmatch(last)
     ]
     for length in range(2, 5):
         ends = {".".join(name.split(".")[-length:]) for name in alike}

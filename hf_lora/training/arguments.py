@@ -76,28 +76,16 @@ class LoRATrainingArguments(LoRATrainingOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        above, budget = "a number above 0", self.max_tokens_per_batch
         for name in ("head_learning_rate", "lora_plus_ratio", "frozen_prefix_cache_gb"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is not usable; got {value!r}; expected a number above 0")
-        if self.cache_frozen_prefix not in CACHE_MODES:
-            raise ValueError(
-                f"cache_frozen_prefix is not usable; got {self.cache_frozen_prefix!r}; "
-                f"expected one of {', '.join(CACHE_MODES)}"
-            )
-        if self.max_tokens_per_batch is not None:
-            self._check_token_budget(self.max_tokens_per_batch)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The arguments as trackers log them: with the LoRA settings, where a LoRATrainer has taken them."""
-        lora = getattr(self, "lora_settings", None)
-        return super().to_dict() | ({"lora": dict(lora)} if lora else {})
-
-    def _check_token_budget(self, budget: int) -> None:
-        if not isinstance(budget, int) or budget < 1:
-            raise ValueError(
-                f"max_tokens_per_batch is not usable; got {budget!r}; expected a whole number above 0"
-            )
+            self._check(name, value is None or (value > 0 and math.isfinite(value)), above)
+        self._check(
+            "cache_frozen_prefix", self.cache_frozen_prefix in CACHE_MODES, f"one of {', '.join(CACHE_MODES)}"
+        )
+        if budget is None:
+            return
+        self._check("max_tokens_per_batch", isinstance(budget, int) and budget > 0, "a whole number above 0")
         if self.train_sampling_strategy not in _WITH_BUDGET:
             raise ValueError(
                 "max_tokens_per_batch puts examples of similar length together; got train_sampling_strategy="
@@ -108,6 +96,15 @@ class LoRATrainingArguments(LoRATrainingOptions, TrainingArguments):
                 "max_tokens_per_batch leaves auto_find_batch_size nothing to try; got both; expected one of the two"
             )
 
+    def _check(self, name: str, usable: bool, expected: str) -> None:
+        if not usable:
+            raise ValueError(f"{name} is not usable; got {getattr(self, name)!r}; expected {expected}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as trackers log them: with the LoRA settings, where a LoRATrainer has taken them."""
+        lora = getattr(self, "lora_settings", None)
+        return super().to_dict() | ({"lora": dict(lora)} if lora else {})
+
 
 def silent(args: TrainingArguments, **changes: Any) -> TrainingArguments:
     """The arguments of a training that changes the model and does nothing else; `changes` are made after that."""
@@ -117,10 +114,6 @@ def silent(args: TrainingArguments, **changes: Any) -> TrainingArguments:
         kind = type(getattr(args, name))
         setattr(args, name, kind(value) if issubclass(kind, str) else value)
     return args
-
-
-# Prefixes that wrappers put into parameter names: torch.compile, DDP.
-_WRAPPERS = ("_orig_mod.", "module.")
 
 
 def has_own_rates(args: TrainingArguments) -> bool:
@@ -136,26 +129,15 @@ def parameter_groups(
     model: the model as it is trained, wrapped or not. plain: the same without wrappers.
     decayed: the names of the parameters with weight decay.
     """
-    decayed, rates = set(decayed), _own_rates(plain, args)
+    usual, decayed = float(args.learning_rate), set(decayed)
+    ratio = getattr(args, "lora_plus_ratio", None) or 1.0
+    rates = dict.fromkeys(head_parameters(plain), getattr(args, "head_learning_rate", None) or usual)
+    rates |= {f"{placement.layer}.lora_B": usual * ratio for placement in injection(plain).placements}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates.get(_unwrapped(name), float(args.learning_rate))
+            # Without the prefixes of torch.compile and DDP.
+            rate = rates.get(name.replace("_orig_mod.", "").replace("module.", ""), usual)
             decay = args.weight_decay if name in decayed else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
-
-
-def _own_rates(model: nn.Module, args: TrainingArguments) -> dict[str, float]:
-    """The learning rates of the parameters that have one of their own, by name in the plain model."""
-    rate = float(args.learning_rate)
-    head_rate = getattr(args, "head_learning_rate", None) or rate
-    ratio = getattr(args, "lora_plus_ratio", None) or 1.0
-    rates = dict.fromkeys(head_parameters(model), head_rate)
-    return rates | {f"{p.layer}.lora_B": rate * ratio for p in injection(model).placements}
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader, Sampler
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from hf_lora.training._trainer_hooks import TrainerHooks, chosen_rows
+from hf_lora.training._trainer_hooks import chosen_rows
 
 Step = list[list[int]]  # for each process the indices of its batch
 
@@ -27,18 +27,8 @@ Step = list[list[int]]  # for each process the indices of its batch
 _SORTED_TOGETHER = 50
 
 
-class Plan(Protocol):
-    """The batches of any epoch: always `steps` of them, of other examples in each epoch."""
-
-    lengths: np.ndarray
-    steps: int
-
-    def draw(self, rng: np.random.Generator) -> list[Step]:
-        """The steps of one epoch, in a random order."""
-
-
 class GroupByLength:
-    """Batches of `batch_size` examples of similar length.
+    """Batches of `batch_size` examples of similar length: `steps` of them, of other examples in each epoch.
 
     A random permutation is cut into parts, each part is sorted by length and cut into steps, and all steps are
     shuffled: sorted steps would pull the weights towards long examples first, then short ones. The last step may be
@@ -61,6 +51,7 @@ class GroupByLength:
         self.steps = len(sizes)
 
     def draw(self, rng: np.random.Generator) -> list[Step]:
+        """The steps of one epoch, in a random order."""
         order = np.resize(rng.permutation(len(self.lengths)), self._sizes.sum())
         steps: list[np.ndarray] = []
         # In a random order, so that the smaller step may be of any length.
@@ -69,10 +60,8 @@ class GroupByLength:
             # Stable, so that the random permutation decides between equal lengths.
             part = part[np.argsort(-self.lengths[part], kind="stable")]
             steps += np.split(part, np.cumsum(sizes)[:-1])
-        return [
-            [steps[index][rank :: self._shards].tolist() for rank in range(self._shards)]
-            for index in rng.permutation(self.steps)
-        ]
+        drawn = (steps[index] for index in rng.permutation(self.steps))
+        return [[step[rank :: self._shards].tolist() for rank in range(self._shards)] for step in drawn]
 
 
 class TokenBudget:
@@ -80,12 +69,12 @@ class TokenBudget:
 
     The examples sorted by length are dealt like cards: of each run of as many neighbours as there are parts, every
     part gets a random one. So all parts have nearly the same lengths in every epoch, and one partition, made for the
-    longest that each place can get, fits them all. The number of batches is fixed, and with it the schedule of the
-    learning rate, while an example meets others in each epoch. Where a batch begins varies as well, see `_cuts`.
+    longest that each place can get, fits them all. The number of batches, and so the schedule of the learning rate,
+    is fixed, while an example meets others in each epoch. Where a batch begins varies as well, see `_cuts`.
 
-    Each process takes one part, so the batches of a step are equally large. Every example comes once. Only where not
-    even two short examples fit into a batch may too few be left for a step of all processes: they are left out with
-    `drop_last`, and otherwise a few come twice. Raises ValueError for an example longer than the budget.
+    Each process takes one part. Every example comes once. Only where not even two short examples fit into a batch may
+    too few be left for a step of all processes: they are left out with `drop_last`, and otherwise a few come twice.
+    Raises ValueError for an example longer than the budget.
     """
 
     def __init__(self, lengths: np.ndarray, budget: int, shards: int = 1, drop_last: bool = False) -> None:
@@ -104,8 +93,7 @@ class TokenBudget:
         lowest = bisect_left(
             range(budget + 1), -count, lo=ordered[0], key=lambda b: -len(_starts(self._bounds, b))
         )
-        self._dealt = len(lengths)
-        self.steps = self._parts // shards * count
+        self._dealt, self.steps = len(lengths), self._parts // shards * count
         left = len(lengths) % self._parts
         pair = 2 * int(self._bounds[-2]) if len(self._bounds) > 1 else math.inf
         # Some parts lack the last place: where two places fit into a batch, the last batch gets two.
@@ -120,14 +108,11 @@ class TokenBudget:
         self._budgets = (lowest, (lowest + budget) // 2)
 
     def draw(self, rng: np.random.Generator) -> list[Step]:
-        dealt = self._deal(rng)
-        steps: list[Step] = []
-        for first in range(0, self._parts, self._shards):
-            parts = dealt[:, first : first + self._shards]
-            for batch in np.split(parts, self._cuts(rng)):
-                step = [column[column >= 0].tolist() for column in batch.T]
-                if step[0]:
-                    steps.append(step)
+        """The steps of one epoch, in a random order."""
+        groups = np.split(self._deal(rng), self._parts // self._shards, axis=1)
+        batches = [batch for parts in groups for batch in np.split(parts, self._cuts(rng))]
+        steps = [[column[column >= 0].tolist() for column in batch.T] for batch in batches]
+        steps = [step for step in steps if step[0]]
         return [steps[index] for index in rng.permutation(len(steps))]
 
     def _deal(self, rng: np.random.Generator) -> np.ndarray:
@@ -159,7 +144,7 @@ class TokenBudget:
 class EpochBatches(Sampler[list[int]]):
     """A batch sampler: the batches of one process, drawn from a plan by seed and epoch."""
 
-    def __init__(self, plan: Plan, seed: int, rank: int = 0) -> None:
+    def __init__(self, plan: GroupByLength | TokenBudget, seed: int, rank: int = 0) -> None:
         self.plan, self.seed, self.rank, self.epoch = plan, seed, rank, 0
 
     @property
@@ -193,8 +178,8 @@ def token_lengths(dataset: Any) -> np.ndarray | None:
             return None
         lengths = pc.list_value_length(dataset.data.column("input_ids"))
         # A selection or a shuffle lies beside the columns; read through it, a row costs ten microseconds.
-        chosen = chosen_rows(dataset)
-        lengths = lengths if chosen is None else lengths.take(chosen)
+        if (chosen := chosen_rows(dataset)) is not None:
+            lengths = lengths.take(chosen)
         return lengths.to_numpy().astype(np.int64)
     found = []
     rows: Any = dataset
@@ -225,32 +210,28 @@ def by_length(args: TrainingArguments) -> bool:
     return has_budget or args.train_sampling_strategy == "group_by_length"
 
 
-def training_plan(trainer: TrainerHooks) -> Plan | None:
+def training_plan(trainer: Trainer) -> GroupByLength | TokenBudget | None:
     """The plan of the batches of a Trainer's training set; None where stock Trainer makes them.
 
     Raises ValueError for a budget of tokens where the examples' lengths are not known.
     """
     args, data, accelerator = trainer.args, trainer.train_dataset, trainer.accelerator
+    budget = getattr(args, "max_tokens_per_batch", None)
     if not by_length(args) or data is None:
         return None
-    budget = getattr(args, "max_tokens_per_batch", None)
     # Otherwise a batch is not one process's own: accelerate sends or cuts it, or several processes read it.
     one_each = not (accelerator.split_batches or accelerator.dispatch_batches) and (
         trainer.get_tp_size() == trainer.get_cp_size() == trainer.get_sp_size() == 1
     )
-    lengths = token_lengths(data) if one_each else None
-    if lengths is None:
-        if budget is None:
-            return None
-        raise ValueError(
-            f"max_tokens_per_batch needs the lengths of all examples; got {type(data).__name__}; expected a "
-            "data set of known size with input_ids, and one batch for each process; set "
-            "per_device_train_batch_size instead"
-        )
-    options = {"shards": args.world_size, "drop_last": args.dataloader_drop_last}
+    lengths, options = token_lengths(data) if one_each else None, (args.world_size, args.dataloader_drop_last)
     if budget is None:
-        return GroupByLength(lengths, trainer.train_batch_size, **options)
-    return TokenBudget(lengths, budget, **options)
+        return None if lengths is None else GroupByLength(lengths, trainer._train_batch_size, *options)
+    if lengths is None:
+        raise ValueError(
+            f"max_tokens_per_batch needs the lengths of all examples; got {type(data).__name__}; expected a data set "
+            "of known size with input_ids, and one batch for each process; set per_device_train_batch_size instead"
+        )
+    return TokenBudget(lengths, budget, *options)
 
 
 class LongestFirst(Sampler[int]):
@@ -279,11 +260,11 @@ def restored(values: Any, order: np.ndarray) -> Any:
 
     A data loader that drops its last batch leaves fewer rows than `order` has; the missing ones stay out.
     """
-    return recursively_apply(
-        lambda rows: rows[np.argsort(order[: len(rows)])],
-        values,
-        test_type=lambda v: isinstance(v, np.ndarray),
-    )
+
+    def in_order(rows: np.ndarray) -> np.ndarray:
+        return rows[np.argsort(order[: len(rows)])]
+
+    return recursively_apply(in_order, values, test_type=lambda value: isinstance(value, np.ndarray))
 
 
 def metrics_in_order(
@@ -293,7 +274,9 @@ def metrics_in_order(
     if compute_metrics is None:
         return None
 
-    names = ("predictions", "label_ids", "inputs", "losses")
-    return lambda prediction: compute_metrics(
-        EvalPrediction(**{name: restored(getattr(prediction, name), order) for name in names})
-    )
+    def compute(prediction: EvalPrediction) -> dict[str, Any]:
+        names = ("predictions", "label_ids", "inputs", "losses")
+        values = {name: getattr(prediction, name) for name in names}
+        return compute_metrics(EvalPrediction(**restored(values, order)))
+
+    return compute

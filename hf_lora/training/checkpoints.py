@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl
 
 from hf_lora._files import synced, writing
 from hf_lora.training.distributed import any_process
@@ -39,9 +39,8 @@ def writing_checkpoint(
 ) -> Iterator[Path]:
     """Yield the folder in which the files of the checkpoint `target` are written; then it appears whole.
 
-    writes: whether this process makes and names the folder; others only add files of their own to it.
-    wait: returns when all processes have called it.
-    Raises OSError, in one line, where the files cannot be written. Earlier checkpoints stay as they are.
+    writes: whether this process makes and names the folder; others only add files to it. wait: returns when all
+    processes have called it. Raises OSError, in one line, where the files cannot be written.
     """
     folder = _hidden(target, _STAGED)
     with writing(target):
@@ -53,13 +52,14 @@ def writing_checkpoint(
             yield folder
             wait()
             if writes:
-                (folder / CHECKSUMS).write_text(_checksums(folder), encoding="utf-8")
+                # Without a line break at the end, so that a file without its last byte is never whole.
+                listed = {"format_version": 1, "files": _checksums(folder)}
+                (folder / CHECKSUMS).write_text(json.dumps(listed, indent=2), encoding="utf-8")
                 synced(folder)
                 _put_in_place(folder, target)
-        except BaseException:
+        finally:
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
         wait()
 
 
@@ -155,14 +155,12 @@ def _hidden(checkpoint: Path, suffix: str) -> Path:
     return checkpoint.with_name(f".{checkpoint.name}{suffix}")
 
 
-def _checksums(folder: Path) -> str:
-    files = {
+def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != CHECKSUMS
     }
-    # Without a line break at the end, so that a file without its last byte is never whole.
-    return json.dumps({"format_version": 1, "files": files}, indent=2)
 
 
 def _sha256(path: Path) -> str:
@@ -192,16 +190,12 @@ class SaveOnSigterm(TrainerCallback):
             os.kill(os.getpid(), number)
         self.received = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         """Called after each optimizer step, before logging, evaluation and saving."""
         if any_process(self.received, args.device):
             self.stopping = control.should_training_stop = control.should_save = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         """Called where the epoch was left too: what is due at an epoch's end is not due in its middle."""
         if self.stopping:
             control.should_save = control.should_evaluate = control.should_log = False
@@ -215,9 +209,7 @@ def ending_on_sigterm(step: int) -> Iterator[None]:
     """
 
     def end(number: int, frame: Any) -> None:
-        logger.warning(
-            "SIGTERM: ended; --resume_from_checkpoint goes on from the last checkpoint that was saved"
-        )
+        logger.warning("SIGTERM: ended; --resume_from_checkpoint goes on from the last saved checkpoint")
         raise Preempted(step)
 
     with _handling_sigterm(end):
@@ -243,11 +235,8 @@ def saving_on_sigterm(trainer: Trainer) -> Iterator[None]:
     if callback.stopping:
         step = trainer.state.global_step
         if trainer.is_world_process_zero():
-            logger.warning(
-                "SIGTERM: saved checkpoint-%d in %s; go on with --resume_from_checkpoint",
-                step,
-                trainer.args.output_dir,
-            )
+            place = (step, trainer.args.output_dir)
+            logger.warning("SIGTERM: saved checkpoint-%d in %s; go on with --resume_from_checkpoint", *place)
         raise Preempted(step)
     if callback.received:
         # It came after the last step: nothing is lost by ending now.
@@ -256,14 +245,14 @@ def saving_on_sigterm(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def _handling_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    if not _is_unhandled():
-        yield
-        return
-    signal.signal(signal.SIGTERM, handler)
+    unhandled = _is_unhandled()
+    if unhandled:
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if unhandled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_unhandled() -> bool:

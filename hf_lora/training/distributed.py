@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,7 +22,6 @@ from hf_lora.training import _trainer_hooks as hooks
 T = TypeVar("T")
 _FAILURES = "hf_lora/failures"
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-_RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def process_count() -> int:
@@ -48,8 +47,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 def mean_shares(sizes: Sequence[int], device: torch.device) -> list[float]:
     """For each batch of a step, what its mean loss is multiplied by to give the mean over all examples of the step.
 
-    sizes: of this process's batches, whose losses are averaged over, and then over the processes. 1.0 each where
-    all batches of all processes are of one size.
+    sizes: of this process's batches. 1.0 each where all batches of all processes are of one size.
     """
     total = torch.tensor(float(sum(sizes)), device=device)
     if process_count() > 1:
@@ -60,20 +58,18 @@ def mean_shares(sizes: Sequence[int], device: torch.device) -> list[float]:
 
 def on_first(act: Callable[[], T]) -> T:
     """What `act` returns in the first process, in every process. A ValueError or OSError of it is raised in all."""
-    rank = dist.get_rank() if process_count() > 1 else 0
-    outcome: Any = None
-    if rank == 0:
+    if process_count() == 1:
+        return act()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
         try:
-            outcome = act()
+            outcome = [act()]
         except (ValueError, OSError) as error:
-            outcome = error  # the others are waiting for an answer
-    if process_count() > 1:
-        values = [outcome]
-        dist.broadcast_object_list(values, src=0)
-        outcome = values[0]
-    if isinstance(outcome, ValueError | OSError):
-        raise outcome
-    return outcome
+            outcome = [error]  # the others are waiting for an answer
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], ValueError | OSError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def check_equal(facts: Mapping[str, str]) -> None:
@@ -153,12 +149,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
         finally:
             for module, name, shard, whole in swapped:
                 hooks.set_parameter(module, name, shard)
-                # Each process takes its part of what it has itself; nothing is sent.
-                part = distribute_tensor(
-                    whole.detach(), shard.device_mesh, shard.placements, src_data_rank=None
-                )
                 with torch.no_grad():
-                    shard.copy_(part)
+                    # Each process takes its part of what it has itself; nothing is sent.
+                    mesh = (shard.device_mesh, shard.placements)
+                    shard.copy_(distribute_tensor(whole.detach(), *mesh, src_data_rank=None))
 
 
 @contextmanager
@@ -167,25 +161,17 @@ def whole_weights() -> Iterator[None]:
 
     The probe before training and the digest of the base need all weights. FSDP and DeepSpeed divide them afterwards.
     """
-    asked = os.environ.get(_RAM_EFFICIENT)
-    os.environ[_RAM_EFFICIENT] = "false"
-    try:
-        with hooks.without_deepspeed_config():
-            yield
-    finally:
-        if asked is None:
-            del os.environ[_RAM_EFFICIENT]
-        else:
-            os.environ[_RAM_EFFICIENT] = asked
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), hooks.without_deepspeed_config():
+        yield
 
 
 def shard_on_cpu(accelerator: Any) -> bool:
     """Let FSDP work between CPU processes, which accelerate passes over; returns whether it was asked for."""
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
-        return False
-    hooks.set_fsdp(accelerator)
-    return True
+    passed_over = asked and accelerator.distributed_type == DistributedType.MULTI_CPU
+    if passed_over:
+        hooks.set_fsdp(accelerator)
+    return passed_over
 
 
 def check_fsdp(plugin: Any) -> None:

@@ -54,10 +54,8 @@ def start_lora(trainer: LoRATrainer, examples: int = EXAMPLES) -> LoRAStart:
     The gradient is of the trainer's loss over `examples` of its training set, with the model as it is.
     A keeps its random rows where a weight has no gradient, and beyond the weight's smaller side. Every process
     has to call it; each takes its share of the examples. The model's LoRAConfig says init="gradient" afterwards.
-
-    Raises:
-        ValueError: weights that are sharded, quantized or merged, an initialization other than Kaiming's, factors
-            that have been trained, a data set of unknown size, or a gradient that is not finite.
+    Raises ValueError for weights that are sharded, quantized or merged, another initialization than Kaiming's, trained
+    factors, a data set of unknown size, and a gradient that is not finite.
     """
     began = time.perf_counter()
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -88,6 +86,7 @@ def choose_start(trainer: LoRATrainer, init: str, head: str) -> LoRAStart:
     """
     if init not in (AUTO, INIT):
         return LoRAStart(init, "as asked for")
+    reason = "the gradient of a random head says nothing"
     if init == INIT or head != "random":
         try:
             return start_lora(trainer)
@@ -95,8 +94,6 @@ def choose_start(trainer: LoRATrainer, init: str, head: str) -> LoRAStart:
             if init == INIT:
                 raise
             reason = str(error)
-    else:
-        reason = "the gradient of a random head says nothing"
     state = injection(trainer.model)
     state.config = replace(state.config, init="kaiming")
     return LoRAStart("kaiming", reason)
@@ -121,7 +118,7 @@ def weight_gradients(trainer: LoRATrainer, rows: Sequence[int]) -> dict[str, Ten
     examples = [trainer.train_dataset[row] for row in own]
     with lora_disabled(model), evaluating(model), _requiring_gradients(weights.values()):
         for batch in _batches(examples, trainer.args):
-            inputs = trainer.prepare_inputs(trainer.data_collator(batch))
+            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
             loss = trainer.compute_loss(model, inputs) * len(batch)
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), found, strict=True):
@@ -182,18 +179,17 @@ def _is_trained(model: nn.Module) -> bool:
 
 def _check(trainer: LoRATrainer, model: nn.Module) -> None:
     layers, init = lora_layers(model).values(), injection(model).config.init
+    data, sharded = trainer.train_dataset, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     problems = {
-        "FSDP or DeepSpeed, whose weights are sharded": trainer.is_fsdp_enabled
-        or trainer.is_deepspeed_enabled,
+        "FSDP or DeepSpeed, whose weights are sharded": sharded,
         "a quantized weight": not all(is_adaptable(layer.frozen_weight) for layer in layers),
         "a merged adapter": any(layer.merged for layer in layers),
         f"init={init!r}": init not in ("kaiming", INIT),
         "factors that have been trained": _is_trained(model),
-        "training data of unknown size": not isinstance(trainer.train_dataset, Sized),
-        "no training data": isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset),
+        "training data of unknown size": not isinstance(data, Sized),
+        "no training data": isinstance(data, Sized) and not len(data),
     }
-    for problem, present in problems.items():
-        if present:
-            raise ValueError(
-                f"A cannot start along the gradient of its weight; got {problem}; use lora_init=kaiming"
-            )
+    if problem := next((problem for problem, present in problems.items() if present), None):
+        raise ValueError(
+            f"A cannot start along the gradient of its weight; got {problem}; use lora_init=kaiming"
+        )

@@ -11,21 +11,22 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from hf_lora.models.prefix import FrozenPrefix
 from hf_lora.models.prefix_store import StateStore
 from hf_lora.models.verify import relative_difference
-from hf_lora.training._trainer_hooks import TrainerHooks
 from hf_lora.training.batching import token_lengths
 
 logger = logging.getLogger(__name__)
 
-_GB = 1 << 30
+_FULL = "cache_frozen_prefix: the examples change between epochs; those without room are run every time"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class PaddedBatch:
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         ids, mask = rest.get("input_ids"), rest.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
+            got = ", ".join(rest)
             raise ValueError(
-                f"cache_frozen_prefix needs input_ids (batch, length) in a batch; got {', '.join(rest)}; "
-                "run without it"
+                f"cache_frozen_prefix needs input_ids (batch, length) in a batch; got {got}; run without it"
             )
         rows, length = ids.shape
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
@@ -57,21 +58,13 @@ class PaddedBatch:
     @property
     def padding(self) -> tuple[str, ...]:
         """The sides on which some example is padded."""
-        sides = {
-            "left": any(a > 0 for a, _ in self.spans),
-            "right": any(b < self.length for _, b in self.spans),
-        }
-        return tuple(side for side, padded in sides.items() if padded)
+        left, right = any(start for start, _ in self.spans), any(stop < self.length for _, stop in self.spans)
+        return ("left",) * left + ("right",) * right
 
     def part(self, rows: Sequence[int]) -> PaddedBatch:
         """The examples of these rows, without the columns that none of them uses."""
         start, stop = min(self.spans[row][0] for row in rows), max(self.spans[row][1] for row in rows)
-        inputs = {}
-        for name, value in self.inputs.items():
-            if self._is_per_example(value):
-                value = value[list(rows)]
-                value = value[:, start:stop] if self._is_per_token(value) else value
-            inputs[name] = value
+        inputs = {name: self._cut(value, list(rows), start, stop) for name, value in self.inputs.items()}
         spans = tuple((self.spans[row][0] - start, self.spans[row][1] - start) for row in rows)
         return PaddedBatch(inputs, spans, stop - start)
 
@@ -83,18 +76,18 @@ class PaddedBatch:
         for row, (start, stop) in enumerate(self.spans):
             digest = hashlib.blake2b(digest_size=16)
             for name, value in on_cpu:
-                if self._is_per_example(value):
-                    value = value[row, start:stop] if self._is_per_token(value) else value[row]
-                content = _content(value)
+                value = self._cut(value, slice(row, row + 1), start, stop)
+                content = _content(value) if isinstance(value, Tensor) else repr(value).encode()
                 digest.update(f"{name}:{len(content)}:".encode() + content)
             keys.append(digest.digest())
         return keys
 
-    def _is_per_example(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.spans)
-
-    def _is_per_token(self, value: Tensor) -> bool:
-        return value.dim() > 1 and value.shape[1] == self.length
+    def _cut(self, value: Any, rows: list[int] | slice, start: int, stop: int) -> Any:
+        """What a value has of these rows and columns; a value that is of no example stays as it is."""
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(self.spans):
+            return value
+        per_token = value.dim() > 1 and value.shape[1] == self.length
+        return value[rows][:, start:stop] if per_token else value[rows]
 
 
 class PrefixCache:
@@ -106,9 +99,7 @@ class PrefixCache:
 
     def __init__(self, model: Any, tokens: int, *, mode: str, limit: float, directory: str | Path) -> None:
         self.prefix = FrozenPrefix(model)
-        self._make_store: Callable[[Tensor], StateStore] = lambda states: StateStore(
-            tokens, states.shape[-1], states.dtype, mode=mode, limit=limit, directory=directory
-        )
+        self._make_store = partial(StateStore, tokens, mode=mode, limit=limit, directory=directory)
         self.store: StateStore | None = None
         self._checked: set[tuple[str, ...]] = set()
         self._full = False
@@ -138,7 +129,9 @@ class PrefixCache:
             for row, states, (start, stop) in zip(missing, recorded.cpu(), part.spans, strict=True):
                 known[row] = states[start:stop]
                 if self.store.get(keys[row]) is None and not self.store.put(keys[row], states[start:stop]):
-                    self._warn_full()
+                    if not self._full:
+                        logger.warning(_FULL)
+                    self._full = True
         found = [states for states in known if states is not None]
         padded = found[0].new_zeros(len(keys), batch.length, found[0].shape[-1])
         for row, (states, (start, stop)) in enumerate(zip(found, batch.spans, strict=True)):
@@ -150,18 +143,11 @@ class PrefixCache:
         if self.store is not None:
             self.store.close()
 
-    def _warn_full(self) -> None:
-        if not self._full:
-            logger.warning(
-                "cache_frozen_prefix: the examples change between epochs; those without room are run every time"
-            )
-        self._full = True
-
     def _check(self, batch: PaddedBatch) -> None:
         """Compare with ordinary forwards of the batch, the first of its kind of padding."""
         states, logits = self.prefix.observe(batch.inputs)
         if self.store is None:
-            self.store = self._make_store(states)
+            self.store = self._make_store(states.shape[-1], states.dtype)
         # Alone, the shortest example has no padding: what depends on the padding shows.
         row = min(range(len(batch.spans)), key=lambda row: batch.spans[row][1] - batch.spans[row][0])
         start, stop = batch.spans[row]
@@ -190,7 +176,7 @@ class PrefixCache:
 
 
 # What wraps the model's own forward, or is random before the blocks: (what, whether a trainer has it, instead).
-_REFUSED: tuple[tuple[str, Callable[[TrainerHooks], bool], str], ...] = (
+_REFUSED: tuple[tuple[str, Callable[[Trainer], bool], str], ...] = (
     ("model_init", lambda trainer: trainer.model_init is not None, "give the trainer a model"),
     ("FSDP", lambda trainer: trainer.is_fsdp_enabled, "run on several GPUs with DDP"),
     ("DeepSpeed", lambda trainer: trainer.is_deepspeed_enabled, "run on several GPUs with DDP"),
@@ -200,10 +186,9 @@ _REFUSED: tuple[tuple[str, Callable[[TrainerHooks], bool], str], ...] = (
 )
 
 
-def open_prefix_cache(trainer: TrainerHooks) -> PrefixCache | None:
+def open_prefix_cache(trainer: Trainer) -> PrefixCache | None:
     """The cache that the arguments ask for, empty; None where they ask for none.
 
-    Reads `args.cache_frozen_prefix`, one of `hf_lora.training.options.CACHE_MODES`, and `args.frozen_prefix_cache_gb`.
     Raises ValueError where the model, the data or the way of training does not allow it.
     """
     mode = getattr(trainer.args, "cache_frozen_prefix", "no")
@@ -218,16 +203,9 @@ def open_prefix_cache(trainer: TrainerHooks) -> PrefixCache | None:
             "cache_frozen_prefix needs a training set with a length and rows with input_ids; "
             f"got {type(trainer.train_dataset).__name__}; run without it"
         )
-    return PrefixCache(
-        trainer.model,
-        int(lengths.sum()),
-        mode=mode,
-        limit=trainer.args.frozen_prefix_cache_gb * _GB,
-        directory=trainer.args.output_dir,
-    )
+    limit, directory = trainer.args.frozen_prefix_cache_gb * (1 << 30), trainer.args.output_dir
+    return PrefixCache(trainer.model, int(lengths.sum()), mode=mode, limit=limit, directory=directory)
 
 
-def _content(value: Any) -> bytes:
-    if not isinstance(value, Tensor):
-        return repr(value).encode()
+def _content(value: Tensor) -> bytes:
     return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

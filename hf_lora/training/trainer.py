@@ -23,8 +23,8 @@ from hf_lora.lora.inject import base_parameters, injection
 from hf_lora.models.cpu import fast_training
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.first_token import first_token_only
+from hf_lora.training import _trainer_hooks as hooks
 from hf_lora.training import batching, distributed
-from hf_lora.training._trainer_hooks import trainable_if_quantized, with_batches
 from hf_lora.training.arguments import LoRATrainingArguments, class_weights, has_own_rates, parameter_groups
 from hf_lora.training.checkpointing import CheckpointingTrainer
 from hf_lora.training.checkpoints import saving_on_sigterm
@@ -54,11 +54,11 @@ class LoRATrainer(CheckpointingTrainer):
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        with trainable_if_quantized(model):
+        with hooks.trainable_if_quantized(model):
             super().__init__(model=model, args=args, **kwargs)
         injection(self.model)
-        # `forward` takes **kwargs, from which Trainer concludes that the loss is divided by
-        # `num_items_in_batch`; classification heads ignore it, and the loss would be counted once per step.
+        # Trainer concludes from the **kwargs of `forward` that the loss is divided by `num_items_in_batch`;
+        # classification heads ignore it, and the loss would be counted once per step.
         self.model_accepts_loss_kwargs = False
         if kwargs.get("data_collator") is None:
             self.data_collator = quick_collator(self.data_collator)
@@ -71,11 +71,9 @@ class LoRATrainer(CheckpointingTrainer):
         if self.is_fsdp_enabled:
             distributed.check_fsdp(self.accelerator.state.fsdp_plugin)
             distributed.name_blocks(self.model)
+        weights, config = getattr(self.args, "class_weights", None), self.model.config
         self.class_weights = class_weights(
-            getattr(self.args, "class_weights", None),
-            self.train_dataset,
-            self.model.config.num_labels,
-            self.model.config.problem_type,
+            weights, self.train_dataset, config.num_labels, config.problem_type
         )
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
@@ -99,13 +97,9 @@ class LoRATrainer(CheckpointingTrainer):
             self.args.lora_settings = injection(self.model).config.to_dict()
         if resume is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # Before the model is sharded; otherwise Trainer does so itself.
-            self.read_checkpoint(resume)
-        with (
-            fast_training(self.model),
-            first_token_only(self.model),
-            self._caching_prefix(),
-            saving_on_sigterm(self),
-        ):
+            self._load_from_checkpoint(resume)
+        faster = fast_training(self.model)
+        with faster, first_token_only(self.model), self._caching_prefix(), saving_on_sigterm(self):
             return super().train(resume, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -120,17 +114,13 @@ class LoRATrainer(CheckpointingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's own, with the outputs of a cached prefix in the place of the blocks that gave them."""
-        self._share = self._shares.get(id(inputs), 1.0)
-        inputs = self.prepare_inputs(inputs)
-        try:
-            with self._replaying(inputs, self.prefix is not None):
-                return super().training_step(model, inputs, *args, **kwargs)
-        finally:
-            self._share = 1.0
+        share, inputs = self._shares.get(id(inputs), 1.0), self._prepare_inputs(inputs)
+        with hooks.replaced(self, "_share", share), self._replaying(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; inside `filling_prefix` the output of the frozen prefix is kept."""
-        inputs = self.prepare_inputs(inputs)
+        inputs = self._prepare_inputs(inputs)
         with self._replaying(inputs, self._filling_prefix):
             return super().prediction_step(model, inputs, *args, **kwargs)
 
@@ -138,11 +128,8 @@ class LoRATrainer(CheckpointingTrainer):
     def filling_prefix(self) -> Iterator[None]:
         """Inside, predictions of training examples fill the cache of the training that follows, if there is one."""
         self.prefix = self.prefix or open_prefix_cache(self)
-        self._filling_prefix = self.prefix is not None
-        try:
+        with hooks.replaced(self, "_filling_prefix", True):
             yield
-        finally:
-            self._filling_prefix = False
 
     @contextmanager
     def _caching_prefix(self) -> Iterator[None]:
@@ -154,8 +141,8 @@ class LoRATrainer(CheckpointingTrainer):
                 self.prefix.close()
             self.prefix = None
 
-    def _replaying(self, inputs: dict[str, Any], cached: bool) -> AbstractContextManager[None]:
-        return self.prefix.replaying(inputs) if cached and self.prefix is not None else nullcontext()
+    def _replaying(self, inputs: dict[str, Any], wanted: bool = True) -> AbstractContextManager[None]:
+        return self.prefix.replaying(inputs) if wanted and self.prefix is not None else nullcontext()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches: of similar length, or within a budget of tokens, where the arguments say so."""
@@ -164,12 +151,15 @@ class LoRATrainer(CheckpointingTrainer):
             return super().get_train_dataloader()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batches = batching.EpochBatches(plan, seed, self.args.process_index)
-        return with_batches(self.sequential_train_loader(), batches)
+        loader = self._get_dataloader(
+            self.train_dataset, "Training", self._train_batch_size, SequentialSampler, is_training=True
+        )
+        return hooks.with_batches(loader, batches)
 
-    def eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
-        """The longest examples first, where batches are by length; None: Trainer's own order."""
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        """The longest examples first, where batches are by length."""
         if not batching.by_length(self.args) or not has_length(eval_dataset):
-            return None
+            return super()._get_eval_sampler(eval_dataset)
         # Neither metrics of single batches nor lists of batches can be put into the data set's order.
         by_batch = self.args.batch_eval_metrics or not self.args.eval_do_concat_batches
         lengths = None if by_batch else batching.token_lengths(eval_dataset)
@@ -180,16 +170,11 @@ class LoRATrainer(CheckpointingTrainer):
         order = batching.order_of(dataloader)
         if order is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
-        own = self.compute_metrics
-        self.compute_metrics = batching.metrics_in_order(own, order)
-        try:
+        metrics = batching.metrics_in_order(self.compute_metrics, order)
+        with hooks.replaced(self, "compute_metrics", metrics):
             output = super().evaluation_loop(dataloader, *args, **kwargs)
-        finally:
-            self.compute_metrics = own
-        in_order = {
-            name: batching.restored(getattr(output, name), order) for name in ("predictions", "label_ids")
-        }
-        return output._replace(**in_order)
+        values = {name: getattr(output, name) for name in ("predictions", "label_ids")}
+        return output._replace(**batching.restored(values, order))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each (learning rate, weight decay) that LoRA+, head rate and decay give."""
@@ -213,22 +198,14 @@ class LoRATrainer(CheckpointingTrainer):
 
         In training it is multiplied so that gradients are of the mean over all examples of a step.
         """
-        loss, outputs = self._loss(model, inputs, num_items_in_batch)
+        if self.class_weights is None:
+            # Smoothed labels are for learning; evaluation is of the true ones.
+            with hooks.replaced(self, "label_smoother", self.label_smoother if model.training else None):
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = self._weighted_loss(model, inputs, self.class_weights)
         loss = loss if self._share == 1.0 else loss * self._share
         return (loss, outputs) if return_outputs else loss
-
-    def _loss(
-        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
-    ) -> tuple[Tensor, Any]:
-        smoother = self.label_smoother
-        # Smoothed labels are for learning; evaluation is of the true ones.
-        self.label_smoother = smoother if model.training else None
-        try:
-            if self.class_weights is None:
-                return super().compute_loss(model, inputs, True, items)
-            return self._weighted_loss(model, inputs, self.class_weights)
-        finally:
-            self.label_smoother = smoother
 
     def _weighted_loss(self, model: nn.Module, inputs: dict[str, Any], weights: Tensor) -> tuple[Tensor, Any]:
         labels = inputs.pop("labels")

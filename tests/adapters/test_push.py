@@ -445,7 +445,7 @@ def test_while_a_push_still_runs_the_next_one_waits_only_if_always_asked_for(
     run.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
     running: Future[Any] = Future()
     run.push_in_progress = PushInProgress([running])
-    run.push_checkpoint(tmp_path / "checkpoint-1")
+    run._push_from_checkpoint(str(tmp_path / "checkpoint-1"))
     added = run.push_in_progress.jobs[1:]
     assert [job.result().oid for job in added] == (
         [large_hub.repositories["me/run"].refs["main"]] if always else []

@@ -15,7 +15,6 @@ from hf_lora.training.batching import (
     EpochBatches,
     GroupByLength,
     LongestFirst,
-    Plan,
     Step,
     TokenBudget,
     metrics_in_order,
@@ -49,7 +48,7 @@ def tokens(steps: list[Step], lengths: np.ndarray) -> int:
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches(steps))
 
 
-def plans(lengths: np.ndarray, shards: int, drop_last: bool = False) -> list[Plan]:
+def plans(lengths: np.ndarray, shards: int, drop_last: bool = False) -> list[GroupByLength | TokenBudget]:
     return [GroupByLength(lengths, 4, shards, drop_last), TokenBudget(lengths, 200, shards, drop_last)]
 
 
@@ -110,7 +109,7 @@ def test_groups_hold_little_padding() -> None:
 
 
 @pytest.mark.parametrize("plan", [GroupByLength(texts(3200), 16), TokenBudget(texts(3200), 320)])
-def test_the_order_of_the_batches_is_random(plan: Plan) -> None:
+def test_the_order_of_the_batches_is_random(plan: GroupByLength | TokenBudget) -> None:
     """Parts that are sorted fall nearly everywhere; in a random order, every other batch is longer."""
     longest = [plan.lengths[batch].max() for batch in batches(plan.draw(rng()))]
     rises = np.diff(longest) > 0
