@@ -1,7 +1,6 @@
 """Where each model type keeps the projections of its attention, and which rows of a fused weight are whose.
 
-Data and pure functions only. A row is an output feature: a row of `nn.Linear.weight`, a column of GPT-2's
-`Conv1D.weight`.
+A row is an output feature: a row of `nn.Linear.weight`, a column of GPT-2's `Conv1D.weight`.
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ _TABLE = {
         v=(Projection("self_attn.self.value"), *_BART.v),
         o=(Projection("self_attn.output"), *_BART.o),
     ),
-    "xlnet": Architecture(*map(_bare, ROLES)),
+    "xlnet": Architecture(_bare("q"), _bare("k"), _bare("v"), _bare("o")),
     # Encoders of images.
     "vit vit_msn deit ijepa beit dinov2 dinov2_with_registers swin segformer": separate(
         "attention", *_PROJ, "attention.o_proj"

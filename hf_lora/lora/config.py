@@ -46,11 +46,10 @@ INITS = ("kaiming", "gaussian", "normal", "orthogonal", "gradient", "pissa", "ol
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What to adapt and how (Hu et al. 2021, arXiv:2106.09685). Each field's metadata hold its help.
+    """What to adapt and how (Hu et al. 2021, arXiv:2106.09685). Raises ValueError for any value outside the help.
 
     A pattern of `rank_pattern` or `alpha_pattern` is a regular expression for the end of the dotted name, as in
     PEFT; the first that matches wins. The head is saved with the adapter even where it is not trained.
-    Raises ValueError for any value outside these.
     """
 
     rank: int = option(

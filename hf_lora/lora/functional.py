@@ -38,10 +38,7 @@ def dora_linear(
     dropout: float,
     magnitude: Tensor,
 ) -> Tensor:
-    """DoRA's linear layer (equation 5), shape `(..., out)`. The norm gets no gradient (its section 4.3).
-
-    Dropout acts on all that fine-tuning changes and not on the frozen product, as in PEFT.
-    """
+    """DoRA's linear layer (equation 5), shape `(..., out)`. As in PEFT dropout does not act on the frozen product."""
     delta = delta_weight(lora_A, lora_B, scaling)
     norm = torch.linalg.vector_norm(weight.to(delta.dtype) + delta, dim=1).detach()
     scale = magnitude / norm
@@ -241,8 +238,8 @@ class _LoRALinear(torch.autograd.Function):
 def _is_merged(tokens: int, weight: Tensor, lora_A: Tensor) -> bool:
     """Whether adding the update to the weight is less work than adding it to the outputs.
 
-    For each unit of rank it takes in * out to make the merged weight, twice, against tokens * (in + out) to add the
-    update to the outputs and to the gradient. A must be trained: only then is x kept, from which A x is made.
+    For each unit of rank: in * out, twice, against tokens * (in + out), for outputs and gradient. A must be trained:
+    only then is x kept, from which A x is made.
     """
     out, features = weight.shape
     full = weight.dtype.itemsize >= 4 and lora_A.dtype == weight.dtype

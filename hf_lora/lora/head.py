@@ -1,8 +1,7 @@
 """Which parts of a model are its classification head: found by structure, never by name.
 
-The head is every parameterised child outside `model.base_model` (`classifier`, but also DistilBERT's
-`pre_classifier` or DeBERTa's `pooler`), plus the modules inside it for which the checkpoint had no weights
-(the fresh pooler of a model that was pretrained without one). It is trained and saved with the adapter.
+The head is every parameterised child outside `model.base_model` (`classifier`, but also DeBERTa's `pooler`), and the
+modules inside it for which the checkpoint had no weights. It is trained and saved with the adapter.
 """
 
 from __future__ import annotations
@@ -67,10 +66,7 @@ def fresh_modules(model: nn.Module, missing_keys: Iterable[str]) -> tuple[str, .
 
 
 def cast_inputs(model: nn.Module, layers: Iterable[str]) -> None:
-    """Let layers, by dotted names, cast their inputs to their own type, since the encoder's may be another.
-
-    Nothing happens under autocast, which decides itself.
-    """
+    """Let layers, by dotted names, cast their inputs to their own type; autocast, where it is on, decides itself."""
     for name in layers:
         layer = model.get_submodule(name)
         # Once: a model whose base came in half precision may be cast again.

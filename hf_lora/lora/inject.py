@@ -70,12 +70,10 @@ def inject_lora(
 ) -> list[str]:
     """Adapt the modules that `config` selects, in place, and freeze everything else but the head.
 
-    head: dotted names of the head's modules; None: what `hf_lora.lora.head.find_head` finds. `load_classifier`
-        adds the modules inside the encoder for which the checkpoint had no weights.
+    head: dotted names of the head's modules; None: what `find_head` finds, without modules inside the encoder.
     blank: leave the factors zero, since `load_adapter` is about to fill them.
-    Returns the dotted names of the adapted modules.
-    Raises ValueError if the model is adapted already, or if the config selects nothing or something that
-    cannot be adapted; the model is then unchanged.
+    Returns the dotted names of the adapted modules. Raises ValueError, with the model unchanged, if it is adapted
+    already, or if the config selects nothing or something that cannot be adapted.
     """
     if is_injected(model):
         raise ValueError("the model has LoRA layers already; call remove_lora(model) first")
@@ -127,10 +125,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors of every adapted layer, `<module>.lora_A`, `<module>.lora_B` and so on, whatever the form.
-
-    With LoRA-FA they include the A's, which are not trained.
-    """
+    """The factors of every adapted layer, trained or not, as `<module>.lora_A` and so on, whatever the form."""
     return {
         f"{name}.{which}": parameter
         for name, layer in lora_layers(model).items()
@@ -174,9 +169,8 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_lora(model: nn.Module) -> list[str]:
-    """Add every update to its weight, computed in fp32; returns the names of the merged modules.
+    """Add every update to its weight, in fp32; returns the names of the modules. `unmerge_lora` undoes it bit for bit.
 
-    The model then runs as fast as the plain one. `unmerge_lora` restores the weights bit for bit.
     Raises ValueError, and changes nothing, if the model is merged already or has quantized layers.
     """
     layers = _checked_layers(model, merged=False)

@@ -65,11 +65,7 @@ def layout_of(module: nn.Module) -> Layout:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """What one update is made from.
-
-    parts: for a fused weight, the output rows of each role that is adapted; each part has a rank of its own.
-    input_first: for a bare parameter, whether its first dimension is the input.
-    """
+    """What one update is made from; parts, input_first: as in `targets.Target`."""
 
     rank: int
     scaling: float
@@ -269,10 +265,7 @@ def _blocks(parts: tuple[tuple[int, ...], ...], rank: int) -> tuple[Tensor, Tens
 
 
 def _block_diagonal(lora_A: Tensor, groups: int) -> Tensor:
-    """A of a grouped convolution, `(rank, in / groups, *kernel)`, once for each group's inputs, zeros elsewhere.
-
-    PEFT's A sees the inputs of all groups: `(groups * rank, in, *kernel)`.
-    """
+    """A of a grouped convolution, `(rank, in / groups, *kernel)`, as PEFT's: `(groups * rank, in, *kernel)`."""
     rank, inputs, *kernel = lora_A.shape
     whole = lora_A.new_zeros(groups, rank, groups, inputs, *kernel)
     for group in range(groups):

@@ -123,9 +123,8 @@ for _type in (LoRALinear, LoRAConv1D, LoRAFalconLinear):
 class LoRAParametrization(LoRALayer):
     """W' for the tensor called `tensor` of a module, registered with `parametrize`.
 
-    Dropout acts on the inputs of A as in the module form, but the same inputs are dropped for the whole
-    batch: in weight space there are no tokens. Raises ValueError if the tensor is not a floating-point
-    parameter of at least two dimensions.
+    Dropout drops the same inputs of A for the whole batch: in weight space there are no tokens. Raises ValueError if
+    the tensor is not a floating-point parameter of at least two dimensions.
     """
 
     def __init__(self, module: nn.Module, tensor: str, spec: UpdateSpec) -> None:

@@ -63,10 +63,7 @@ class LoRATorchAOLinear(QuantizedLoRA):
 
 
 def layer_type_of(module: nn.Module) -> type[ModuleLoRA] | None:
-    """The adapted type for a module, quantized or not; None where the module form does not fit.
-
-    The types for bitsandbytes are made and registered when the first of its layers is met.
-    """
+    """The adapted type for a module, made if it is one of bitsandbytes; None where the module form does not fit."""
     if _is_torchao(getattr(module, "weight", None)):
         return LoRATorchAOLinear if type(module) is nn.Linear else None
     base_type = type(module)
@@ -97,9 +94,8 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def prepare_quantized(model: nn.Module, head: Iterable[str] = ()) -> None:
-    """Make a model with quantized layers trainable around them; any other model is left alone.
+    """Make a model with quantized layers trainable around them; head: dotted names of modules that are to be trained.
 
-    head: dotted names of the modules that are to be trained.
     Raises ValueError if the head is quantized, or if a layer lets no gradient through to those before it.
     """
     head = tuple(head)
@@ -139,10 +135,7 @@ def _passes_gradient(module: nn.Module) -> bool:
 
 
 def _keep_unpacked(module: nn.Module) -> None:
-    """Keep a `Linear4bit` from repacking its weight for AVX512 at the first evaluation on a CPU.
-
-    The packed layout has no backward, and the layer stays in it when training goes on.
-    """
+    """Keep a `Linear4bit` on a CPU from repacking its weight at evaluation: the packed layout has no backward."""
     layer: Any = module
     if not hasattr(layer, "support_avx512bf16_for_cpu"):
         return

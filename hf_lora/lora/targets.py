@@ -42,10 +42,7 @@ class Target:
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The table entry of a transformers model.
-
-    Raises ValueError where there is none, with a guess from names and shapes and the ways to use it.
-    """
+    """The table entry of a transformers model. Raises ValueError where there is none, with a guess and its use."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise ValueError(

@@ -21,10 +21,8 @@ from transformers.integrations import deepspeed
 
 
 def with_batches(loader: DataLoaderShard, batches: Sampler[list[int]]) -> DataLoaderShard:
-    """The loader that accelerate prepared, with batches that are divided between processes already.
-
-    accelerate's own division takes batches of one size and repeats examples to fill the last.
-    """
+    """The loader that accelerate prepared, with batches that are divided between processes already."""
+    # accelerate's own division takes batches of one size and repeats examples to fill the last.
     names = (
         *("collate_fn", "in_order", "multiprocessing_context", "num_workers", "persistent_workers"),
         *("pin_memory", "prefetch_factor", "worker_init_fn", "device", "_non_blocking"),
@@ -51,10 +49,7 @@ def trainable_if_quantized(model: nn.Module | None) -> AbstractContextManager[No
 
 
 def loading_without_frozen_weights() -> AbstractContextManager[None]:
-    """Inside, Trainer takes a DeepSpeed checkpoint without the frozen weights, as it does for peft's own model class.
-
-    The adapter's tensors are compared one by one, as they are read from their own file.
-    """
+    """Inside, Trainer takes a DeepSpeed checkpoint without the frozen weights, as for peft's own model class."""
     strict = trainer_module.deepspeed_load_checkpoint
 
     def load(engine: Any, path: str, **_: Any) -> None:

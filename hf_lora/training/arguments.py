@@ -42,10 +42,7 @@ def class_weights(text: str | None, dataset: Any, count: int, problem_type: str 
 
 
 def balanced_weights(dataset: Any, count: int, task: Task) -> Tensor:
-    """Inverse class frequencies with mean 1 over the examples: n / (classes * n_class), shape `(count,)`.
-
-    For multi-label data a class's examples are those that carry the label.
-    """
+    """Inverse class frequencies, `(count,)`: n / (classes * n_class), where n_class examples carry the label."""
     labels = dataset["labels"]
     counts = task.count(labels[:], count)
     absent = [index for index in range(count) if counts[index] == 0]
@@ -124,10 +121,9 @@ def has_own_rates(args: TrainingArguments) -> bool:
 def parameter_groups(
     model: nn.Module, plain: nn.Module, args: TrainingArguments, decayed: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """One group for each (learning rate, weight decay).
+    """One group for each (learning rate, weight decay); decayed: the names of the parameters with weight decay.
 
     model: the model as it is trained, wrapped or not. plain: the same without wrappers.
-    decayed: the names of the parameters with weight decay.
     """
     usual, decayed = float(args.learning_rate), set(decayed)
     ratio = getattr(args, "lora_plus_ratio", None) or 1.0

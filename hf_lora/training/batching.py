@@ -211,10 +211,7 @@ def by_length(args: TrainingArguments) -> bool:
 
 
 def training_plan(trainer: Trainer) -> GroupByLength | TokenBudget | None:
-    """The plan of the batches of a Trainer's training set; None where stock Trainer makes them.
-
-    Raises ValueError for a budget of tokens where the examples' lengths are not known.
-    """
+    """The plan of a Trainer's batches; None where stock Trainer makes them. ValueError: a budget but no lengths."""
     args, data, accelerator = trainer.args, trainer.train_dataset, trainer.accelerator
     budget = getattr(args, "max_tokens_per_batch", None)
     if not by_length(args) or data is None:

@@ -87,10 +87,7 @@ class CheckpointingTrainer(Trainer):
         return render_card(*facts, run=self.facts, args=self.args, log_history=log, curve=curve)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository and the branch to push to before any time is spent on training.
-
-        Raises ValueError, in one line, in every process.
-        """
+        """Make the repository to push to before time is spent on training. Raises ValueError in every process."""
         args = self.args
         create = partial(
             create_repository,

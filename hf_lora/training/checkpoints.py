@@ -107,9 +107,9 @@ def newest_complete(output: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def rotate(output: Path, limit: int | None, newest: Path, best: str | None) -> None:
-    """Delete the oldest checkpoints until `limit` are left; never `newest`, just written, and never the best.
+    """Delete the oldest checkpoints until `limit` are left, those after `newest`, of a run given up, before the others.
 
-    Those of a later step than `newest` are of a run that was given up, and go first.
+    Never `newest`, just written, and never the best.
     """
     if not limit or limit < 1:
         return
@@ -203,10 +203,7 @@ class SaveOnSigterm(TrainerCallback):
 
 @contextmanager
 def ending_on_sigterm(step: int) -> Iterator[None]:
-    """Inside, SIGTERM raises Preempted at once: the work in progress is not saved, and a resumed run does it again.
-
-    step: of the training before. Another handler of the program stays.
-    """
+    """Inside, SIGTERM raises Preempted(step) at once: a resumed run does the work again. Another handler stays."""
 
     def end(number: int, frame: Any) -> None:
         logger.warning("SIGTERM: ended; --resume_from_checkpoint goes on from the last saved checkpoint")

@@ -45,10 +45,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def mean_shares(sizes: Sequence[int], device: torch.device) -> list[float]:
-    """For each batch of a step, what its mean loss is multiplied by to give the mean over all examples of the step.
-
-    sizes: of this process's batches. 1.0 each where all batches of all processes are of one size.
-    """
+    """What the mean loss of each batch of a step, by size, is multiplied by to give the mean over its examples."""
     total = torch.tensor(float(sum(sizes)), device=device)
     if process_count() > 1:
         dist.all_reduce(total)
@@ -100,10 +97,7 @@ def keep_frozen_local(model: nn.Module) -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of its run to end with an error; the others end because of it.
-
-    Before the processes have met, the first of each machine.
-    """
+    """Whether this process is the first of its run (or, before they have met, of its machine) to end with an error."""
     if process_count() > 1:
         try:
             return hooks.count_in_store(_FAILURES) == 1
@@ -121,10 +115,7 @@ def leave() -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, LoRA, head and trained biases are whole tensors in every process; changes to them are kept.
-
-    Every process has to enter. Nothing happens to a model that is not sharded.
-    """
+    """Inside, LoRA, head and trained biases are whole in every process, which all have to enter; changes are kept."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost stays whole after a forward, and FSDP would reshard it here
@@ -157,10 +148,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Inside, pretrained models are loaded whole in every process, whatever the launcher has asked for.
-
-    The probe before training and the digest of the base need all weights. FSDP and DeepSpeed divide them afterwards.
-    """
+    """Inside, pretrained models are loaded whole in every process, for the probe and the digest of the base."""
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"), hooks.without_deepspeed_config():
         yield
 

@@ -81,8 +81,7 @@ def start_lora(trainer: LoRATrainer, examples: int = EXAMPLES) -> LoRAStart:
 def choose_start(trainer: LoRATrainer, init: str, head: str) -> LoRAStart:
     """Start A as `init` says; "auto": along the gradient, unless the head is random or there is no gradient.
 
-    head: how the head starts, the `kind` of a `HeadStart`. A resumed run starts like any other, since it may come back
-    to where it began. Raises ValueError where "gradient" cannot be had.
+    head: how the head starts, the `kind` of a `HeadStart`. Raises ValueError where "gradient" cannot be had.
     """
     if init not in (AUTO, INIT):
         return LoRAStart(init, "as asked for")
@@ -108,8 +107,7 @@ def awaits_start(trainer: LoRATrainer) -> bool:
 def weight_gradients(trainer: LoRATrainer, rows: Sequence[int]) -> dict[str, Tensor]:
     """The gradient of the loss, summed over `rows` of the training set, for each adapted weight, in its shape and fp32.
 
-    The adapter is disabled and dropout is off. No gradient is left on any parameter. Takes memory for these gradients
-    in fp32 and once more in the type of the weights.
+    The adapter is disabled and dropout is off. No gradient is left on any parameter.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: layer.frozen_weight for name, layer in lora_layers(model).items()}

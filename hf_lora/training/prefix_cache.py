@@ -108,8 +108,7 @@ class PrefixCache:
     def replaying(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Inside, a forward of the model on `inputs` begins at the first trained block.
 
-        The first batch of each kind of padding is also run in the ordinary way.
-        Raises ValueError if that gives anything else, so that nothing wrong is ever trained.
+        Raises ValueError if the first batch of a kind of padding gives anything else in the ordinary way.
         """
         batch = PaddedBatch.of(inputs)
         if batch.padding not in self._checked:
@@ -187,10 +186,7 @@ _REFUSED: tuple[tuple[str, Callable[[Trainer], bool], str], ...] = (
 
 
 def open_prefix_cache(trainer: Trainer) -> PrefixCache | None:
-    """The cache that the arguments ask for, empty; None where they ask for none.
-
-    Raises ValueError where the model, the data or the way of training does not allow it.
-    """
+    """The cache that the arguments ask for, if any. Raises ValueError where model, data or trainer do not allow it."""
     mode = getattr(trainer.args, "cache_frozen_prefix", "no")
     if mode == "no":
         return None

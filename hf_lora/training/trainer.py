@@ -194,10 +194,7 @@ class LoRATrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own or the weighted loss, labels smoothed in training alone.
-
-        In training it is multiplied so that gradients are of the mean over all examples of a step.
-        """
+        """The model's own or the weighted loss, labels smoothed in training alone, times the batch's share."""
         if self.class_weights is None:
             # Smoothed labels are for learning; evaluation is of the true ones.
             with hooks.replaced(self, "label_smoother", self.label_smoother if model.training else None):
