@@ -18,7 +18,7 @@ from hf_lora.lora.initializers import INITIALIZERS
 from hf_lora.lora.layer import LoRALayer, UpdateSpec
 from hf_lora.lora.linear import LoRAParametrization
 from hf_lora.lora.quantized import layer_type_of, prepare_quantized
-from hf_lora.lora.targets import Target, find_targets, has_module_form
+from hf_lora.lora.targets import Target, find_targets
 
 _STATE = "_hf_lora"
 
@@ -245,9 +245,8 @@ def _attach(module: nn.Module, target: Target, config: LoRAConfig, *, blank: boo
         input_first=target.input_first,
     )
     inside = f"{target.module}." if target.module else ""
-    if config.form == "module" and not target.bypassed and has_module_form(module, target.tensor):
-        layer_type = layer_type_of(module)
-        assert layer_type is not None
+    layer_type = layer_type_of(module) if target.tensor == "weight" else None
+    if config.form == "module" and not target.bypassed and layer_type is not None:
         layer_type.attach(module, spec)
         return Placement(target, layer=target.module, weight=f"{inside}{target.tensor}")
     LoRAParametrization.attach(module, target.tensor, spec)

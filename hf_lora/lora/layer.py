@@ -124,7 +124,9 @@ class LoRALayer(nn.Module):
         self.variant, self.parts = spec.variant, spec.parts
         self._blocks = None if spec.parts is None else _blocks(spec.parts, spec.rank)
         self.layout, self.weight_shape, self.groups = layout, shape, groups
-        self.start = (lora_A.clone(), lora_B.clone()) if spec.initialization.corrected else None
+        self.start = None
+        if spec.initialization.corrected:
+            self.start = (lora_A.detach().clone(), lora_B.detach().clone())
         self.enabled, self._unmerged_weight, self.lora_magnitude = True, None, None
         if spec.variant.magnitude:
             moved = layout.to_weight(matrix, shape) + self.delta_weight()

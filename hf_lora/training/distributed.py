@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from itertools import product
 from typing import Any, TypeVar
 
 import torch
@@ -75,14 +76,13 @@ def check_equal(facts: Mapping[str, str]) -> None:
         return
     everywhere: list[Any] = [None] * process_count()
     dist.all_gather_object(everywhere, dict(facts))
-    for what in facts:
-        for rank, other in enumerate(everywhere):
-            if other[what] != everywhere[0][what]:
-                raise ValueError(
-                    f"the processes do not train the same; got another {what} in process {rank} "
-                    f"({other[what]}) than in process 0 ({everywhere[0][what]}); expected the same everywhere; "
-                    "give every machine the same files and versions"
-                )
+    for what, (rank, other) in product(facts, enumerate(everywhere)):
+        if other[what] != everywhere[0][what]:
+            raise ValueError(
+                f"the processes do not train the same; got another {what} in process {rank} ({other[what]}) than in "
+                f"process 0 ({everywhere[0][what]}); expected the same everywhere; give every machine the same files "
+                "and versions"
+            )
 
 
 def keep_frozen_local(model: nn.Module) -> None:

@@ -87,7 +87,9 @@ def test_the_private_name_is_there(name):
 
 
 def test_the_tables_are_of_all_that_is_used_and_no_other_module_touches_what_is_not_trainers():
-    own = {name for base in LoRATrainer.__mro__ if base.__module__.startswith("hf_lora") for name in vars(base)}
+    own = {
+        name for base in LoRATrainer.__mro__ if base.__module__.startswith("hf_lora") for name in vars(base)
+    }
     assert {name for name in own & set(vars(Trainer)) if re.match(r"_[a-z]", name)} == set(OVERRIDDEN)
     others = "|".join(set(OTHERS) - {"_train_batch_size"})
     for path in Path(training.__path__[0]).glob("*.py"):
