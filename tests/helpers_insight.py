@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.insight.judgement import Judgement, judge
 from hf_lora.tasks import MULTI, REGRESSION
+from hf_lora.tasks.mistakes import Evaluation, evaluate
 
 LABELS = ("arts & <b>crafts</b>", "sports", "tech|x")
 INFO, MULTI_INFO = AdapterInfo(LABELS), AdapterInfo(LABELS, MULTI)
@@ -20,7 +21,11 @@ def outputs(seed: int, examples: int = 60, labels: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(examples, labels)) * 2
 
 
-def judged(mistakes: int = 12) -> tuple[Judgement, np.ndarray, np.ndarray, np.ndarray]:
+def judge(info: AdapterInfo, *outputs: Any, mistakes: int = 12) -> Evaluation:
+    return evaluate(info.task, info.labels, info.calibration, *outputs, mistakes=mistakes)
+
+
+def judged(mistakes: int = 12) -> tuple[Evaluation, np.ndarray, np.ndarray, np.ndarray]:
     references = np.random.default_rng(9).integers(0, 3, 60)
     logits, disabled = outputs(1), outputs(2)
     logits[np.arange(45), references[:45]] += 4

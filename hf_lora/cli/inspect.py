@@ -8,16 +8,39 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_lora.cli.shared import ADAPTER, CLASSIFIER, LABELLED, SPEED, add_command, judged
+from hf_lora.cli.shared import ADAPTER, CLASSIFIER, LABELLED, SPEED, add_command, evaluated
 
 if TYPE_CHECKING:
     from hf_lora.adapters.directory import AdapterFiles
     from hf_lora.insight.inspect import Comparison, Update
-    from hf_lora.insight.report import Report
-    from hf_lora.insight.spectra import Amplification
 
 # The ranks whose energy the table shows; JSON has all of them.
 _ENERGY_RANKS = (1, 2, 4, 8, 16, 32)
+# Names of columns, and the places in the JSON that they show.
+_NORMS = {
+    "rank": "rank",
+    "norm": "norm",
+    "effective rank": "effective_rank",
+    "stable rank": "stable_rank",
+    "norm / W": "relative_norm",
+    "amplification": "factor",
+}
+_AMPLIFICATION = {
+    "directions": "directions",
+    "norm of ΔW": "update",
+    "norm of W": "weight",
+    "W in those of ΔW": "in_update",
+    "W in its own": "in_weight",
+    "W in random ones": "in_random",
+}
+_SUMMARY = {
+    "updates": "count",
+    "norm": "norm",
+    "mean effective rank": "effective_rank",
+    "mean norm / W": "relative",
+    "mean amplification": "factor",
+}
+_SIMILARITY = {"φ(1,1)": "first", "φ(r,r)": "all", "random": "all_random"}
 
 
 def register(commands: Any) -> None:
@@ -120,8 +143,6 @@ def targets(options: Namespace) -> None:
 
 def inspect(options: Namespace) -> None:
     """What each update does: norm, ranks, energy, amplification; beside another adapter, shared subspaces."""
-    from hf_lora._text import printable
-    from hf_lora.cli.tables import print_comparison, print_summary, print_updates
     from hf_lora.insight.inspect import compare, layer_names, summarize, updates_of
     from hf_lora.insight.page import can_draw
 
@@ -133,7 +154,13 @@ def inspect(options: Namespace) -> None:
         raise ValueError(
             "--plot needs matplotlib, which is not installed; try `pip install 'hf-lora[plots]'`"
         )
-    updates, amplified, config, notes = _updates(options)
+    updates, config, notes = _updates(options)
+    found: dict[str, Any] = {
+        "adapter": str(options.adapter),
+        "modules": list(map(_as_json, updates)),
+        "by_role": summarize(updates, [update.role_name for update in updates]),
+        "by_layer": summarize(updates, layer_names(updates)),
+    }
     compared: list[Comparison] = []
     if options.other is not None:
         others, other_notes = updates_of(_read(options.other, options.other_revision), config)
@@ -144,41 +171,25 @@ def inspect(options: Namespace) -> None:
                 f"only updates that both adapters have are compared: {len(compared)} of {len(updates)} "
                 f"here and {len(others)} in the other"
             )
-    roles, layers = [update.role_name for update in updates], layer_names(updates)
-    by = {"role": summarize(updates, amplified, roles), "layer": summarize(updates, amplified, layers)}
+        found |= {"other": str(options.other), "directions_of": options.directions_of}
+        found["similarity"] = [
+            {"module": entry.update.module, "role": entry.update.role, **entry.sides} for entry in compared
+        ]
+    found["notes"] = notes
     if options.json:
-        found = {
-            "adapter": str(options.adapter),
-            "modules": list(map(_as_json, updates, amplified)),
-            **{f"by_{what}": entries for what, entries in by.items()},
-        }
-        if options.other is not None:
-            found |= {"other": str(options.other), "directions_of": options.directions_of}
-            found["similarity"] = [
-                {"module": entry.update.module, "role": entry.update.role, **entry.sides}
-                for entry in compared
-            ]
-        print(json.dumps({**found, "notes": notes}, ensure_ascii=False))
+        print(json.dumps(found, ensure_ascii=False))
     else:
-        print_updates(options.adapter, updates, amplified)
-        for what, entries in by.items():
-            print_summary(what, entries)
-        if compared:
-            of = "A and B" if options.directions_of == "factors" else "ΔW"
-            print_comparison(f"subspaces shared with {options.other}: φ of the directions of {of}", compared)
-        for note in notes:
-            print(printable(f"note: {note}"))
+        _print_inspection(found, updates, [entry.update for entry in compared])
     if options.plot is not None:
         from hf_lora.insight.plots import plot_inspection
 
         beside = "" if options.other is None else f" beside {Path(options.other).name}"
-        title = f"{Path(options.adapter).name}{beside}"
-        plot_inspection(title, updates, amplified, compared, Path(options.plot))
+        plot_inspection(f"{Path(options.adapter).name}{beside}", updates, compared, Path(options.plot))
 
 
-def _updates(options: Namespace) -> tuple[list[Update], list[Amplification | None], Any, list[str]]:
-    """The updates, their amplifications, the base's configuration, and notes; without a base model the first alone."""
-    from hf_lora.insight.inspect import amplifications, base_weights, updates_of
+def _updates(options: Namespace) -> tuple[list[Update], Any, list[str]]:
+    """The updates, the base's configuration, and notes; without a base model no amplification and no configuration."""
+    from hf_lora.insight.inspect import amplify, updates_of
     from hf_lora.serving.classifier import load_trained
 
     files = _read(options.adapter, options.revision)
@@ -192,28 +203,63 @@ def _updates(options: Namespace) -> tuple[list[Update], list[Amplification | Non
         notes.append(
             f"amplification and norms relative to W are left out, since they need the base model: {reason}"
         )
-        return updates, [None] * len(updates), None, notes
+        return updates, None, notes
     updates, notes = updates_of(files, model.config)
-    amplified = amplifications(updates, base_weights(model), options.directions)
-    return updates, amplified, model.config, notes
+    amplify(updates, model, options.directions)
+    return updates, model.config, notes
 
 
-def _as_json(update: Update, amplified: Amplification | None) -> dict[str, Any]:
-    spectrum = update.spectrum
+def _as_json(update: Update) -> dict[str, Any]:
+    spectrum, found = update.spectrum, update.amplification
     return {
         "module": update.module,
         "layer": update.layer,
         "role": update.role,
         "shape": [len(update.B), update.A.shape[1]],
-        "rank": update.rank,
+        "rank": len(update.A),
         "norm": spectrum.norm,
         "effective_rank": spectrum.effective_rank,
         "stable_rank": spectrum.stable_rank,
-        "singular_values": list(spectrum.values),
-        "energy": [spectrum.energy(rank) for rank in range(1, 1 + update.rank)],
-        "amplification": amplified
-        and {**asdict(amplified), "factor": amplified.factor, "relative_norm": amplified.relative},
+        "singular_values": spectrum.values,
+        "energy": [spectrum.energy(rank) for rank in range(1, 1 + len(update.A))],
+        "amplification": found and {**asdict(found), "factor": found.factor, "relative_norm": found.relative},
     }
+
+
+def _print_inspection(found: dict[str, Any], updates: list[Update], compared: list[Update]) -> None:
+    """Print what the JSON has as tables. compared: the updates of the similarities."""
+    from hf_lora._text import printable
+    from hf_lora.cli.tables import print_columns
+    from hf_lora.insight.inspect import layer_names
+
+    def places(updates: list[Update]) -> dict[str, list[Any]]:
+        return {"layer": layer_names(updates), "role": [update.role_name for update in updates]}
+
+    def values(entries: list[dict[str, Any]], columns: dict[str, str]) -> dict[str, list[Any]]:
+        return {name: [entry.get(key) for entry in entries] for name, key in columns.items()}
+
+    modules = [{**module, **(module["amplification"] or {})} for module in found["modules"]]
+    print_columns(f"{found['adapter']}: updates", places(updates) | values(modules, _NORMS))
+    if any(module["amplification"] for module in modules):
+        title = "amplification: norms of U' W V in the leading directions"
+        print_columns(title, places(updates) | values(modules, _AMPLIFICATION))
+    spectra = [update.spectrum for update in updates]
+    shown = [rank for rank in _ENERGY_RANKS if rank < max((len(update.A) for update in updates), default=0)]
+    energy = {str(rank): [spectrum.energy(rank) for spectrum in spectra] for rank in shown}
+    needed = {f"rank for {share:.0%}": [entry.rank_for(share) for entry in spectra] for share in (0.9, 0.99)}
+    print_columns("energy kept at rank", places(updates) | energy | needed)
+    for what in ("role", "layer"):
+        print_columns(f"by {what}", values(found[f"by_{what}"], {what: "name", **_SUMMARY}))
+    if compared:
+        phi: dict[str, list[Any]] = {}
+        for side in "AB":
+            sides = [entry[side] for entry in found["similarity"]]
+            phi |= values(sides, {f"{side} {name}": key for name, key in _SIMILARITY.items()})
+        of = "A and B" if found["directions_of"] == "factors" else "ΔW"
+        title = f"subspaces shared with {found['other']}: φ of the directions of {of}"
+        print_columns(title, places(compared) | phi)
+    for note in found["notes"]:
+        print(printable(f"note: {note}"))
 
 
 def report(options: Namespace) -> None:
@@ -228,34 +274,15 @@ def report(options: Namespace) -> None:
     if options.mistakes < 0:
         raise ValueError(f"mistakes is not usable; got {options.mistakes}; expected 0 or more")
     files = _read(options.adapter, options.revision)
-    is_measured = options.test_file or options.dataset_name
-    write_text(output, render(_measured(options, files) if is_measured else collect(files)))
+    known: dict[str, Any] = {}
+    if source := options.test_file or options.dataset_name:
+        options.adapter = files.directory
+        classifier, data, results = evaluated(options, mistakes=options.mistakes)
+        truncated = data.report.truncated["test"]
+        cut = f", {truncated:,} of them cut to the longest input" if truncated else ""
+        known = {"model": classifier.model, "evaluation": results, "setting": classifier.setting}
+        known["measured_on"] = f"{Path(source).name}{cut}"
+    write_text(output, render(collect(files, **known)))
     print(f"wrote {output}")
     if not can_draw():
         print(f"without {NO_CHARTS}")
-
-
-def _measured(options: Namespace, files: AdapterFiles) -> Report:
-    """The report of an adapter on labelled data, read and computed as by `hf-lora evaluate`."""
-    from hf_lora.insight.inspect import base_weights
-    from hf_lora.insight.report import Measured, collect
-    from hf_lora.lora.inject import trainable_parameter_count
-
-    options.adapter = files.directory
-    classifier, data, judgement = judged(options, mistakes=options.mistakes)
-    measured = Measured(
-        judgement,
-        data.problem_type,
-        data.labels,
-        source=Path(options.test_file or options.dataset_name).name,
-        setting=classifier.setting,
-        truncated=data.report.truncated["test"],
-    )
-    count, weights = trainable_parameter_count(classifier.model), base_weights(classifier.model)
-    return collect(
-        files,
-        measured=measured,
-        count=(count.trainable, count.total),
-        weights=weights,
-        config=classifier.model.config,
-    )

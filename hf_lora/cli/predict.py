@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hf_lora.cli.shared import CLASSIFIER, INPUT, LABELLED, SPEED, add_command, classifier_of, judged
+from hf_lora.cli.shared import CLASSIFIER, INPUT, LABELLED, SPEED, add_command, classifier_of, evaluated
 
 if TYPE_CHECKING:
     from hf_lora.serving.classifier import Text, TextClassifier
@@ -32,24 +32,24 @@ def evaluate(options: Namespace) -> None:
     """Metrics and errors by class, with the adapter and for the encoder without it."""
     from hf_lora.cli.tables import print_class_errors, print_table
 
-    classifier, data, judgement = judged(options)
+    classifier, data, results = evaluated(options)
     print(classifier.setting, file=sys.stderr)
     report: dict[str, Any] = {
         "adapter": str(options.adapter),
-        "examples": judgement.examples,
+        "examples": results.examples,
         "truncated": data.report.truncated["test"],
-        "metrics": judgement.metrics,
-        "metrics_disabled": judgement.metrics_disabled,
+        "metrics": results.metrics,
+        "metrics_disabled": results.metrics_disabled,
     }
-    if judgement.confusion:
-        report["classes"] = judgement.classes
+    if results.confusion:
+        report["classes"] = results.classes
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
         return
-    rows = [(name, value, judgement.metrics_disabled.get(name)) for name, value in judgement.metrics.items()]
-    print_table(f"{judgement.examples} examples", ("metric", "with adapter", "encoder without adapter"), rows)
-    if judgement.confusion:
-        print_class_errors(judgement.classes, "in the output of --json")
+    rows = [(name, value, results.metrics_disabled.get(name)) for name, value in results.metrics.items()]
+    print_table(f"{results.examples} examples", ("metric", "with adapter", "encoder without adapter"), rows)
+    if results.confusion:
+        print_class_errors(results.classes, "in the output of --json")
 
 
 def predict(options: Namespace) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hf_lora.data import ClassificationData
-    from hf_lora.insight.judgement import Judgement
     from hf_lora.serving.classifier import Text, TextClassifier
+    from hf_lora.tasks.mistakes import Evaluation
 
 _TRUE = "store_true"
 # The options by name; each means the same in every command that has it.
@@ -111,19 +111,22 @@ def labelled_data(options: Namespace, classifier: TextClassifier) -> Labelled:
     return Labelled(data, texts, data.splits["test"].with_format("numpy")["labels"][:])
 
 
-def judged(options: Namespace, *, mistakes: int = 0) -> tuple[TextClassifier, ClassificationData, Judgement]:
+def evaluated(
+    options: Namespace, *, mistakes: int = 0
+) -> tuple[TextClassifier, ClassificationData, Evaluation]:
     """The classifier and labelled data that the options name, and its results with the adapter and without it."""
-    from hf_lora.insight.judgement import judge
     from hf_lora.lora.inject import lora_disabled
+    from hf_lora.tasks.mistakes import evaluate
 
     classifier = classifier_of(options, precision=options.precision)
+    info = classifier.info
     data, texts, references = labelled_data(options, classifier)
     enabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
     with lora_disabled(classifier.model):
         disabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
     shown = [text if isinstance(text, str) else " / ".join(text) for text in texts]
-    results = judge(classifier.info, shown, references, enabled, disabled, mistakes=mistakes)
-    return classifier, data, results
+    known = (info.task, info.labels, info.calibration)
+    return classifier, data, evaluate(*known, shown, references, enabled, disabled, mistakes=mistakes)
 
 
 def new_directory(path: str) -> Path:

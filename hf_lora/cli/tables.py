@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from hf_lora._text import MANY_LABELS, in_words, printable
-
-if TYPE_CHECKING:
-    from hf_lora.insight.inspect import Comparison, Update
-    from hf_lora.insight.spectra import Amplification
-
-# The ranks whose energy `inspect` shows; its JSON has all of them.
-_ENERGY_RANKS = (1, 2, 4, 8, 16, 32)
-# Names of columns, and the attributes that they show.
-_NORMS = {"norm": "norm", "effective rank": "effective_rank", "stable rank": "stable_rank"}
-_RELATIVE = {"norm / W": "relative", "amplification": "factor"}
-_AMPLIFICATION = {
-    "directions": "directions",
-    "norm of ΔW": "update",
-    "norm of W": "weight",
-    "W in those of ΔW": "in_update",
-    "W in its own": "in_weight",
-    "W in random ones": "in_random",
-}
-_SUMMARY = {
-    "updates": "count",
-    "norm": "norm",
-    "mean effective rank": "effective_rank",
-    "mean norm / W": "relative",
-    "mean amplification": "factor",
-}
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -77,48 +52,6 @@ def print_class_errors(errors: Mapping[str, Mapping[str, int]], whole: str) -> N
     print_table("errors by class", ("label", "examples", "wrong", "wrong without adapter"), rows)
     if len(shown) < len(errors):
         print(f"the {len(shown)} of {len(errors):,} labels with the most errors; all of them are {whole}")
-
-
-def print_updates(adapter: str, updates: Sequence[Update], amplified: Sequence[Amplification | None]) -> None:
-    """Print what each update of an adapter is and does to its weight."""
-    places, spectra = _places(updates), [update.spectrum for update in updates]
-    ranks = [update.rank for update in updates]
-    values = _values(spectra, _NORMS) | _values(amplified, _RELATIVE)
-    print_columns(f"{adapter}: updates", {**places, "rank": ranks, **values})
-    if any(amplified):
-        title = "amplification: norms of U' W V in the leading directions"
-        print_columns(title, places | _values(amplified, _AMPLIFICATION))
-    shown = [rank for rank in _ENERGY_RANKS if rank < max(ranks, default=0)]
-    energy = {str(rank): [spectrum.energy(rank) for spectrum in spectra] for rank in shown}
-    needed = {f"rank for {share:.0%}": [entry.rank_for(share) for entry in spectra] for share in (0.9, 0.99)}
-    print_columns("energy kept at rank", {**places, **energy, **needed})
-
-
-def print_summary(what: str, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Print what `summarize` returned for the updates by role or by layer."""
-    columns = {what: "name", **_SUMMARY}
-    print_columns(f"by {what}", {name: [entry[key] for entry in entries] for name, key in columns.items()})
-
-
-def print_comparison(title: str, compared: Sequence[Comparison]) -> None:
-    """Print how similar the subspaces of two adapters are."""
-    phi = {
-        f"{side} {name}": [entry.sides[side][key] for entry in compared]
-        for side in "AB"
-        for name, key in (("φ(1,1)", "first"), ("φ(r,r)", "all"), ("random", "all_random"))
-    }
-    print_columns(title, _places([entry.update for entry in compared]) | phi)
-
-
-def _places(updates: Sequence[Update]) -> dict[str, list[Any]]:
-    from hf_lora.insight.inspect import layer_names
-
-    return {"layer": layer_names(updates), "role": [update.role_name for update in updates]}
-
-
-def _values(entries: Sequence[Any], columns: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Attributes of the entries by the name of their column; None where an entry is None."""
-    return {name: [getattr(entry, what, None) for entry in entries] for name, what in columns.items()}
 
 
 def _cell(value: Any) -> str:

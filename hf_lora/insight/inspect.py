@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_lora.adapters.directory import AdapterFiles
 from hf_lora.adapters.values import Adapter, Factors
 from hf_lora.insight import spectra
-from hf_lora.insight.spectra import Amplification, Spectrum, Triplets
+from hf_lora.insight.spectra import Amplification, Spectrum
 from hf_lora.lora.architectures import ARCHITECTURES, ROLE_NAMES, ROLES, ROW_LAYOUTS, Projection
 from hf_lora.lora.inject import lora_layers
 from hf_lora.lora.quantized import dequantized, is_quantized
@@ -35,12 +35,13 @@ FUSED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Update:
     """The update of one weight, or of one role's rows of a fused weight.
 
     module: the dotted name. role: a letter of "qkvo", several for a whole fused weight, None if unknown.
     rows: the role's rows of a fused weight; None: all rows. A `(rank, in)`, B `(out, rank)`.
+    amplification: set by `amplify`; None until then, and for an update of zero.
     """
 
     module: str
@@ -49,41 +50,20 @@ class Update:
     B: Tensor
     scaling: float
     rows: tuple[int, ...] | None = None
+    amplification: Amplification | None = None
 
-    @property
-    def layer(self) -> int | None:
-        """The number of the module's block; None outside the blocks."""
-        return block_of(self.module)
-
-    @property
-    def stack(self) -> str:
-        """The name before the number of the block; the whole name outside the blocks."""
-        return _BLOCK.split(self.module, maxsplit=1)[0]
-
-    @property
-    def tail(self) -> str:
-        """The name after the number of the block; the whole name outside the blocks."""
-        return _BLOCK.split(self.module, maxsplit=1)[-1] or self.module
-
-    @property
-    def role_name(self) -> str:
-        """The role in words, or else the module's name inside its block."""
-        return "+".join(ROLE_NAMES[letter] for letter in self.role) if self.role else self.tail
-
-    @property
-    def rank(self) -> int:
-        """The rank in the file."""
-        return self.A.shape[0]
-
-    @cached_property
-    def triplets(self) -> Triplets:
-        """The singular triplets of the update."""
-        return spectra.triplets(self.A, self.B, self.scaling)
+    def __post_init__(self) -> None:
+        """`layer`: the number of the block, None outside the blocks. stack, tail: the names before and after it."""
+        self.layer = block_of(self.module)
+        parts = _BLOCK.split(self.module, maxsplit=1)
+        self.stack, self.tail = parts[0], parts[-1] or self.module
+        # In words, or else the module's name inside its block.
+        self.role_name = "+".join(ROLE_NAMES[letter] for letter in self.role) if self.role else self.tail
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """The singular values of the update."""
-        return Spectrum(tuple(self.triplets.S.tolist()))
+        """The singular triplets of the update."""
+        return Spectrum.of(self.A, self.B, self.scaling)
 
     def directions(self, side: str, of: str = "factors") -> Tensor:
         """The leading directions `(in or out, k)` of a side, "A" (right) or "B" (left).
@@ -92,8 +72,8 @@ class Update:
             "update": of ΔW.
         """
         if of == "update":
-            return self.triplets.Vh.T if side == "A" else self.triplets.U
-        return spectra.right_directions(self.A) if side == "A" else spectra.left_directions(self.B)
+            return self.spectrum.Vh.T if side == "A" else self.spectrum.U
+        return spectra.right_directions(self.A if side == "A" else self.B.T)
 
 
 def updates_of(files: AdapterFiles, config: Any = None) -> tuple[list[Update], list[str]]:
@@ -107,9 +87,7 @@ def updates_of(files: AdapterFiles, config: Any = None) -> tuple[list[Update], l
     if len(tensors) < len(files.tensors):
         notes.append(DORA)
     adapter = Adapter.from_files(replace(files, tensors=tensors))
-    updates = [
-        update for module, entry in adapter.factors.items() for update in _split(module, entry, config)
-    ]
+    updates = [part for module, entry in adapter.factors.items() for part in _split(module, entry, config)]
     if any(update.rows is None and len(update.role or "") > 1 for update in updates):
         notes.append(FUSED)
     return sorted(updates, key=_order), notes
@@ -120,49 +98,31 @@ def role_of(module: str) -> str | None:
     return "".join(dict.fromkeys(role for role, _ in _places(module, ARCHITECTURES))) or None
 
 
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The pretrained weights `(out, in)` under an injected model's adapter, by module; quantized ones dequantized."""
-    return {
-        name: dequantized(layer).cpu()
-        if is_quantized(layer)
-        else layer.layout.to_matrix(layer.base_weight.detach()).cpu()
-        for name, layer in lora_layers(model).items()
-    }
-
-
-def amplifications(
-    updates: Sequence[Update], weights: Mapping[str, Tensor], directions: int | None = None
-) -> list[Amplification | None]:
-    """For each update its amplification of the base weight; None for an update of zero."""
-    rows = [slice(None) if update.rows is None else list(update.rows) for update in updates]
-    return [
-        spectra.amplification(update.triplets, weights[update.module][own], directions)
-        for update, own in zip(updates, rows, strict=True)
-    ]
+def amplify(updates: Iterable[Update], model: nn.Module, directions: int | None = None) -> None:
+    """Give updates their amplification of the pretrained weights `(out, in)` under an injected model's adapter."""
+    layers = lora_layers(model)
+    for update in updates:
+        layer = layers[update.module]
+        plain = None if is_quantized(layer) else layer.layout.to_matrix(layer.base_weight.detach())
+        weight = dequantized(layer) if plain is None else plain
+        rows = slice(None) if update.rows is None else list(update.rows)
+        update.amplification = spectra.amplification(update.spectrum, weight.cpu()[rows], directions)
 
 
 def _split(module: str, entry: Factors, config: Any) -> list[Update]:
-    """One update; for a fused weight with known rows, one of each role."""
+    """One update; for a fused weight whose rows of each role are known, one of each role."""
     A, B = entry.matrices
+    model_type = getattr(config, "model_type", None)
+    places = _places(module, [str(model_type)] if model_type in ARCHITECTURES else [])
     parts = []
-    for role, own in _rows_of(module, B.shape[0], config).items():
-        part = B[list(own)]
+    for role, layout in {role: place.rows for role, place in places if place.rows is not None}.items():
+        rows = tuple(row for block in ROW_LAYOUTS.get(layout)(config, B.shape[0])[role] for row in block)
+        part = B[list(rows)]
         # Each role uses columns of B of its own; they are zero in the rows of the others.
         used = part.abs().sum(0) > 0
         if used.any():
-            parts.append(Update(module, role, A[used], part[:, used], entry.scaling, own))
+            parts.append(Update(module, role, A[used], part[:, used], entry.scaling, rows))
     return parts or [Update(module, role_of(module), A, B, entry.scaling)]
-
-
-def _rows_of(module: str, out_features: int, config: Any) -> dict[str, tuple[int, ...]]:
-    """The output rows of each role in a fused weight; empty for other weights and unknown architectures."""
-    model_type = getattr(config, "model_type", None)
-    places = _places(module, [str(model_type)] if model_type in ARCHITECTURES else [])
-    layouts = {role: place.rows for role, place in places if place.rows is not None}
-    return {
-        role: tuple(row for block in ROW_LAYOUTS.get(layout)(config, out_features)[role] for row in block)
-        for role, layout in layouts.items()
-    }
 
 
 def _places(module: str, model_types: Iterable[str]) -> list[tuple[str, Projection]]:
@@ -177,47 +137,35 @@ def _places(module: str, model_types: Iterable[str]) -> list[tuple[str, Projecti
 
 def _order(update: Update) -> tuple[Any, ...]:
     """Modules outside the blocks first, then by block; in a block q, k, v, o, then by name."""
-    role = f"{ROLES}?".index((update.role or "?")[0])
-    if update.layer is None:
-        return "", 0, role, update.module
-    return update.stack, update.layer, role, update.module
+    block = ("", 0) if update.layer is None else (update.stack, update.layer)
+    return *block, f"{ROLES}?".index((update.role or "?")[0]), update.module
 
 
-def summarize(
-    updates: Sequence[Update], amplified: Sequence[Amplification | None], names: Iterable[str]
-) -> list[dict[str, Any]]:
+def summarize(updates: Iterable[Update], names: Iterable[str]) -> list[dict[str, Any]]:
     """For each of the names, in their order: name, count, norm of all its updates together, and means over them.
 
-    amplified, names: an entry for each update. Updates without an amplification have no part in its means.
+    names: an entry for each update. Updates without an amplification have no part in its means.
     """
-    groups: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        groups.setdefault(name, []).append(index)
-    return [
-        {
-            "name": name,
-            "count": len(members),
-            "norm": hypot(*(updates[index].spectrum.norm for index in members)),
-            "effective_rank": fmean(updates[index].spectrum.effective_rank for index in members),
-            "factor": _mean(getattr(amplified[index], "factor", None) for index in members),
-            "relative": _mean(getattr(amplified[index], "relative", None) for index in members),
+    groups: dict[str, list[Update]] = {}
+    for update, name in zip(updates, names, strict=True):
+        groups.setdefault(name, []).append(update)
+    found = []
+    for name, members in groups.items():
+        amplified = [update.amplification for update in members if update.amplification]
+        means = {
+            "effective_rank": [update.spectrum.effective_rank for update in members],
+            "factor": [entry.factor for entry in amplified if entry.factor is not None],
+            "relative": [entry.relative for entry in amplified if entry.relative is not None],
         }
-        for name, members in groups.items()
-    ]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Layers by roles: `cells[row][column]` is the index of an update, or None where there is none."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[tuple[int | None, ...], ...]
+        found.append(
+            {
+                "name": name,
+                "count": len(members),
+                "norm": hypot(*(update.spectrum.norm for update in members)),
+                **{key: fmean(values) if values else None for key, values in means.items()},
+            }
+        )
+    return found
 
 
 def layer_names(updates: Sequence[Update]) -> list[str]:
@@ -227,42 +175,44 @@ def layer_names(updates: Sequence[Update]) -> list[str]:
     return [u.module if u.layer is None else layer for u, layer in zip(updates, layers, strict=True)]
 
 
+# By layer, then by role.
+Grid = dict[str, dict[str, Update | None]]
+
+
 def grid_of(updates: Sequence[Update]) -> Grid:
-    """The updates by layer and role; where a role occurs twice in a block, by the names inside the block."""
+    """The updates by layer and role; where a role occurs twice in a block, by the names inside the block.
+
+    Every layer has all columns; None where it has no update.
+    """
     names = layer_names(updates)
     roles = [update.role_name for update in updates]
     if len(set(zip(names, roles, strict=True))) < len(updates):
         roles = [f"{update.tail} {update.role}" if update.rows else update.tail for update in updates]
-    places = {place: index for index, place in enumerate(zip(names, roles, strict=True))}
-    rows, columns = tuple(dict.fromkeys(names)), tuple(dict.fromkeys(roles))
-    return Grid(rows, columns, tuple(tuple(places.get((row, column)) for column in columns) for row in rows))
+    places = dict(zip(zip(names, roles, strict=True), updates, strict=True))
+    columns = dict.fromkeys(roles)
+    return {row: {column: places.get((row, column)) for column in columns} for row in names}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Comparison:
-    """The similarity phi(i, j) `(n, m)` of the subspaces of two updates of one weight.
+    """The similarity phi(i, j) `(n, m)` of the subspaces of two updates of one weight, by side.
 
-    right: of A, in the space of the inputs. left: of B, in the space of the outputs.
+    "A": in the space of the inputs. "B": in the space of the outputs.
     """
 
     update: Update
-    right: Tensor
-    left: Tensor
+    phi: Mapping[str, Tensor]
 
     @property
     def sides(self) -> dict[str, dict[str, Any]]:
         """By side: `first`, phi(1, 1); `all`, phi for all directions; `all_random`, its mean for random ones; `phi`."""
-        sizes = {"A": (self.right, self.update.A.shape[1]), "B": (self.left, len(self.update.B))}
-        return {
-            side: {
-                "first": phi[0, 0].item() if phi.numel() else None,
-                "all": phi[k - 1, k - 1].item() if phi.numel() else None,
-                "all_random": spectra.random_similarity(k, k, dimension) if phi.numel() else None,
-                "phi": phi.tolist(),
-            }
-            for side, (phi, dimension) in sizes.items()
-            for k in [min(phi.shape)]
-        }
+        found = {}
+        for side, dimension in (("A", self.update.A.shape[1]), ("B", len(self.update.B))):
+            phi, k = self.phi[side], min(self.phi[side].shape)
+            # The mean of phi(i, j) for independent uniform subspaces is max(i, j) / dimension.
+            values = (phi[0, 0].item(), phi[k - 1, k - 1].item(), k / dimension) if k else (None,) * 3
+            found[side] = dict(zip(("first", "all", "all_random"), values, strict=True), phi=phi.tolist())
+        return found
 
 
 def compare(first: Iterable[Update], second: Iterable[Update], of: str = "factors") -> list[Comparison]:
@@ -284,6 +234,7 @@ def compare(first: Iterable[Update], second: Iterable[Update], of: str = "factor
                 f"the updates of {update.module!r} have different sizes; got {got} in the other adapter; "
                 f"expected {expected}"
             )
-        sides = [(update.directions(side, of), other.directions(side, of)) for side in "AB"]
-        found.append(Comparison(update, *(spectra.subspace_similarity(*pair) for pair in sides)))
+        both = {side: [entry.directions(side, of) for entry in (update, other)] for side in "AB"}
+        phi = {side: spectra.subspace_similarity(*pair) for side, pair in both.items()}
+        found.append(Comparison(update, phi))
     return found

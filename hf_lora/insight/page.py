@@ -10,7 +10,9 @@ import jinja2
 from markupsafe import Markup
 
 from hf_lora._text import printable
+from hf_lora.insight.inspect import Grid, grid_of
 from hf_lora.insight.report import Report
+from hf_lora.tasks import task_of
 from hf_lora.version import __version__
 
 NO_CHARTS = "charts: matplotlib is not installed; try `pip install 'hf-lora[plots]'`"
@@ -32,55 +34,41 @@ def render(report: Report) -> str:
         autoescape=True,
         finalize=_shown,
     )
-    environment.filters |= {"number": _number, "cut": _cut}
+    environment.filters["cut"] = _cut
     source = resources.files("hf_lora.insight").joinpath("report.html.jinja").read_text("utf-8")
-    charts = _charts(report) if can_draw() else {}
+    grid = grid_of(report.updates)
+    charts = _charts(report, grid) if can_draw() else {}
     return environment.from_string(source).render(
         report=report,
+        task=report.task or task_of(None),
+        grid=grid,
         version=__version__,
         charts=charts,
         missing=report.missing if charts else [*report.missing, NO_CHARTS],
-        most=_largest(report),
     )
 
 
-def _charts(report: Report) -> dict[str, Any]:
+def _charts(report: Report, grid: Grid) -> dict[str, Any]:
     """The addresses of the charts, by name; `spectra` by column of the grid."""
     from hf_lora.insight import plots
 
-    top = max((max(update.spectrum.values, default=0.0) for update in report.updates), default=0.0) or 1.0
-    spectra = {}
-    for name, cells in zip(report.grid.columns, zip(*report.grid.cells, strict=True), strict=True):
-        updates = [report.updates[index] for index in cells if index is not None]
-        spectra[name] = plots.spectrum_chart([update.spectrum.values for update in updates], top)
-    charts: dict[str, Any] = {"spectra": spectra}
-    if report.history is not None:
-        charts["losses"] = plots.loss_chart(report.history)
-    if report.measured is not None:
-        judgement = report.measured.judgement
-        for name in ("calibration", "calibration_disabled"):
-            if found := getattr(judgement, name):
-                charts[name] = plots.reliability_chart(found)
-        if judgement.points:
-            charts["predictions"] = plots.prediction_chart(judgement.points)
-    return charts
-
-
-def _largest(report: Report) -> dict[str, float]:
-    """The largest value of each heat map; its cell is the darkest."""
-    values = {
-        "norm": [update.spectrum.norm for update in report.updates],
-        "effective_rank": [update.spectrum.effective_rank for update in report.updates],
-        "relative": [entry.relative or 0.0 for entry in report.amplified if entry is not None],
+    top = max((value for update in report.updates for value in update.spectrum.values), default=0.0) or 1.0
+    spectra: dict[str, list[list[float]]] = {}
+    for cells in grid.values():
+        for name, update in cells.items():
+            spectra.setdefault(name, []).extend([update.spectrum.values] if update else [])
+    charts: dict[str, Any] = {
+        "spectra": {name: plots.spectrum_chart(lines, top) for name, lines in spectra.items()}
     }
-    return {name: max(entries, default=0.0) or 1.0 for name, entries in values.items()}
-
-
-def _number(value: Any) -> str:
-    """Four decimals of a fraction, a count with separators, nothing for None."""
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    if report.history:
+        charts["losses"] = plots.loss_chart(report.history)
+    if report.evaluation:
+        for name in ("calibration", "calibration_disabled"):
+            if found := getattr(report.evaluation, name):
+                charts[name] = plots.reliability_chart(found)
+        if report.evaluation.points:
+            charts["predictions"] = plots.prediction_chart(report.evaluation.points)
+    return charts
 
 
 def _cut(text: str) -> str:

@@ -16,7 +16,6 @@ from matplotlib.ticker import MaxNLocator
 from hf_lora._files import writing
 from hf_lora.insight.inspect import Comparison, Grid, Update, grid_of
 from hf_lora.insight.report import History
-from hf_lora.insight.spectra import Amplification
 from hf_lora.tasks.calibration import Reliability
 
 ACCENT, MUTED, INK, GRID, BAD = "#1d5fa8", "#98a2b3", "#344054", "#e4e7ec", "#c8553d"
@@ -27,33 +26,32 @@ _MOST_DOTS = 5000
 
 
 def plot_inspection(
-    title: str,
-    updates: Sequence[Update],
-    amplified: Sequence[Amplification | None],
-    compared: Sequence[Comparison],
-    path: Path,
+    title: str, updates: Sequence[Update], compared: Sequence[Comparison], path: Path
 ) -> None:
     """Draw heat maps side by side, and below them phi of some compared updates; write the file."""
-    grid, spectra = grid_of(updates), [update.spectrum for update in updates]
-    relative = [getattr(entry, "relative", None) for entry in amplified]
-    panels: dict[str, list[float | None]] = {
-        "norm of ΔW": [spectrum.norm for spectrum in spectra],
-        "norm of ΔW, in % of that of W": [value and 100 * value for value in relative],
-        "effective rank of ΔW": [spectrum.effective_rank for spectrum in spectra],
-        "amplification factor": [getattr(entry, "factor", None) for entry in amplified],
+    grid = grid_of(updates)
+    cells = np.array([list(row.values()) for row in grid.values()], object)
+    panels = {
+        "norm of ΔW": ("spectrum", "norm", 1),
+        "norm of ΔW, in % of that of W": ("amplification", "relative", 100),
+        "effective rank of ΔW": ("spectrum", "effective_rank", 1),
+        "amplification factor": ("amplification", "factor", 1),
     }
-    drawn = {name: values for name, values in panels.items() if any(value is not None for value in values)}
+    drawn: dict[str, np.ndarray] = {}
+    for name, (holder, key, scale) in panels.items():
+        found = [getattr(getattr(update, holder, None), key, None) for update in cells.flat]
+        if any(value is not None for value in found):
+            drawn[name] = scale * np.array(found, float).reshape(cells.shape)
     columns = max(len(drawn), min(len(compared), _MOST_COMPARED))
-    above = 1.4 + 0.34 * max(3, len(grid.rows))
-    heights = [above, 2.9, 2.9] if compared else [above]
-    width = max(3.1, 0.9 * len(grid.columns) + 1.2) * columns
+    heights = [1.4 + 0.34 * max(3, len(grid)), *([2.9, 2.9] if compared else [])]
+    width = max(3.1, 0.9 * cells.shape[1] + 1.2) * columns
     figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = parts[0].subplots(1, len(drawn), squeeze=False)[0]
     for place, (name, values) in zip(axes, drawn.items(), strict=True):
         _draw_panel(place, grid, name, values)
-    for part, side in zip(parts[1:], ("right", "left"), strict=False):
+    for part, side in zip(parts[1:], "AB", strict=False):
         _draw_similarities(part, side, _strongest(compared))
     with writing(path):
         figure.savefig(path, dpi=150)
@@ -130,62 +128,60 @@ def _address(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{b64encode(stream.getvalue()).decode()}"
 
 
-def _draw_panel(axes: Any, grid: Grid, title: str, numbers: Sequence[float | None]) -> None:
-    cells = [[None if index is None else numbers[index] for index in row] for row in grid.cells]
-    values = np.array(cells, float)
-    image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0, vmax=np.nanmax([*values.flat, 1e-12]))
-    if len(grid.rows) <= _MOST_ROWS:
-        _write_numbers(axes, image, values, size=8)
-    long = max(map(len, grid.columns)) > 8
-    turn = {"rotation": 35, "ha": "right"} if long else {}
-    axes.set_xticks(range(len(grid.columns)), grid.columns, parse_math=False, **turn)
-    axes.set_yticks(range(len(grid.rows)), grid.rows, parse_math=False)
-    if all(name.isdigit() for name in grid.rows):
+def _draw_panel(axes: Any, grid: Grid, title: str, values: np.ndarray) -> None:
+    top = np.nanmax([*values.flat, 1e-12])
+    image = _heat_map(axes, values, "viridis", top, size=8 if len(grid) <= _MOST_ROWS else None)
+    columns = list(next(iter(grid.values())))
+    turn = {"rotation": 35, "ha": "right"} if max(map(len, columns)) > 8 else {}
+    axes.set_xticks(range(len(columns)), columns, parse_math=False, **turn)
+    axes.set_yticks(range(len(grid)), list(grid), parse_math=False)
+    if all(name.isdigit() for name in grid):
         axes.set_ylabel("layer")
     axes.set_title(title, fontsize=10)
-    _bare(axes)
-    axes.figure.colorbar(image, ax=axes, shrink=0.85, aspect=25).outline.set_visible(False)
+    axes.set_aspect("auto")
+    _add_scale(axes.figure, image, axes)
 
 
 def _draw_similarities(part: Any, side: str, compared: Sequence[Comparison]) -> None:
-    factor, space = {"right": ("A", "inputs"), "left": ("B", "outputs")}[side]
-    part.suptitle(f"subspace similarity φ(i, j) of {factor}, in the space of the {space}", fontsize=10)
+    space = {"A": "inputs", "B": "outputs"}[side]
+    part.suptitle(f"subspace similarity φ(i, j) of {side}, in the space of the {space}", fontsize=10)
     axes = part.subplots(1, len(compared), squeeze=False)[0]
     image = None
     for place, comparison in zip(axes, compared, strict=True):
-        values, update = getattr(comparison, side).numpy(), comparison.update
+        values, update = comparison.phi[side].numpy(), comparison.update
         title = update.role_name if update.layer is None else f"layer {update.layer}, {update.role_name}"
         place.set_title(title, fontsize=9, parse_math=False)
         if not values.size:
             place.text(0.5, 0.5, "an update of zero\nhas no directions", ha="center", va="center", fontsize=8)
             place.set(xticks=[], yticks=[])
             continue
-        image = place.imshow(values, cmap="magma", vmin=0, vmax=1)
-        if max(values.shape) <= _MOST_RANKS:
-            _write_numbers(place, image, values, size=6)
-        for ticks, count in ((place.set_yticks, values.shape[0]), (place.set_xticks, values.shape[1])):
+        image = _heat_map(place, values, "magma", 1, size=6 if max(values.shape) <= _MOST_RANKS else None)
+        for ticks, count in zip((place.set_yticks, place.set_xticks), values.shape, strict=True):
             shown = range(0, count, max(1, count // 8))
             ticks(shown, [str(index + 1) for index in shown], fontsize=7)
         place.set_xlabel("j, of the other adapter", fontsize=8)
         place.set_ylabel("i, of this adapter", fontsize=8)
-        _bare(place)
     if image is not None:
-        part.colorbar(image, ax=list(axes), shrink=0.85, aspect=25).outline.set_visible(False)
+        _add_scale(part, image, list(axes))
 
 
-def _write_numbers(axes: Any, image: Any, values: np.ndarray, size: int) -> None:
+def _heat_map(axes: Any, values: np.ndarray, colours: str, top: float, size: int | None) -> Any:
+    """The image of the values from 0 to `top`, with numbers of a font size in the cells; None: without them."""
+    image = axes.imshow(values, cmap=colours, vmin=0, vmax=top)
     for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
+        if size and np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             text = f"{value:.2f}".removeprefix("0") if abs(value) < 10 else f"{value:.0f}"
             style = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if dark else "black"}
             axes.text(column, row, text, **style)
-
-
-def _bare(axes: Any) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+    return image
+
+
+def _add_scale(part: Any, image: Any, axes: Any) -> None:
+    part.colorbar(image, ax=axes, shrink=0.85, aspect=25).outline.set_visible(False)
 
 
 def _strongest(compared: Sequence[Comparison]) -> list[Comparison]:
@@ -193,5 +189,5 @@ def _strongest(compared: Sequence[Comparison]) -> list[Comparison]:
     best: dict[str, Comparison] = {}
     for entry in sorted(compared, key=lambda entry: -entry.update.spectrum.norm):
         best.setdefault(entry.update.role_name, entry)
-    chosen = list(map(id, list(best.values())[:_MOST_COMPARED]))
-    return [entry for entry in compared if id(entry) in chosen]
+    chosen = list(best.values())[:_MOST_COMPARED]
+    return [entry for entry in compared if entry in chosen]

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lora._files import MAX_JSON_BYTES, is_number, parse_object, read_bytes
 from hf_lora._text import in_words
 from hf_lora.adapters.directory import TENSORS, AdapterFiles
 from hf_lora.adapters.peft_format import PREFIX
-from hf_lora.insight.inspect import Grid, Update, amplifications, grid_of, updates_of
-from hf_lora.insight.judgement import Judgement
-from hf_lora.insight.spectra import Amplification
+from hf_lora.insight.inspect import Update, amplify, updates_of
+from hf_lora.lora.inject import trainable_parameter_count
 from hf_lora.tasks import Task, task_of
 from hf_lora.tasks.metrics import BASELINES
+from hf_lora.tasks.mistakes import Evaluation
 from hf_lora.training.checkpoints import checkpoints
 
 METRICS, TRAINER_STATE = "metrics.json", "trainer_state.json"
@@ -38,18 +38,6 @@ _SPLITS = {"eval": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Results on labelled data. source, setting: which data and how computed, in words; truncated: texts cut."""
-
-    judgement: Judgement
-    problem_type: str
-    labels: Sequence[str]
-    source: str
-    setting: str
-    truncated: int
-
-
-@dataclass(frozen=True)
 class History:
     """The training curve: (step, loss) on the training and the validation data, and the file that has it."""
 
@@ -62,66 +50,64 @@ class History:
 class Report:
     """Everything on the page.
 
-    results: those of the training run, (metric, {column: value}); classes: errors by label.
+    task: None where it is not known. results: those of the training run, (metric, {column: value}).
+    classes: errors by label. measured_on, setting: which data and how computed, in words.
     share: (trained, all) parameters. missing: a sentence for each thing that the page does not show.
     """
 
     name: str
     facts: list[tuple[str, str]]
-    problem_type: str | None
+    task: Task | None
     labels: Sequence[str]
     updates: list[Update]
-    grid: Grid
-    amplified: Sequence[Amplification | None]
     history: History | None
     results: list[tuple[str, dict[str, float | None]]]
     classes: Mapping[str, Mapping[str, int]]
-    measured: Measured | None
-    share: tuple[int, int] | None
+    evaluation: Evaluation | None
+    measured_on: str
+    setting: str
+    share: tuple[Any, Any] | None
     missing: list[str]
-
-    @property
-    def task(self) -> Task:
-        """The task of the problem type; single labels where it is not known."""
-        return task_of(self.problem_type)
 
 
 def collect(
     files: AdapterFiles,
     *,
-    measured: Measured | None = None,
-    count: tuple[int, int] | None = None,
-    weights: Mapping[str, Tensor] | None = None,
-    config: Any = None,
+    model: nn.Module | None = None,
+    evaluation: Evaluation | None = None,
+    measured_on: str = "",
+    setting: str = "",
 ) -> Report:
-    """The report of an adapter.
-
-    measured: on labelled data. count: (trained, all) parameters of the loaded model. weights, config: of its base;
-    the weights by module, `(out, in)`.
-    """
-    updates, missing = updates_of(files, config)
+    """The report of an adapter: from its files, the model with the adapter, and results on labelled data."""
+    updates, missing = updates_of(files, model and model.config)
     info = files.info
     recorded = {**(info.metrics if info else {}), **_read_object(files.directory, METRICS, missing)}
+    numbers = {name: value for name, value in recorded.items() if _can_show(value)}
     history = _history(files.directory, missing)
-    if measured is None:
+    if evaluation is None:
         missing.append(
             "confusion matrix, calibration and mistakes: no labelled data were given; try --test_file"
         )
-    known = measured or info
-    problem_type = known.problem_type if known else None
+    share = numbers.get("trainable_parameters"), numbers.get("total_parameters")
+    if model is not None:
+        amplify(updates, model)
+        count = trainable_parameter_count(model)
+        share = count.trainable, count.total
+    known = evaluation or info
+    task = known.task if known else None
     return Report(
         name=files.directory.resolve().name,
-        facts=_facts(files, updates, recorded),
-        problem_type=problem_type,
+        facts=_facts(files, updates, numbers),
+        task=task,
         labels=known.labels if known else (),
         updates=updates,
-        grid=grid_of(updates),
-        amplified=[None] * len(updates) if weights is None else amplifications(updates, weights),
         history=history,
-        results=_results(recorded, problem_type),
-        classes=measured.judgement.classes if measured else _class_errors(recorded),
-        measured=measured,
-        share=count or _share(recorded),
+        results=_results(numbers, task or task_of(None)),
+        classes=evaluation.classes if evaluation else _class_errors(recorded.get("class_errors")),
+        evaluation=evaluation,
+        measured_on=measured_on,
+        setting=setting,
+        share=share if all(map(_is_count, share)) and share[1] else None,
         missing=missing,
     )
 
@@ -165,7 +151,7 @@ def delta_norms(files: AdapterFiles) -> dict[str, float]:
 
 
 def _facts(
-    files: AdapterFiles, updates: Sequence[Update], recorded: Mapping[str, Any]
+    files: AdapterFiles, updates: Sequence[Update], numbers: Mapping[str, float]
 ) -> list[tuple[str, str]]:
     """The facts of `describe` that are fit for a page, and those of the training run."""
     facts = describe(files)
@@ -173,44 +159,29 @@ def _facts(
         del facts[name]
     facts["roles"] = list(dict.fromkeys(update.role_name for update in updates))
     facts["dropout"] = files.config.dropout
-    for title, name in _TRAINING.items():
-        if _can_show(recorded.get(name)):
-            facts[title] = recorded[name]
+    facts |= {title: numbers[name] for title, name in _TRAINING.items() if name in numbers}
     if files.info and files.info.hf_lora_version:
         facts["written_by"] = f"hf_lora {files.info.hf_lora_version}"
     return in_words(facts)
 
 
-def _results(
-    recorded: Mapping[str, Any], problem_type: str | None
-) -> list[tuple[str, dict[str, float | None]]]:
+def _results(numbers: Mapping[str, float], task: Task) -> list[tuple[str, dict[str, float | None]]]:
     """Metrics of the training run by column; a column without any number is left out."""
-    baselines = BASELINES | {"majority": task_of(problem_type).baseline}
     columns = {
         "with adapter": "",
         "encoder without adapter": "_disabled",
         "before calibration": "_uncalibrated",
-        **{title: f"_{name}" for name, title in baselines.items()},
+        **{title: f"_{name}" for name, title in (BASELINES | {"majority": task.baseline}).items()},
     }
-    numbers = {name: value for name, value in recorded.items() if _can_show(value)}
     other = ("_runtime", "_per_second", *filter(None, columns.values()))
     names = [name for name in numbers if name.partition("_")[0] in _SPLITS and not name.endswith(other)]
     columns = {title: end for title, end in columns.items() if any(name + end in numbers for name in names)}
-    return [
-        (
-            f"{_SPLITS[split]} {metric}".replace("_", " "),
-            {title: numbers.get(name + end) for title, end in columns.items()},
-        )
-        for name in names
-        for split, _, metric in [name.partition("_")]
-    ]
-
-
-def _share(recorded: Mapping[str, Any]) -> tuple[int, int] | None:
-    trained, total = (recorded.get(f"{which}_parameters") for which in ("trainable", "total"))
-    if not all(isinstance(count, int) and 0 <= count < _ABSURD for count in (trained, total)):
-        return None
-    return (int(trained or 0), int(total)) if total else None
+    results = []
+    for name in names:
+        split, _, metric = name.partition("_")
+        values = {title: numbers.get(name + end) for title, end in columns.items()}
+        results.append((f"{_SPLITS[split]} {metric}".replace("_", " "), values))
+    return results
 
 
 def _read_object(folder: Path, name: str, missing: list[str]) -> dict[str, Any]:
@@ -228,38 +199,35 @@ def _history(directory: Path, missing: list[str]) -> History | None:
     """The training curve of the directory itself, or of its newest checkpoint that has one."""
     for folder in (directory, *reversed(checkpoints(directory))):
         log = _read_object(folder, TRAINER_STATE, missing).get("log_history")
-        entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
-        training, validation = (
-            [
-                (entry["step"], entry[name])
-                for entry in entries
-                if all(_can_show(entry.get(key)) for key in ("step", name))
+        curves = []
+        for name in ("loss", "eval_loss"):
+            pairs: list[tuple[Any, Any]] = [
+                (entry.get("step"), entry.get(name))
+                for entry in (log if isinstance(log, list) else [])
+                if isinstance(entry, dict)
             ]
-            for name in ("loss", "eval_loss")
-        )
+            points = [pair for pair in pairs if all(map(_can_show, pair))]
+            curves.append(points[:: max(1, -(-len(points) // _MOST_POINTS))])
+        training, validation = curves
         if training or validation:
             source = TRAINER_STATE if folder == directory else f"{folder.name}/{TRAINER_STATE}"
-            return History(_thinned(training), _thinned(validation), source)
+            return History(training, validation, source)
     missing.append(f"training curve: no {TRAINER_STATE} with losses in the adapter or a checkpoint beside it")
     return None
 
 
-def _class_errors(recorded: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _class_errors(classes: Any) -> dict[str, dict[str, int]]:
     """The errors by label in metrics.json; {} unless they have the form in which they are written."""
-    classes = recorded.get("class_errors")
     keys = ("support", "wrong", "wrong_disabled")
-    if not isinstance(classes, dict) or not all(
-        isinstance(row, dict)
-        and all(isinstance(row.get(key), int) and 0 <= row[key] < _ABSURD for key in keys)
-        for row in classes.values()
-    ):
+    rows = classes.values() if isinstance(classes, dict) else [None]
+    if not all(isinstance(row, dict) and all(_is_count(row.get(key)) for key in keys) for row in rows):
         return {}
     return {label: {key: row[key] for key in keys} for label, row in classes.items()}
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return points[:: max(1, -(-len(points) // _MOST_POINTS))]
-
-
 def _can_show(value: Any) -> bool:
     return is_number(value) and abs(value) < _ABSURD
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < _ABSURD

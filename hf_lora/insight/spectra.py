@@ -17,30 +17,31 @@ from torch import Tensor
 _ROUNDING = 8 * torch.finfo(torch.float64).eps
 
 
-class Triplets(NamedTuple):
-    """The singular triplets of an update without rounding errors: U `(out, k)`, S `(k,)` falling, Vh `(k, in)`."""
+class Spectrum(NamedTuple):
+    """The singular triplets of an update ΔW, the largest first, without rounding errors; k = 0 for one of zero.
+
+    U `(out, k)`, S `(k,)`, Vh `(k, in)`.
+    """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
 
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor, scaling: float) -> Spectrum:
+        """The spectrum of scaling * B A, for A `(rank, in)` and B `(out, rank)`."""
+        A, B = A.double(), B.double()
+        Q_B, R_B = torch.linalg.qr(B)
+        Q_A, R_A = torch.linalg.qr(A.T)
+        U, S, Vh = torch.linalg.svd(scaling * R_B @ R_A.T)
+        # Updates that cancel leave rounding errors, which have singular values too.
+        rank = _rank(S, abs(scaling) * (A.norm() * B.norm()).item())
+        return cls(Q_B @ U[:, :rank], S[:rank], Vh[:rank] @ Q_A.T)
 
-def triplets(A: Tensor, B: Tensor, scaling: float) -> Triplets:
-    """The singular triplets of scaling * B A, for A `(rank, in)` and B `(out, rank)`."""
-    A, B = A.double(), B.double()
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(scaling * R_B @ R_A.T)
-    # Updates that cancel leave rounding errors, which have singular values too.
-    rank = _rank(S, abs(scaling) * (A.norm() * B.norm()).item())
-    return Triplets(Q_B @ U[:, :rank], S[:rank], Vh[:rank] @ Q_A.T)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The singular values of an update, the largest first, without rounding errors; () for an update of zero."""
-
-    values: tuple[float, ...]
+    @property
+    def values(self) -> list[float]:
+        """The singular values."""
+        return self.S.tolist()
 
     @property
     def norm(self) -> float:
@@ -54,7 +55,8 @@ class Spectrum:
         k for k equal singular values, near 1 where one outweighs the others; 0 for an update of zero.
         """
         total = sum(self.values)
-        return exp(-sum(value / total * log(value / total) for value in self.values)) if self.values else 0.0
+        shares = [value / total for value in self.values]
+        return exp(-sum(share * log(share) for share in shares)) if shares else 0.0
 
     @property
     def stable_rank(self) -> float:
@@ -100,7 +102,7 @@ class Amplification:
         return self.update / self.weight if self.weight else None
 
 
-def amplification(update: Triplets, weight: Tensor, directions: int | None = None) -> Amplification | None:
+def amplification(update: Spectrum, weight: Tensor, directions: int | None = None) -> Amplification | None:
     """The amplification of `weight` `(out, in)` in the leading `directions` (default: all); None for a zero update."""
     if not len(update.S):
         return None
@@ -126,11 +128,6 @@ def right_directions(A: Tensor) -> Tensor:
     return Vh[: _rank(S, A.double().norm().item())].T
 
 
-def left_directions(B: Tensor) -> Tensor:
-    """The left singular vectors of B `(out, rank)`, the leading one first, as columns `(out, k)`."""
-    return right_directions(B.T)
-
-
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     """phi(i, j) = ||U_i' V_j||² / min(i, j) for the first i and j columns: section 7.2, equation 4 of the paper.
 
@@ -141,11 +138,6 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     i = torch.arange(1, 1 + overlaps.shape[0], dtype=overlaps.dtype)
     j = torch.arange(1, 1 + overlaps.shape[1], dtype=overlaps.dtype)
     return (overlaps / torch.minimum(i[:, None], j)).clamp(max=1.0)
-
-
-def random_similarity(i: int, j: int, dimension: int) -> float:
-    """The mean of phi(i, j) for independent uniform subspaces of a space of this dimension."""
-    return max(i, j) / dimension
 
 
 def _rank(values: Tensor, size: float) -> int:

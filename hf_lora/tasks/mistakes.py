@@ -1,15 +1,14 @@
-"""What labelled data say of a classifier beyond its metrics: errors by class, confusion, its worst mistakes."""
+"""Results on labelled data: metrics, errors by class, confusion, calibration, and the worst mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import EvalPrediction
 
-from hf_lora.tasks.calibration import Calibration
+from hf_lora.tasks.calibration import Calibration, Reliability
 from hf_lora.tasks.metrics import compute_metrics, errors_beside
 from hf_lora.tasks.task import Task, different
 
@@ -43,7 +42,30 @@ def measurer(
     return measure
 
 
-def findings(
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on labelled data with the adapter, and with it disabled. What a task has not is empty.
+
+    classes: by label, `support`, `wrong` and `wrong_disabled`. confusion: `[truth][given]`.
+    mistakes: the worst first, `wrong` how many there are in all. points: of a regression, (truth, given).
+    """
+
+    task: Task
+    labels: Sequence[str]
+    examples: int
+    metrics: Mapping[str, float]
+    metrics_disabled: Mapping[str, float]
+    classes: Mapping[str, Mapping[str, int]]
+    confusion: Sequence[Sequence[int]]
+    confusion_disabled: Sequence[Sequence[int]]
+    calibration: Reliability | None
+    calibration_disabled: Reliability | None
+    points: Sequence[tuple[float, float]]
+    wrong: int
+    mistakes: Sequence[Mistake]
+
+
+def evaluate(
     task: Task,
     labels: Sequence[str],
     calibration: Calibration,
@@ -52,28 +74,35 @@ def findings(
     logits: np.ndarray,
     disabled: np.ndarray,
     *,
-    mistakes: int,
-) -> dict[str, Any]:
-    """Errors by class, confusion, reliability and the worst mistakes; what a task has not is empty.
+    mistakes: int = 12,
+) -> Evaluation:
+    """Compare outputs `(examples, labels)`, with the adapter and with it disabled, with the references.
 
-    logits, disabled: `(examples, labels)` with the adapter and with it disabled. mistakes: how many to keep,
-    the largest losses first. `wrong` is how many there are in all; `points` of a regression are (truth, given).
+    references: class ids, rows of 0 and 1, or numbers. mistakes: how many to keep, the largest losses first.
     """
+    logits, disabled = np.asarray(logits, np.float64), np.asarray(disabled, np.float64)
+    references = np.asarray(references)
+    measure = measurer(task, labels, calibration)
     truth = task.truth(references)
     given, without = task.decide(logits, calibration), task.decide(disabled, calibration)
     scaled = logits / calibration.scale
     losses, confidence = task.losses(scaled, references), task.confidence(scaled)
     wrong = different(given, truth) if task.has_classes else np.ones(len(truth), bool)
     worst = [row for row in np.argsort(-losses, kind="stable") if wrong[row]][:mistakes]
-    return {
-        "classes": errors_beside(given, without, truth, labels) if task.has_classes else {},
-        "confusion": task.confusion(truth, given, len(labels)),
-        "confusion_disabled": task.confusion(truth, without, len(labels)),
-        "calibration": task.reliability(logits, references, calibration),
-        "calibration_disabled": task.reliability(disabled, references, calibration),
-        "points": () if task.has_classes else list(zip(truth.tolist(), given.tolist(), strict=True)),
-        "wrong": int(wrong.sum()),
-        "mistakes": [
+    return Evaluation(
+        task=task,
+        labels=labels,
+        examples=len(texts),
+        metrics=measure(logits, references),
+        metrics_disabled=measure(disabled, references),
+        classes=errors_beside(given, without, truth, labels) if task.has_classes else {},
+        confusion=task.confusion(truth, given, len(labels)),
+        confusion_disabled=task.confusion(truth, without, len(labels)),
+        calibration=task.reliability(logits, references, calibration),
+        calibration_disabled=task.reliability(disabled, references, calibration),
+        points=() if task.has_classes else list(zip(truth.tolist(), given.tolist(), strict=True)),
+        wrong=int(wrong.sum()),
+        mistakes=[
             Mistake(
                 texts[row],
                 task.shown(truth[row], labels),
@@ -84,4 +113,4 @@ def findings(
             )
             for row in worst
         ],
-    }
+    )

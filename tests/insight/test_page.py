@@ -10,26 +10,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers_insight import HOSTILE, LABELS, MULTI_INFO, REGRESSION_INFO, Page, judged, outputs
+from helpers_insight import HOSTILE, LABELS, MULTI_INFO, REGRESSION_INFO, Page, judge, judged, outputs
 from sklearn import metrics as sk
 
 from hf_lora.adapters.directory import read_adapter
-from hf_lora.insight.judgement import Judgement, judge
 from hf_lora.insight.page import render
-from hf_lora.insight.report import Measured, collect
-from hf_lora.tasks import SINGLE
+from hf_lora.insight.report import collect
+from hf_lora.tasks.mistakes import Evaluation
 
 
-def page_of(adapter_dir: Path, made: Judgement | None, **known: Any) -> str:
-    problem_type, labels = known.get("problem_type", SINGLE), known.get("labels", LABELS)
-    measured = made and Measured(made, problem_type, labels, "x.csv", "fp32", 2)
-    return render(collect(read_adapter(adapter_dir), measured=measured, count=(149_381, 22_862_597)))
+def page_of(adapter_dir: Path, made: Evaluation | None) -> str:
+    report = collect(read_adapter(adapter_dir), evaluation=made, measured_on="x.csv", setting="fp32")
+    return render(replace(report, share=(149_381, 22_862_597)))
 
 
 def test_the_page_has_the_numbers(adapter_dir: Path):
@@ -105,11 +104,11 @@ def test_without_labelled_data_only_what_the_files_know(adapter_dir: Path, tmp_p
 def test_other_problem_types_have_a_page(adapter_dir: Path):
     truth = np.random.default_rng(3).integers(0, 2, (20, 3)).astype(np.float32)
     made = judge(MULTI_INFO, ["t"] * 20, truth, outputs(4, 20), outputs(5, 20))
-    page = Page(page_of(adapter_dir, made, problem_type="multi_label_classification"))
+    page = Page(page_of(adapter_dir, made))
     assert "confusion" not in page.tables and "were not given it" in page.text and "calibration" in page.text
     numbers = np.linspace(0, 1, 20)
     made = judge(REGRESSION_INFO, ["t"] * 20, numbers, outputs(4, 20, 1), outputs(5, 20, 1))
-    text = page_of(adapter_dir, made, problem_type="regression", labels=("score",))
+    text = page_of(adapter_dir, made)
     assert 'alt="predicted by true value"' in text
     assert "The worst errors" in text and "Calibration" not in text and "Confusion" not in text
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from hf_lora.adapters.directory import read_adapter
-from hf_lora.insight import report
 from hf_lora.insight.page import render
 from hf_lora.insight.report import collect
 
@@ -104,5 +103,9 @@ def test_files_beside_the_adapter_may_be_anything(adapter_dir: Path, tmp_path: P
     render(made)
 
 
-def test_a_thousand_points_are_enough():
-    assert report._thinned([(step, 0.0) for step in range(2500)])[:3] == [(0, 0.0), (3, 0.0), (6, 0.0)]
+def test_a_thousand_points_are_enough(adapter_dir: Path, tmp_path: Path):
+    shutil.copytree(adapter_dir, tmp_path / "run")
+    log = [{"step": step, "loss": 0.0} for step in range(2500)]
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    history = collect(read_adapter(tmp_path / "run")).history
+    assert history is not None and history.training == [(step, 0.0) for step in range(0, 2500, 3)]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers_insight import INFO, LABELS, MULTI_INFO, REGRESSION_INFO, judged, outputs
+from helpers_insight import INFO, LABELS, MULTI_INFO, REGRESSION_INFO, judge, judged, outputs
 from sklearn import metrics as sk
 
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.insight.judgement import judge
 from hf_lora.tasks import MULTI, REGRESSION, task_of
 from hf_lora.tasks.calibration import Calibration
 from hf_lora.tasks.mistakes import measurer
