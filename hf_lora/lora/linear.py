@@ -82,7 +82,7 @@ class ModuleLoRA(LoRALayer):
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
 
 
-class LoRALinear(ModuleLoRA, nn.Linear):
+class LoRALinear(ModuleLoRA, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with a low-rank update: y = W x + b + scaling * B A x, x `(..., in)`, y `(..., out)`."""
 
     base_type = nn.Linear
