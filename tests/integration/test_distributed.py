@@ -159,7 +159,7 @@ def test_a_run_of_two_processes_resumes_bit_for_bit(config, folder, tmp_path):
     assert first.returncode == 0, first.stderr[-2000:]
     assert "processes: 2" in first.stdout
     # Sharded weights are not started anew, and so not trained once more.
-    assert first.stdout.count("refit: on all ") == (config == "cpu_2")
+    assert first.stdout.count("retraining: on all ") == (config == "cpu_2")
     assert sorted(path.name for path in (tmp_path / "a" / "checkpoint-6").glob("rng*")) == [
         "rng_state_0.pth",
         "rng_state_1.pth",
