@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING
+from importlib import import_module
 from typing import Any
 
 import tables
@@ -76,12 +77,27 @@ def help_of(command: str) -> str:
     return out.getvalue().rstrip()
 
 
+# Names that `hf_lora` itself does not have stand with their modules.
 API = {
-    "Train": ("finetune", "FinetuneResult", "FinetuneOptions", "LoRATrainer", "LoRATrainingArguments"),
+    "Train": (
+        "finetune",
+        "FinetuneResult",
+        "recipe.results.SplitResult",
+        "recipe.results.Scores",
+        "FinetuneOptions",
+        "recipe.progress.Progress",
+    ),
+    "Compare settings": ("recipe.sweep.sweep", "recipe.sweep.learning_curve"),
+    "Train with a loop of your own": (
+        "load_classifier",
+        "LoRATrainer",
+        "LoRATrainingArguments",
+        "start_head",
+        "start_lora",
+    ),
     "Predict": ("TextClassifier",),
     "LoRA in a model": (
         "LoRAConfig",
-        "load_classifier",
         "inject_lora",
         "remove_lora",
         "merge_lora",
@@ -91,8 +107,6 @@ API = {
         "lora_parameters",
         "head_parameters",
         "trainable_parameter_count",
-        "start_head",
-        "start_lora",
     ),
     "Adapters": ("save_adapter", "load_adapter", "push_adapter"),
 }
@@ -105,18 +119,18 @@ def api() -> Iterable[str]:
     for topic, names in {**API, **({"Others": others} if others else {})}.items():
         yield f"\n## {topic}\n"
         for name in names:
-            if name in hf_lora.__all__:
-                yield from _documented(name)
+            yield from _documented(name)
 
 
 def _documented(name: str) -> Iterable[str]:
-    kind = "class" if isinstance(getattr(hf_lora, name), type) else "function"
+    module, _, short = f"hf_lora.{name}".rpartition(".")
+    kind = "class" if isinstance(getattr(import_module(module), short), type) else "function"
     # The fields of the one are on the page of options, the methods of the other are Trainer's.
     inherited = {
         "LoRATrainingArguments": "(output_dir, **options)",
         "LoRATrainer": "(model, args, **options)",
     }
-    yield f"\n### {name}\n"
+    yield f"\n### {short}\n"
     yield f"```{{eval-rst}}\n.. auto{kind}:: hf_lora.{name}{inherited.get(name, '')}"
     yield "   :members:\n```\n" if kind == "class" and name not in inherited else "```\n"
 

@@ -40,7 +40,13 @@ SLOW = [
 DOCUMENTS = [*FAST, *SLOW]
 RUNNER = Path(__file__).parent / "document_runner.py"
 # Documents whose blocks go on from each other, as their text says; elsewhere each block stands for itself.
-CONTINUED = {"docs/guides/from_peft.md"}
+CONTINUED = {
+    "docs/guides/from_peft.md",
+    "docs/guides/multi_label.md",
+    "docs/guides/regression.md",
+    "docs/guides/sentence_pairs.md",
+    "docs/quickstart/python.md",
+}
 NEWS = ("business", "entertainment", "politics", "sports", "tech")
 # Tiny models in the Hub's cache under the names that the documents use.
 MODELS = {MINILM: "bert", "roberta-base": "roberta"}
