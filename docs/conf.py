@@ -14,7 +14,7 @@ project = "hf_lora"
 author = "The hf_lora authors"
 project_copyright = author
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "generated"]
 exclude_patterns = ["_ext"]
 
 myst_enable_extensions = ["deflist", "colon_fence"]
@@ -25,7 +25,6 @@ default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
-napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"hf_lora {version}"

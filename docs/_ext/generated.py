@@ -171,7 +171,7 @@ def with_lists(lines: list[str]) -> list[str]:
         in_item = bool(found) and found[-1].startswith("* ")
         if ITEM.fullmatch(line):
             found += ["", f"* {line}"]
-        elif in_item and line.startswith("    "):
+        elif in_item and line and (line.startswith("    ") or not found[-1].endswith(".")):
             found[-1] += f" {line.strip()}"
         else:
             found += ["", line] if in_item and line else [line]
@@ -202,6 +202,5 @@ def setup(app: Any) -> dict[str, Any]:
         lines[:] = with_lists(lines)
 
     app.connect("source-read", replace)
-    # Before napoleon.
-    app.connect("autodoc-process-docstring", listed, priority=400)
+    app.connect("autodoc-process-docstring", listed)
     return {"parallel_read_safe": True}

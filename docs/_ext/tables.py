@@ -26,14 +26,18 @@ def results(name: str) -> dict[str, Any]:
 
 
 def spread(values: Iterable[float]) -> str:
-    """Mean (least - greatest)."""
+    """Mean, then least and greatest below it."""
     values = list(values)
-    return f"{mean(values):.4f}<br>({min(values):.4f} - {max(values):.4f})"
+    return _spread(mean(values), min(values), max(values))
+
+
+def _spread(of_all: float, least: float, greatest: float) -> str:
+    return f"{of_all:.4f}<br><small>{least:.4f} - {greatest:.4f}</small>"
 
 
 def published(of: Mapping[str, float] | None) -> str:
-    """Mean (least - greatest) of runs of which only these are known."""
-    return f"{of['mean']:.4f}<br>({of['least']:.4f} - {of['greatest']:.4f})" if of else "-"
+    """The same for runs of which only these are known."""
+    return _spread(of["mean"], of["least"], of["greatest"]) if of else "-"
 
 
 def _runs(side: Mapping[str, Mapping[str, float]], what: str) -> list[float]:
