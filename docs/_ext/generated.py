@@ -133,6 +133,8 @@ def _documented(name: str) -> Iterable[str]:
     yield f"\n### {short}\n"
     yield f"```{{eval-rst}}\n.. auto{kind}:: hf_lora.{name}{inherited.get(name, '')}"
     yield "   :members:\n```\n" if kind == "class" and name not in inherited else "```\n"
+    if name in ("FinetuneOptions", "LoRATrainingArguments"):
+        yield "The fields are {doc}`options`.\n"
 
 
 def models() -> Iterable[str]:
