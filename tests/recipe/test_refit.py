@@ -247,7 +247,10 @@ def test_a_training_that_failed_is_not_kept(
     assert metrics["test_accuracy"] == expected["test_accuracy"]
     assert metrics["refit_runtime"] > 0 and "refit_examples" not in metrics
     printed = " ".join(capsys.readouterr().out.split())
-    assert "retraining: on all 60 examples, " in printed and "; not kept: it does worse on the validation" in printed
+    assert (
+        "retraining: on all 60 examples, " in printed
+        and "; not kept: it does worse on the validation" in printed
+    )
     assert "retrained on" not in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
