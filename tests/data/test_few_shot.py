@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
@@ -144,6 +144,7 @@ def test_multi_label_draws_have_enough_of_every_label(shots: int, tmp_path: Path
     assert len(data.texts["train"]) <= 5 * shots
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sets(st.integers(0, 4), min_size=1).map(sorted), min_size=1, max_size=60),
     st.integers(1, 12),

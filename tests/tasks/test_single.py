@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import sklearn.metrics
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
@@ -32,6 +32,7 @@ def test_predictions_by_hand() -> None:
     assert plain["score"] == pytest.approx(math.exp(2) / (math.exp(2) + 1 + math.exp(-1)))
 
 
+@settings(deadline=None)
 @given(
     logits=arrays(np.float32, (5, 3), elements=st.floats(-50, 50, width=32)),
     temperature=st.floats(0.05, 20),
