@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import hypot
 from pathlib import Path
@@ -16,7 +16,6 @@ from hf_lora.cli.shared import ADAPTER, add_command, new_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_lora.adapters.arithmetic import Truncation
     from hf_lora.adapters.directory import AdapterFiles
     from hf_lora.adapters.extract import Change, Extraction
     from hf_lora.adapters.values import Adapter
@@ -80,25 +79,22 @@ def resize(options: Namespace) -> None:
     old = values.Adapter.from_files(files)
     new, cost = arithmetic.resize(old, options.rank, options.energy)
     _write(output, new, [files])
-    report = {**_sizes(output, new), "old_lora_parameters": old.lora_parameters}
+    modules = {name: asdict(entry) for name, entry in cost.items()}
+    report = {**_sizes(output, new), "old_lora_parameters": old.lora_parameters, "modules": modules}
     if options.json:
-        print(json.dumps({**report, "modules": {name: asdict(entry) for name, entry in cost.items()}}))
+        print(json.dumps(report))
         return
-    print_table(f"{options.adapter} at a lower rank", _COST, _cost_rows(cost))
+    print_table(f"{options.adapter} at a lower rank", _COST, _rows(modules))
     print(f"{_sizes_in_words(report)}; before: {old.lora_parameters:,} LoRA parameters")
 
 
 def add(options: Namespace) -> None:
     """The weighted sum of adapters, or with `average` their average."""
     from hf_lora.adapters import arithmetic, directory, hub, values
-    from hf_lora.cli.tables import print_table
+    from hf_lora.cli.tables import print_columns, print_table
 
     output = new_directory(options.output_dir)
     weights = options.weights or [1.0] * len(options.adapters)
-    if len(weights) != len(options.adapters):
-        raise ValueError(
-            f"expected one weight for each adapter; got {len(weights)} for {len(options.adapters)}"
-        )
     is_cut = (options.rank, options.energy) != (None, None)
     if is_cut:
         arithmetic.check_budget(options.rank, options.energy)
@@ -107,9 +103,12 @@ def add(options: Namespace) -> None:
     new = arithmetic.combine(
         [values.Adapter.from_files(files) for files in sources], weights, average=options.average
     )
-    cost: Mapping[str, Truncation] = {}
+    modules: dict[str, dict[str, Any]] = {name: {"rank": entry.rank} for name, entry in new.factors.items()}
+    title, names = "their sum", ["module", "rank"]
     if is_cut:
         new, cost = arithmetic.resize(new, options.rank, options.energy)
+        modules = {name: asdict(entry) for name, entry in cost.items()}
+        title, names = "their sum at a lower rank", list(_COST)
     _write(output, new, sources)
     shares = arithmetic.head_shares(weights) if new.whole or options.average else []
     report = {
@@ -117,19 +116,16 @@ def add(options: Namespace) -> None:
         "adapters": list(options.adapters),
         "weights": shares if options.average else list(weights),
         "whole_tensor_weights": shares if new.whole else [],
+        "modules": modules,
     }
     if options.json:
-        modules = {name: {"rank": entry.rank} for name, entry in new.factors.items()}
-        costs = {name: asdict(entry) for name, entry in cost.items()}
-        print(json.dumps({**report, "modules": costs or modules}))
+        print(json.dumps(report))
         return
-    columns = [options.adapters, report["weights"], *([shares] if new.whole else [])]
-    names = ("adapter", "weight of its updates", "weight of its head")[: len(columns)]
-    print_table("adapters", names, zip(*columns, strict=True))
-    if cost:
-        print_table("their sum at a lower rank", _COST, _cost_rows(cost))
-    else:
-        print_table("their sum", ("module", "rank"), [(name, f.rank) for name, f in new.factors.items()])
+    columns = {"adapter": options.adapters, "weight of its updates": report["weights"]}
+    if new.whole:
+        columns["weight of its head"] = shares
+    print_columns("adapters", columns)
+    print_table(title, names, _rows(modules))
     if new.whole:
         print(f"head: the weighted mean of {len(sources)} heads ({len(new.whole)} whole tensors)")
     print(_sizes_in_words(report))
@@ -178,8 +174,7 @@ def extract(options: Namespace) -> None:
         print(json.dumps(report))
         return
     columns = ("module", "rank", "kept energy", "relative error", "relative change")
-    rows = [(name, *values.values()) for name, values in report["modules"].items()]
-    print_table(f"{options.finetuned} on {options.base}", columns, rows)
+    print_table(f"{options.finetuned} on {options.base}", columns, _rows(report["modules"]))
     _print_changes("carried exactly", extraction.carried)
     _print_changes("LEFT OUT: changed by the fine-tuning, and not in the adapter", extraction.left_out)
     if extraction.left_out and options.projections:
@@ -212,8 +207,8 @@ def _sizes_in_words(report: Mapping[str, Any]) -> str:
     )
 
 
-def _cost_rows(cost: Mapping[str, Truncation]) -> Iterable[tuple[Any, ...]]:
-    return [(name, *asdict(entry).values()) for name, entry in cost.items()]
+def _rows(modules: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(name, *values.values()) for name, values in modules.items()]
 
 
 def _finetuned(options: Namespace) -> tuple[PreTrainedModel, list[str], str]:
@@ -238,12 +233,10 @@ def _finetuned(options: Namespace) -> tuple[PreTrainedModel, list[str], str]:
 
 
 def _extraction_report(extraction: Extraction) -> dict[str, Any]:
-    kept = sum(
-        extraction.covered[name].moved ** 2 * entry.kept_energy
-        for name, entry in extraction.truncations.items()
-    )
+    truncations, covered = extraction.truncations, extraction.covered
+    kept = sum(covered[name].moved ** 2 * entry.kept_energy for name, entry in truncations.items())
     kept += sum(change.moved**2 for change in extraction.carried.values())
-    groups = (extraction.covered, extraction.carried, extraction.left_out)
+    groups = (covered, extraction.carried, extraction.left_out)
     total = sum(change.moved**2 for group in groups for change in group.values())
     return {
         "kept_energy": kept / total if total else 1.0,
@@ -252,9 +245,9 @@ def _extraction_report(extraction: Extraction) -> dict[str, Any]:
                 "rank": entry.new_rank,
                 "kept_energy": entry.kept_energy,
                 "relative_error": entry.relative_error,
-                "relative_change": extraction.covered[name].relative,
+                "relative_change": covered[name].relative,
             }
-            for name, entry in extraction.truncations.items()
+            for name, entry in truncations.items()
         },
         "carried": {name: change.relative for name, change in extraction.carried.items()},
         "left_out": {name: change.relative for name, change in extraction.left_out.items()},

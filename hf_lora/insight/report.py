@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from hf_lora._files import MAX_JSON_BYTES, is_number, parse_object, read_bytes
 from hf_lora._text import in_words
 from hf_lora.adapters.directory import TENSORS, AdapterFiles
-from hf_lora.adapters.peft_format import PREFIX
+from hf_lora.adapters.peft_format import factor_place
 from hf_lora.insight.inspect import Update, amplify, updates_of
 from hf_lora.lora.inject import trainable_parameter_count
 from hf_lora.tasks import Task, task_of
@@ -33,7 +32,6 @@ _TRAINING = {
     "epochs": "epochs",
     "retrained_on_examples": "refit_examples",
 }
-_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?", re.DOTALL)
 _SPLITS = {"eval": "validation", "test": "test"}
 
 
@@ -139,8 +137,9 @@ def delta_norms(files: AdapterFiles) -> dict[str, float]:
     """The Frobenius norm of scaling * B A by module: the root of trace((B'B)(AA')), for any PEFT adapter."""
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in files.tensors.items():
-        if match := _FACTOR.fullmatch(key):
-            factors.setdefault(match[1], {})[match[2]] = tensor.double().flatten(1)
+        if place := factor_place(key):
+            module, side, _ = place
+            factors.setdefault(module, {})[side] = tensor.double().flatten(1)
     norms = {}
     for module, pair in sorted(factors.items()):
         # PEFT's file has the A of a grouped convolution once for each group, beside zeros.
