@@ -77,20 +77,20 @@ def _add_common(parser: argparse.ArgumentParser, run: Any, *, each: str, files: 
 def sweep(options: argparse.Namespace) -> None:
     """Train what is not done, then the table, the picture, and the smallest setting that is good enough."""
     from hf_lora.cli.tables import print_columns
-    from hf_lora.recipe.sweep import SWEEP, lora_parameters, run_sweep, sweep_grid
-    from hf_lora.recipe.sweep_report import SIZE, in_words
+    from hf_lora.recipe.sweep import lora_parameters, sweep_grid, train_grid
+    from hf_lora.recipe.sweep_report import SIZE, Sweep, in_words
 
-    settings, progress = _settings(options, SWEEP)
+    settings, progress = _settings(options, Sweep)
     projections = [word.strip() for word in options.projections.split(",")]
     grid = sweep_grid(settings, _numbers(options.ranks), projections, options.seeds)
     if options.dry_run:
         counts = lora_parameters(grid)
         facts = [
-            {**run.variant.setting, "seed": run.seed, "LoRA parameters": counts[run.variant.name]}
+            {**run.point.setting, "seed": run.seed, "LoRA parameters": counts[run.point.name]}
             for run in grid.runs
         ]
         return _list(grid, facts, as_json=options.json)
-    found = run_sweep(grid, options.metric, progress)
+    found = train_grid(grid, options.metric, progress)
     if options.json:
         print(json.dumps(found.as_json()))
         return
@@ -108,14 +108,15 @@ def sweep(options: argparse.Namespace) -> None:
 def curve(options: argparse.Namespace) -> None:
     """Train what is not done, then the table and the picture."""
     from hf_lora.cli.tables import print_columns
-    from hf_lora.recipe.sweep import CURVE, curve_grid, run_curve
+    from hf_lora.recipe.sweep import curve_grid, train_grid
+    from hf_lora.recipe.sweep_report import Curve
 
-    settings, progress = _settings(options, CURVE)
+    settings, progress = _settings(options, Curve)
     grid = curve_grid(settings, _numbers(options.shots), options.seeds)
     if options.dry_run:
-        facts = [{"of each label": run.variant.setting["shots"], "seed": run.seed} for run in grid.runs]
+        facts = [{"of each label": run.point.setting["shots"], "seed": run.seed} for run in grid.runs]
         return _list(grid, facts, as_json=options.json)
-    found = run_curve(grid, options.metric, progress, options.plot and Path(options.plot))
+    found = train_grid(grid, options.metric, progress, options.plot and Path(options.plot))
     if options.json:
         print(json.dumps(found.as_json()))
         return
@@ -124,7 +125,7 @@ def curve(options: argparse.Namespace) -> None:
     print(f"written: {' and '.join(map(str, found.files))}")
 
 
-def _settings(options: argparse.Namespace, what: str) -> tuple[dict[str, Any], Progress]:
+def _settings(options: argparse.Namespace, kind: Any) -> tuple[dict[str, Any], Progress]:
     """The options of the runs that are given, and what is told of them."""
     from hf_lora._text import printable
     from hf_lora.cli.train import check_flags, parse_settings, read_yaml
@@ -137,7 +138,7 @@ def _settings(options: argparse.Namespace, what: str) -> tuple[dict[str, Any], P
     names |= {name.removeprefix("no_") for name in names}
     if argv and not argv[0].startswith("-"):
         names |= read_yaml(Path(argv[0])).keys()
-    refuse(names, what)
+    refuse(names, kind)
     values = parse_settings([*argv, "--output_dir", options.output_dir])
     options.dry_run |= values.pop("dry_run")
     # Progress does not mix with what --json prints.
@@ -152,7 +153,7 @@ def _numbers(text: str) -> list[Any]:
     return [None if word == "all" else int(word) if word.isdecimal() else word for word in words]
 
 
-def _list(grid: Grid, facts: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+def _list(grid: Grid[Any], facts: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     """Print the runs and what is done of them. facts: what is said of each besides."""
     from hf_lora.cli.tables import print_columns
 

@@ -12,12 +12,12 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from hf_lora._files import write_text
 from hf_lora.data import ClassificationData, DataConfig, load_splits, prepare_data
@@ -36,61 +36,44 @@ _WITHOUT_EFFECT = {
     *("token", "hub_token", "cache_dir", "disable_tqdm", "log_level", "log_level_replica", "report_to"),
 }
 VALIDATION, TEST = "validation", "test"
+Report = TypeVar("Report")
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(dict[int, float]):
     """A metric by seed."""
-
-    by_seed: Mapping[int, float]
 
     @property
     def mean(self) -> float:
         """Mean over the seeds."""
-        return fmean(self.by_seed.values())
+        return fmean(self.values())
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds (n - 1); None with one seed."""
-        return stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+        return stdev(self.values()) if len(self) > 1 else None
 
     def as_json(self) -> dict[str, Any]:
         """Mean, spread and the scores themselves."""
-        return {"mean": self.mean, "spread": self.spread, "scores": dict(self.by_seed)}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is varied besides the seed. name: that of its folder. setting: the options, as reports call them."""
-
-    name: str
-    options: Mapping[str, Any]
-    setting: Mapping[str, Any]
+        return {"mean": self.mean, "spread": self.spread, "scores": dict(self)}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A variant and what its runs have measured.
+    """What is varied besides the seed, and what its runs have measured.
 
-    lines: scores by what was measured. facts: numbers that do not depend on the metric. seconds: mean training time of
-    the runs that were not interrupted; None where there is none. directory: the run of the first seed.
+    name: of its folder. options: as `finetune` takes them. setting: the same as reports call them: `rank` and
+    `projections`, or `shots`. lines: scores by what was measured. facts: numbers that do not depend on the metric.
+    seconds: mean training time of the runs that were not interrupted; None where there is none. directory: the run
+    of the first seed.
     """
 
-    variant: Variant
-    lines: Mapping[str, Scores]
+    name: str
+    options: Mapping[str, Any]
+    setting: Mapping[str, Any]
+    lines: Mapping[str, Scores] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
     directory: Path = Path()
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """The options that the variant sets, as `finetune` takes them."""
-        return self.variant.options
-
-    @property
-    def setting(self) -> Mapping[str, Any]:
-        """`rank` and `projections`, or `shots`."""
-        return self.variant.setting
 
     @property
     def mean(self) -> float:
@@ -100,14 +83,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A variant with a seed, in a directory of its own."""
+    """A point with a seed, in a directory of its own."""
 
-    variant: Variant
+    point: Point
     seed: int
     directory: Path
 
     def __str__(self) -> str:
-        return f"{self.variant.name}, seed {self.seed}"
+        return f"{self.point.name}, seed {self.seed}"
 
     @property
     def state(self) -> str:
@@ -122,45 +105,41 @@ class Run:
         return json.loads((self.directory / name).read_text(encoding="utf-8"))
 
 
-class Grid:
-    """Every variant with every seed.
+class Grid(Generic[Report]):
+    """Every point with every seed.
 
-    what: what it is to a user. draws: whether runs draw training examples of their own; else the data are split once,
-    with the first seed. settings: options of `hf-lora train` by name, for all runs; `seed` is the first seed.
+    kind: the class of its report; if it `draws`, runs draw training examples of their own, else the data are split
+    once, with the first seed. settings: options of `hf-lora train` by name, for all runs; `seed` is the first seed.
     tables: data in memory, by split.
     """
 
     def __init__(
         self,
-        what: str,
-        variants: Sequence[Variant],
+        kind: type[Report],
+        points: Sequence[Point],
         seeds: int,
         settings: Mapping[str, Any],
-        tables: Mapping[str, Any] | None = None,
+        tables: Mapping[str, Any] | None,
         *,
         draws: bool,
     ) -> None:
         if seeds < 1:
             raise ValueError(f"seeds is not usable; got {seeds}; expected at least 1, such as 3")
-        self.what, self.draws, self.variants, self.tables = what, draws, variants, tables
+        self.kind, self.points, self.tables, self.draws = kind, points, tables, draws
         self.base = Recipe.from_settings(settings, tables=tables)
         self.output, first = Path(self.base.args.output_dir), self.base.args.seed
         self.settings = dict(settings) if draws else {**settings, "split_seed": self.base.data.seed}
-        self.seeds = [first + index for index in range(seeds)]
+        self.seeds = list(range(first, first + seeds))
         self.runs = [
-            Run(variant, seed, self.output / variant.name / f"seed-{seed}")
-            for variant in variants
+            Run(point, seed, self.output / point.name / f"seed-{seed}")
+            for point in points
             for seed in self.seeds
         ]
         self._prepared: tuple[DataConfig, ClassificationData] | None = None
 
-    def runs_of(self, variant: Variant) -> list[Run]:
-        """The runs of a variant, by seed."""
-        return [run for run in self.runs if run.variant is variant]
-
     def settings_of(self, run: Run) -> dict[str, Any]:
         """The options of `hf-lora train` that do the run alone."""
-        return {**self.settings, **run.variant.options, "seed": run.seed, "output_dir": str(run.directory)}
+        return {**self.settings, **run.point.options, "seed": run.seed, "output_dir": str(run.directory)}
 
     def data_of(self, run: Run) -> ClassificationData:
         """The run's data; the last ones are kept. A curve without any other data holds out one test split for all."""
@@ -178,24 +157,25 @@ class Grid:
 
         Raises ValueError where the directory holds a run, or the beginning of one, of other settings.
         """
+        done, path = run.state == "done", str(run.directory)
         if not (run.directory / RECORD).is_file():
-            if (run.directory / METRICS).is_file():
+            if done:
+                what = f"a {self.kind.__name__.lower()}"
                 raise ValueError(
-                    f"not a run of {self.what}; got {str(run.directory)!r} without {RECORD}; give another --output_dir"
+                    f"not a run of {what}; got {path!r} without {RECORD}; give another --output_dir"
                 )
             return False
         before, now = run.read(RECORD)["settings"], self._recorded(run)
         # Options that another version of transformers has besides are at their defaults.
-        others = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
-        if not others:
-            return (run.directory / METRICS).is_file()
+        other = min((name for name in before.keys() & now.keys() if before[name] != now[name]), default=None)
+        if other is None:
+            return done
         if self.base.options.overwrite_output_dir:
             shutil.rmtree(run.directory)
             return False
-        name = others[0]
         raise ValueError(
-            f"{str(run.directory)!r} holds a run of other settings; got {name}={before[name]!r}; expected "
-            f"{now[name]!r}; pass --overwrite_output_dir to replace such runs, or another --output_dir"
+            f"{path!r} holds a run of other settings; got {other}={before[other]!r}; expected {now[other]!r}; "
+            "pass --overwrite_output_dir to replace such runs, or another --output_dir"
         )
 
     def train(self, run: Run) -> Mapping[str, Any]:
@@ -203,14 +183,10 @@ class Grid:
         resumed = bool(checkpoints(run.directory))
         run.directory.mkdir(parents=True, exist_ok=True)
         begin = {"resume_from_checkpoint": LAST} if resumed else {"overwrite_output_dir": True}
-        with (
-            (run.directory / LOG).open("a", encoding="utf-8") as log,
-            redirect_stdout(log),
-            redirect_stderr(log),
-        ):
+        log = (run.directory / LOG).open("a", encoding="utf-8")
+        with log, redirect_stdout(log), redirect_stderr(log):
             try:
-                data = self.data_of(run)
-                record = {"settings": self._recorded(run), "resumed": resumed}
+                data, record = self.data_of(run), {"settings": self._recorded(run), "resumed": resumed}
                 record["examples"] = data.report.examples
                 write_text(run.directory / RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
                 recipe = Recipe.from_settings(self.settings_of(run) | begin, tables=self.tables)
@@ -262,24 +238,24 @@ class Grid:
                 digest.update(json.dumps([split, name, dataset[name][:]], default=str).encode())
         return digest.hexdigest()
 
-    def point(self, variant: Variant, keys: Mapping[str, str], facts: Mapping[str, float]) -> Point:
-        """What the runs of a variant have measured, by line under its key. Raises ValueError without the first.
+    def measured(self, point: Point, keys: Mapping[str, str], facts: Mapping[str, float]) -> Point:
+        """The point with what its runs have measured, by line under its key. Raises ValueError without the first.
 
         A line that a run has not measured is left out.
         """
-        runs = self.runs_of(variant)
-        metrics, records = [run.read(METRICS) for run in runs], [run.read(RECORD) for run in runs]
+        runs = [run for run in self.runs if run.point is point]
+        found = [(run, run.read(METRICS)) for run in runs]
         needed = next(iter(keys.values()))
-        for run, found in zip(runs, metrics, strict=True):
-            if needed not in found:
+        for run, metrics in found:
+            if needed not in metrics:
                 raise ValueError(
                     f"{run}: {needed} could not be measured; see {LOG} in {str(run.directory)!r}"
                 )
         lines = {
-            name: Scores({run.seed: found[key] for run, found in zip(runs, metrics, strict=True)})
+            name: Scores({run.seed: metrics[key] for run, metrics in found})
             for name, key in keys.items()
-            if all(key in found for found in metrics)
+            if all(key in metrics for _, metrics in found)
         }
-        pairs = zip(metrics, records, strict=True)
-        whole = [seconds_of(found) for found, record in pairs if not record["resumed"]]
-        return Point(variant, lines, facts, fmean(whole) if whole else None, runs[0].directory)
+        whole = [seconds_of(metrics) for run, metrics in found if not run.read(RECORD)["resumed"]]
+        seconds = fmean(whole) if whole else None
+        return replace(point, lines=lines, facts=facts, seconds=seconds, directory=runs[0].directory)

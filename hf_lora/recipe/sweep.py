@@ -11,22 +11,21 @@ from hf_lora._files import reserved
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import inject_lora, remove_lora, trainable_parameter_count
 from hf_lora.models.loading import meta_classifier
-from hf_lora.recipe.grid import RECORD, TEST, VALIDATION, Grid, Variant
+from hf_lora.recipe.grid import RECORD, TEST, VALIDATION, Grid, Point
 from hf_lora.recipe.progress import Progress, data_facts, progress_of
 from hf_lora.recipe.results import METRICS, PREFIXES
 from hf_lora.recipe.settings import Recipe, with_data
 from hf_lora.recipe.sweep_report import FORMATS, LINES, SIZE, Curve, Report, Sweep, write_report
 from hf_lora.tasks import Task
 
-SWEEP, CURVE = "a sweep", "a curve"
 # Options that a grid sets itself or cannot give to its runs, and what to do instead.
 _INSTEAD = {
-    SWEEP: {
+    Sweep: {
         "lora_rank": "use --ranks",
         "lora_projections": "use --projections",
         "lora_target_modules": "use --projections",
     },
-    CURVE: {"few_shot": "use --shots", "max_train_samples": "use --shots"},
+    Curve: {"few_shot": "use --shots", "max_train_samples": "use --shots"},
 }
 
 
@@ -53,7 +52,7 @@ def sweep(
     splits = {"train": train, "validation": validation, "test": test}
     settings, tables = with_data(settings, model, splits, output_dir)
     grid = sweep_grid(settings, ranks, projections, seeds, tables)
-    return run_sweep(grid, metric, progress_of(progress))
+    return train_grid(grid, metric, progress_of(progress))
 
 
 def learning_curve(
@@ -78,12 +77,13 @@ def learning_curve(
     splits = {"train": train, "validation": validation, "test": test}
     settings, tables = with_data(settings, model, splits, output_dir)
     grid = curve_grid(settings, shots, seeds, tables)
-    return run_curve(grid, metric, progress_of(progress))
+    return train_grid(grid, metric, progress_of(progress))
 
 
-def refuse(names: Container[str], what: str) -> None:
-    """Raise ValueError for options that `what`, a sweep or a curve, cannot take. names: those that are given."""
-    instead = _INSTEAD[what] | {
+def refuse(names: Container[str], kind: type[Sweep | Curve]) -> None:
+    """Raise ValueError for options that a sweep or a curve cannot take. names: those that are given."""
+    what = f"a {kind.__name__.lower()}"
+    instead = _INSTEAD[kind] | {
         "resume_from_checkpoint": f"leave it out: {what} goes on by itself",
         "accelerate_config": f"{what} trains in one process",
         "push_to_hub": "push the adapter you choose with hf-lora push",
@@ -99,14 +99,14 @@ def sweep_grid(
     projections: Sequence[str],
     seeds: int,
     tables: Mapping[str, Any] | None = None,
-) -> Grid:
+) -> Grid[Sweep]:
     """The runs of a sweep: every rank with every set of projections."""
-    refuse(settings, SWEEP)
-    _check_numbers("ranks", ranks, "whole numbers above 0, such as 1,2,4,8")
+    refuse(settings, Sweep)
+    _check("ranks", ranks, "whole numbers above 0, such as 1,2,4,8")
     letters = [LoRAConfig(projections=word).projections for word in projections]
-    _check_once("projections", letters)
-    variants = [
-        Variant(
+    _check("projections", letters)
+    points = [
+        Point(
             f"rank-{rank}-{word}",
             {"lora_rank": rank, "lora_projections": word},
             {"rank": rank, "projections": word},
@@ -114,7 +114,7 @@ def sweep_grid(
         for word in letters
         for rank in ranks
     ]
-    return Grid(SWEEP, variants, seeds, settings, tables, draws=False)
+    return Grid(Sweep, points, seeds, settings, tables, draws=False)
 
 
 def curve_grid(
@@ -122,91 +122,75 @@ def curve_grid(
     shots: Sequence[int | None],
     seeds: int,
     tables: Mapping[str, Any] | None = None,
-) -> Grid:
+) -> Grid[Curve]:
     """The runs of a learning curve, in the order of their sizes; None: all examples."""
-    refuse(settings, CURVE)
-    _check_numbers("shots", shots, "whole numbers above 0 and 'all', such as 8,32,128,all")
-    ordered = sorted(shots, key=lambda number: (number is None, number))
-    variants = [
-        Variant(f"shots-{number or 'all'}", {"few_shot": number}, {"shots": str(number or "all")})
-        for number in ordered
+    refuse(settings, Curve)
+    _check("shots", shots, "whole numbers above 0 and 'all', such as 8,32,128,all")
+    points = [
+        Point(f"shots-{number or 'all'}", {"few_shot": number}, {"shots": str(number or "all")})
+        for number in sorted(shots, key=lambda number: (number is None, number))
     ]
-    return Grid(CURVE, variants, seeds, settings, tables, draws=True)
+    return Grid(Curve, points, seeds, settings, tables, draws=True)
 
 
-def _check_numbers(name: str, values: Sequence[Any], expected: str) -> None:
+def _check(name: str, values: Sequence[Any], expected: str = "") -> None:
+    """Raise ValueError for a value that stands twice, and for one that is none of the numbers expected, if any are."""
     words = ["all" if value is None else str(value) for value in values]
     usable = [(isinstance(v, int) and v > 0) or (v is None and "all" in expected) for v in values]
-    if not usable or not all(usable):
+    if expected and not (usable and all(usable)):
         raise ValueError(f"{name} are not usable; got {','.join(words)!r}; expected {expected}")
-    _check_once(name, words)
-
-
-def _check_once(name: str, words: Sequence[str]) -> None:
     for word in words:
         if words.count(word) > 1:
             raise ValueError(f"{name} has {word} twice; got {','.join(words)!r}; expected each once")
 
 
-def lora_parameters(grid: Grid) -> dict[str, int]:
-    """The parameters of each variant of a sweep without the head, counted on a model without weights.
+def lora_parameters(grid: Grid[Any]) -> dict[str, int]:
+    """The parameters of each point of a sweep without the head, counted on a model without weights.
 
     Raises ValueError where the model has no such projections.
     """
     model, counts = grid.base.model, {}
     empty = meta_classifier(model.model_name_or_path, **model.place)
-    for variant in grid.variants:
-        lora = Recipe.from_settings({**grid.settings, **variant.options}, tables=grid.tables).lora
+    for point in grid.points:
+        lora = Recipe.from_settings({**grid.settings, **point.options}, tables=grid.tables).lora
         assert lora is not None
         inject_lora(empty, lora)
-        counts[variant.name] = trainable_parameter_count(empty).lora
+        counts[point.name] = trainable_parameter_count(empty).lora
         remove_lora(empty)
     return counts
 
 
-def run_sweep(grid: Grid, metric: str | None, progress: Progress) -> Sweep:
-    """Train the runs that are not done; write and return what all have measured."""
-    return _run(grid, Sweep, metric, progress)
-
-
-def run_curve(grid: Grid, metric: str | None, progress: Progress, picture: Path | None = None) -> Curve:
+def train_grid(
+    grid: Grid[Report], metric: str | None, progress: Progress, picture: Path | None = None
+) -> Report:
     """Train the runs that are not done; write and return what all have measured. picture: where it goes."""
     if picture is not None and picture.suffix.lower() not in FORMATS:
         expected = f"a file ending in {', '.join(FORMATS)}"
         raise ValueError(f"plot is no picture; got {str(picture)!r}; expected {expected}")
-    return _run(grid, Curve, metric, progress, picture)
-
-
-def _run(
-    grid: Grid, kind: type[Report], metric: str | None, progress: Progress, picture: Path | None = None
-) -> Report:
+    is_sweep = grid.kind is Sweep
     # Before anything is trained: a projection that the model does not have is a mistake of the user.
-    counts = lora_parameters(grid) if kind is Sweep else {}
+    counts = lora_parameters(grid) if is_sweep else {}
     with reserved(grid.output):
         data, config = grid.data_of(grid.runs[0]), grid.base.data
         metric = choose_metric(metric, data.task)
         for topic, text in data_facts(data):
             progress.fact(topic, text)
-        split = TEST if kind is Curve and TEST in data.splits else VALIDATION
+        split = TEST if not is_sweep and TEST in data.splits else VALIDATION
         key = f"{PREFIXES[split]}_{metric}"
         grid.train_missing(key, progress)
-        keys = {VALIDATION: key, TEST: f"test_{metric}"}
-        if kind is Curve:
-            keys = {name: key + ending for name, ending in LINES.items()}
+        keys = {name: key + ending for name, ending in LINES.items()}
+        if is_sweep:
+            keys = {VALIDATION: key, TEST: f"test_{metric}"}
         points = []
-        for variant in grid.variants:
-            runs = grid.runs_of(variant)
-            facts: dict[str, float]
-            if kind is Sweep:
-                trainable = runs[0].read(METRICS)[SIZE]
-                facts = {"lora_parameters": counts[variant.name], SIZE: trainable}
-            else:
-                examples = [run.read(RECORD)["examples"] for run in runs]
-                held_out = fmean(entry["validation"] * data.held_out for entry in examples)
-                facts = {"examples": fmean(entry["train"] for entry in examples) + held_out}
-                facts["held_out"] = held_out
-            points.append(grid.point(variant, keys, facts))
-        found = kind(
+        for point in grid.points:
+            runs = [run for run in grid.runs if run.point is point]
+            examples = [run.read(RECORD)["examples"] for run in runs]
+            held_out = fmean(entry["validation"] * data.held_out for entry in examples)
+            facts = {"examples": fmean(entry["train"] for entry in examples) + held_out, "held_out": held_out}
+            if is_sweep:
+                facts = {"lora_parameters": counts[point.name], SIZE: runs[0].read(METRICS)[SIZE]}
+            points.append(grid.measured(point, keys, facts))
+        found = grid.kind(
             metric=metric,
             split=split,
             measured_on=len(data.splits[split]),

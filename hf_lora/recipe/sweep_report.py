@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from hf_lora._files import write_text, writing
 from hf_lora._text import printable
@@ -37,7 +37,7 @@ _NEAR = 0.09
 
 @dataclass(frozen=True)
 class Results:
-    """What the variants of a grid have measured, and on what. files: the report and the picture."""
+    """What the points of a grid have measured, and on what. files: the report and the picture."""
 
     metric: str
     split: str
@@ -47,19 +47,26 @@ class Results:
     seeds: Sequence[int]
     points: Sequence[Point]
     files: Sequence[Path] = ()
-    name: ClassVar[str]
 
     @property
     def sign(self) -> float:
         """-1 where a lower metric is better."""
         return -1.0 if self.metric in LOWER_IS_BETTER else 1.0
 
+    def _axes(self, width: float, x_label: str) -> Any:
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(width, 4.8), layout="constrained").subplots()
+        axes.set_xscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(f"{self.metric} on the {self.split} data")
+        axes.spines[["top", "right"]].set_visible(False)
+        return axes
+
 
 @dataclass(frozen=True)
 class Sweep(Results):
     """Settings with their scores on the validation data, and on the test data where there are any; the choice."""
-
-    name = "sweep"
 
     @cached_property
     def best(self) -> Point:
@@ -114,7 +121,7 @@ class Sweep(Results):
                     **entry.setting,
                     **entry.facts,
                     **entry.lines[VALIDATION].as_json(),
-                    "test_scores": dict(entry.lines[TEST].by_seed) if TEST in entry.lines else {},
+                    "test_scores": dict(entry.lines.get(TEST, {})),
                     "seconds": entry.seconds,
                 }
                 for entry in self.points
@@ -124,25 +131,24 @@ class Sweep(Results):
     def table(self) -> dict[str, list[Any]]:
         """The columns of the table by name; None where there is no value."""
         marks = {"best": self.best, "smallest within noise": self.smallest}
-        tests = [entry.lines.get(TEST) for entry in self.points]
-        return {
-            "rank": [entry.setting["rank"] for entry in self.points],
-            "projections": [entry.setting["projections"] for entry in self.points],
-            "LoRA": [entry.facts["lora_parameters"] for entry in self.points],
-            "trainable": [entry.facts[SIZE] for entry in self.points],
-            "mean": [entry.mean for entry in self.points],
-            "spread": [entry.lines[VALIDATION].spread for entry in self.points],
-            "test mean": [scores and scores.mean for scores in tests],
-            "seconds": [_seconds(entry) for entry in self.points],
-            "": [", and ".join(m for m in marks if marks[m] is entry) or None for entry in self.points],
-        }
+        rows = [
+            {
+                **entry.setting,
+                "LoRA": entry.facts["lora_parameters"],
+                "trainable": entry.facts[SIZE],
+                "mean": entry.mean,
+                "spread": entry.lines[VALIDATION].spread,
+                "test mean": entry.lines[TEST].mean if TEST in entry.lines else None,
+                "seconds": _seconds(entry),
+                "": ", and ".join(mark for mark in marks if marks[mark] is entry) or None,
+            }
+            for entry in self.points
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     def figure(self) -> Any:
         """Score against trainable parameters: a line for each set of projections, spreads as error bars."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 4.8), layout="constrained")
-        axes = figure.subplots()
+        axes = self._axes(8, "trainable parameters (LoRA and head)")
         ordered = sorted(self.points, key=lambda entry: entry.facts[SIZE])
         sets = dict.fromkeys(entry.setting["projections"] for entry in self.points)
         for name, marker in zip(sets, itertools.cycle("osD^vP*X"), strict=False):
@@ -157,24 +163,18 @@ class Sweep(Results):
         axes.axhline(level, color=_GREY, lw=1, label="within noise of the best")
         ring: dict[str, Any] = {"markersize": 15, "mfc": "none", "mec": _RED, "mew": 2, "linestyle": "none"}
         axes.plot(smallest.facts[SIZE], smallest.mean, "o", label=f"smallest: {in_words(smallest)}", **ring)
-        axes.set_xscale("log")
         for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             axis(lambda size, _: f"{size:,.0f}" if f"{size:.0e}"[0] in "1235" else "")
-        axes.set_xlabel("trainable parameters (LoRA and head)")
-        axes.set_ylabel(f"{self.metric} on the validation data")
         seeds = len(self.seeds)
         title = f"mean of {seeds} seeds; bars: standard deviation" if seeds > 1 else "one seed"
         axes.set_title(title, fontsize=10)
         axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        return figure
+        return axes.figure
 
 
 @dataclass(frozen=True)
 class Curve(Results):
     """All sizes in order, with what each line has measured there."""
-
-    name = "curve"
 
     @property
     def lines(self) -> list[str]:
@@ -217,10 +217,7 @@ class Curve(Results):
 
     def figure(self) -> Any:
         """Every line against the examples, with the spread over the seeds as a band."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7.6, 4.8), layout="constrained")
-        axes = figure.subplots()
+        axes = self._axes(7.6, "labelled training examples (of each label), log scale")
         for name in self.lines:
             points = [point for point in self.points if name in point.lines]
             examples, scores = [p.facts["examples"] for p in points], [p.lines[name] for p in points]
@@ -230,10 +227,7 @@ class Curve(Results):
             low, high = ([s.mean + sign * (s.spread or 0.0) for s in scores] for sign in (-1, 1))
             axes.fill_between(examples, low, high, color=color, alpha=0.15, linewidth=0)
         self._label_sizes(axes)
-        axes.set_xlabel("labelled training examples (of each label), log scale")
-        axes.set_ylabel(f"{self.metric} on the {self.split} data")
         axes.grid(axis="y", alpha=0.4)
-        axes.spines[["top", "right"]].set_visible(False)
         band = "; mean, and standard deviation as a band" if len(self.seeds) > 1 else ""
         model = self.model.rstrip("/").rpartition("/")[2]
         facts = f"{model}; {self.measured_on:,} {self.split} examples; {self.seeds_in_words}{band}"
@@ -242,8 +236,8 @@ class Curve(Results):
         text = "\n".join(printable(line).replace("$", r"\$") for line in title)
         axes.set_title(text, loc="left", fontsize=9)
         # Below the axes: whatever the lines do, it hides none of them.
-        figure.legend(loc="outside lower center", ncols=len(self.lines), frameon=False)
-        return figure
+        axes.figure.legend(loc="outside lower center", ncols=len(self.lines), frameon=False)
+        return axes.figure
 
     def _label_sizes(self, axes: Any) -> None:
         """Ticks at the sizes, the number of examples over that of each label; near ones one row lower in turn."""
@@ -256,7 +250,6 @@ class Curve(Results):
             lower = index > 0 and math.log(examples[index] / examples[index - 1]) < near and not lower
             each = f"{point.setting['shots']}{' each' * (point.setting['shots'] != 'all')}"
             labels.append("\n" * (2 * lower) + f"{examples[index]:,.0f}\n({each})")
-        axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(examples, labels, fontsize=9)
 
@@ -266,7 +259,8 @@ Report = TypeVar("Report", Sweep, Curve)
 
 def write_report(found: Report, output: Path, picture: Path | None = None) -> Report:
     """Write the JSON report and the picture, whose ending is one of FORMATS; returns the results with `files`."""
-    report, picture = output / f"{found.name}.json", picture or output / f"{found.name}.png"
+    name = type(found).__name__.lower()
+    report, picture = output / f"{name}.json", picture or output / f"{name}.png"
     write_text(report, json.dumps(found.as_json(), indent=2) + "\n")
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("no picture, since matplotlib is not installed; install it, and repeat the command")

@@ -19,7 +19,7 @@ from conftest import write_texts
 
 from hf_lora import LoRATrainer
 from hf_lora.recipe.finetune import Finetuning, finetune
-from hf_lora.recipe.grid import Grid, Point, Scores, Variant
+from hf_lora.recipe.grid import Grid, Point, Scores
 from hf_lora.recipe.progress import Lines
 from hf_lora.recipe.sweep import choose_metric, curve_grid, learning_curve, sweep, sweep_grid
 from hf_lora.recipe.sweep_report import Curve, Sweep, write_report
@@ -366,9 +366,9 @@ def test_few_shot_of_a_regression_is_refused(given: dict[str, Any], tmp_path: Pa
 
 def test_settings_and_sizes_are_in_order(given: dict[str, Any], tmp_path: Path) -> None:
     settings = settings_of(given, tmp_path)
-    names = [v.name for v in sweep_grid(settings, [8, 1], ["q", "oqkv"], 1).variants]
+    names = [v.name for v in sweep_grid(settings, [8, 1], ["q", "oqkv"], 1).points]
     assert names == ["rank-8-q", "rank-1-q", "rank-8-qkvo", "rank-1-qkvo"]
-    names = [v.name for v in curve_grid(settings, [None, 32, 8], 1).variants]
+    names = [v.name for v in curve_grid(settings, [None, 32, 8], 1).points]
     assert names == ["shots-8", "shots-32", "shots-all"]
 
 
@@ -382,12 +382,12 @@ def test_the_metric_of_a_regression_is_not_accuracy() -> None:
 def setting(rank: int, size: int, *scores: float, projections: str = "qv") -> Point:
     facts = {"lora_parameters": size - 10, "trainable_parameters": size}
     options = {"lora_rank": rank, "lora_projections": projections}
-    variant = Variant("", options, {"rank": rank, "projections": projections})
-    return Point(variant, {"validation": Scores(dict(enumerate(scores)))}, facts)
+    lines = {"validation": Scores(enumerate(scores))}
+    return Point("", options, {"rank": rank, "projections": projections}, lines, facts)
 
 
 def sweep_of(*points: Point, metric: str = "accuracy", examples: int = 100) -> Sweep:
-    seeds = list(points[0].lines["validation"].by_seed)
+    seeds = list(points[0].lines["validation"])
     return Sweep(metric, "validation", examples, "d", "m", seeds, points)
 
 
@@ -454,7 +454,9 @@ def test_the_table_marks_the_choice() -> None:
 def curve_of(*shots: int, seeds: int = 2, data: str = "d") -> Curve:
     points = [
         Point(
-            Variant("", {"few_shot": n}, {"shots": str(n)}),
+            "",
+            {"few_shot": n},
+            {"shots": str(n)},
             {"LoRA": Scores({seed: n / (98 + seed) for seed in range(seeds)})},
             {"examples": 2 * n, "held_out": 0},
         )
