@@ -31,8 +31,7 @@ class Terminal(Progress):
 
     def fact(self, topic: str, text: str) -> None:
         """A line, or a few that are indented."""
-        width = max(40, self._console.width)
-        lines = textwrap.wrap(printable(text), width - _COLUMN) or [""]
+        lines = textwrap.wrap(printable(text), max(40, self._console.width) - _COLUMN) or [""]
         for index, line in enumerate(lines):
             self._print(("" if index else topic).ljust(_COLUMN) + line)
 
@@ -72,7 +71,6 @@ class _Once(logging.Handler):
         self._console, self._seen = console, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
         text = " ".join(printable(record.getMessage()).split())
         if text not in self._seen:
             self._seen.add(text)
@@ -112,12 +110,9 @@ def show_results(result: FinetuneResult, *, plain: bool = False) -> None:
     columns, rows = _scores(measured, result.info.task.baseline)
     if plain:
         for name, *values in rows:
-            shown = (
-                f"{side} {value:.4f}"
-                for side, value in zip(columns[1:], values, strict=True)
-                if value is not None
-            )
-            print(f"{title}: {name}: {', '.join(shown)}")
+            pairs = zip(columns[1:], values, strict=True)
+            shown = ", ".join(f"{side} {value:.4f}" for side, value in pairs if value is not None)
+            print(f"{title}: {name}: {shown}")
     else:
         print_table(title, columns, rows)
         if measured.class_errors:
@@ -135,40 +130,31 @@ def _scores(measured: SplitResult, baseline: str) -> tuple[tuple[str, ...], list
         "linear probe": measured.probe,
         baseline: measured.baseline,
     }
-    names = [
-        name
-        for name in measured.adapter
-        if not name.endswith(("loss", "calibration_error", "preparation_time"))
-    ]
+    hidden = ("loss", "calibration_error", "preparation_time")
+    names = [name for name in measured.adapter if not name.endswith(hidden)]
     shown = {title: side for title, side in sides.items() if any(name in side for name in names)}
     return ("metric", *shown), [(name, *(side.get(name) for side in shown.values())) for name in names]
 
 
 def _facts(result: FinetuneResult) -> Iterator[tuple[str, str]]:
     metrics = result.metrics
-    calibration = calibration_fact(result)
-    if calibration is not None:
-        yield "calibrated", calibration
+    if "calibration_error" in result.validation.adapter:
+        yield "calibrated", calibration_fact(result)
     spent = [f"{metrics['warm_start_runtime']:.1f} s start", f"{metrics['train_runtime']:.1f} s training"]
     if "refit_runtime" in metrics:
         spent.append(f"{metrics['refit_runtime']:.1f} s retraining")
-    yield (
-        "time",
-        f"{', '.join(spent)}; {metrics['global_step']} steps; {metrics['peak_memory_mb']:.0f} MB of memory",
-    )
+    work = f"{metrics['global_step']} steps; {metrics['peak_memory_mb']:.0f} MB of memory"
+    yield "time", f"{', '.join(spent)}; {work}"
     output = str(result.output_dir)
     yield "adapter", f"{printable(output)} ({metrics['adapter_bytes'] / 1024:.0f} KiB)"
     yield "next", f'hf-lora predict --adapter {shlex.quote(output)} "a text"'
 
 
-def calibration_fact(result: FinetuneResult) -> str | None:
-    """The temperature with the calibration errors before and after it, in one line; None for a regression."""
-    splits = {"validation": result.validation} | ({} if result.test is None else {"test": result.test})
-    if "calibration_error" not in result.validation.adapter:
-        return None
+def calibration_fact(result: FinetuneResult) -> str:
+    """The temperature with the calibration errors before and after it, in one line."""
     if result.info.temperature is None:
         return "no: that takes a validation split of at least 20 texts"
-    split, measured = list(splits.items())[-1]
+    split, measured = ("validation", result.validation) if result.test is None else ("test", result.test)
     before, after = measured.uncalibrated.calibration_error, measured.adapter.calibration_error
     return (
         f"temperature {result.info.temperature:.3f}; calibration error {before:.4f} -> {after:.4f} ({split})"

@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hf_lora._choices import option
-from hf_lora.recipe.options import (
-    COMMON,
-    FROM_DATA,
-    Option,
-    all_options,
-    check_names,
-    options_of,
-    training_defaults,
-)
+from hf_lora.recipe import options as known
+from hf_lora.recipe.options import FROM_DATA, Option, all_options, options_of
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -101,7 +94,7 @@ def check_flags(argv: Sequence[str]) -> None:
     ours = [entry.name for entry in options_of(TerminalOptions)]
     # --no_x switches off what is on by default.
     names = [flag for flag in flags if not flag.startswith("no_")]
-    check_names(names, also=[*ours, *LAUNCH, "accelerate_config", "help_all"], prefix="--")
+    known.check_names(names, also=[*ours, *LAUNCH, "accelerate_config", "help_all"], prefix="--")
 
 
 def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
@@ -136,20 +129,20 @@ def make_parser() -> HfArgumentParser:
     ]
     groups = [*map(_flag_class, ours), LoRATrainingArguments]
     parser = TrainingParser(groups, prog="hf-lora train", allow_abbrev=False)
-    parser.set_defaults(**training_defaults())
-    actions = {action.dest: action for action in parser._actions}
-    actions["output_dir"].required = True
-    actions["resume_from_checkpoint"].nargs = "?"
-    actions["resume_from_checkpoint"].const = "last"
+    parser.set_defaults(**known.training_defaults())
+    for action in parser._actions:
+        action.required |= action.dest == "output_dir"
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "last"
     return parser
 
 
 def _flag_class(options: Iterable[Option]) -> type:
     """A dataclass whose fields are options under their flags, for HfArgumentParser."""
-    entries = [
-        (entry.name, entry.type, field(default=entry.default, metadata={"help": entry.help}))
-        for entry in options
-    ]
+    entries = []
+    for entry in options:
+        value = field(default=entry.default, metadata={"help": entry.help})
+        entries.append((entry.name, entry.type, value))
     return make_dataclass("Flags", entries, kw_only=True)
 
 
@@ -166,34 +159,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} is no configuration; expected lines such as 'learning_rate: 1e-3'")
     also = [entry.name for entry in options_of(TerminalOptions)]
-    check_names(map(str, values), f"key in {str(path)!r}: ", also=also)
+    known.check_names(map(str, values), f"key in {str(path)!r}: ", also=also)
     return values
 
 
 def _flags(settings: dict[str, Any], parser: HfArgumentParser) -> list[str]:
     """The settings as command-line flags, so that both are checked by the same parser."""
     choices = {action.dest: action.choices or () for action in parser._actions}
-    return [
-        flag
-        for key, value in settings.items()
-        if value is not None
-        for flag in _flag(key, value, yaml_no="no" in choices[key])
-    ]
-
-
-def _flag(key: str, value: Any, *, yaml_no: bool) -> list[str]:
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    if yaml_no and value is False:
-        return [f"--{key}=no"]  # YAML reads a bare `no` as false
-    # One word, since a value of its own may start with a dash.
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+    flags = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            if value is False and "no" in choices[key]:
+                value = "no"  # YAML reads a bare `no` as false
+            # One word, since a value of its own may start with a dash.
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
 
 
 def help_text() -> str:
     """The text of `hf-lora train --help`: the options that people use."""
     ours = {entry.name: entry for group in all_options().values() for entry in group}
-    lines = _option_lines([*(ours[name] for name in COMMON), *options_of(TerminalOptions)])
+    lines = _option_lines([*(ours[name] for name in known.COMMON), *options_of(TerminalOptions)])
     return "\n".join([_HELP, "options:", *lines, _MORE])
 
 
@@ -201,28 +189,23 @@ def full_help() -> str:
     """The text of `hf-lora train --help_all`: every option, by topic."""
     from hf_lora.training.arguments import LoRATrainingArguments
 
-    lines, known = [_HELP.rstrip()], set()
+    lines, told = [_HELP.rstrip()], set()
     for title, entries in {**all_options(), "terminal": tuple(options_of(TerminalOptions))}.items():
         lines += ["", f"{title}:", *_option_lines(entries)]
-        known |= {entry.name for entry in entries}
+        told |= {entry.name for entry in entries}
     others = [
         Option(
-            entry.name,
-            entry.name,
-            LoRATrainingArguments,
-            entry.type,
-            entry.default,
-            str(entry.metadata["help"]),
+            each.name, each.name, LoRATrainingArguments, each.type, each.default, str(each.metadata["help"])
         )
-        for entry in fields(LoRATrainingArguments)
-        if entry.name not in known and "help" in entry.metadata
+        for each in fields(LoRATrainingArguments)
+        if each.name not in told and "help" in each.metadata
     ]
     return "\n".join([*lines, "", "transformers.TrainingArguments:", *_option_lines(others), _MORE])
 
 
 def _option_lines(entries: Iterable[Option]) -> Iterator[str]:
     for entry in entries:
-        shown = "required" if entry.required else f"default: {_plain(entry.default)}"
+        shown = "required" if entry.required else f"default: {getattr(entry.default, 'value', entry.default)}"
         left = entry.default is None or entry.default is MISSING or entry.name in FROM_DATA
         text = entry.help if left and not entry.required else f"{entry.help} ({shown})"
         flag = f"  --{entry.name}"
@@ -232,10 +215,6 @@ def _option_lines(entries: Iterable[Option]) -> Iterator[str]:
             flag = ""
         yield flag.ljust(_COLUMN) + words[0]
         yield from (" " * _COLUMN + line for line in words[1:])
-
-
-def _plain(value: Any) -> str:
-    return str(getattr(value, "value", value))
 
 
 def dry_run(recipe: Recipe) -> None:

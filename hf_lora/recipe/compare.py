@@ -67,16 +67,12 @@ def baseline_logits(trainer: LoRATrainer, data: ClassificationData, warm: WarmSt
     To be called before training, while the features are those that the probe was fitted on.
     """
     constant = data.task.constant(np.asarray(data.splits["train"]["labels"]), len(data.labels))
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for split in ("validation", "test"):
-        if split in data.splits:
-            found[split] = {MAJORITY: np.tile(constant, (len(data.splits[split]), 1))}
-    if warm is not None:
-        for split, others in found.items():
-            known = warm.validation if split == "validation" else None
-            others[PROBE] = (
-                warm.best.logits(frozen_features(trainer, data.splits[split])) if known is None else known
-            )
+    splits = {name: data.splits[name] for name in ("validation", "test") if name in data.splits}
+    found = {name: {MAJORITY: np.tile(constant, (len(split), 1))} for name, split in splits.items()}
+    for name, split in splits.items() if warm is not None else ():
+        assert warm is not None
+        known = warm.validation if name == "validation" else None
+        found[name][PROBE] = warm.best.logits(frozen_features(trainer, split)) if known is None else known
     return found
 
 
@@ -112,10 +108,7 @@ def keep_the_better(
 def validation_quality(
     trainer: LoRATrainer, data: ClassificationData, logits: np.ndarray | None = None
 ) -> np.ndarray:
-    """`Task.quality` of each prediction for the validation split; logits: None: of the model as it is now.
-
-    Every process has to call it.
-    """
+    """`Task.quality` of each prediction for the validation split; logits: None: of the model. For every process."""
     split = data.splits["validation"]
     if logits is None:
         logits = first_output(trainer.predict(split).predictions)
@@ -136,8 +129,7 @@ class Evaluations(TrainerCallback):
 
     def __init__(self, trainer: LoRATrainer) -> None:
         self.seconds = 0.0
-        self._trainer = trainer
-        self._measure = trainer.compute_metrics
+        self._trainer, self._measure = trainer, trainer.compute_metrics
         self._outputs: np.ndarray | None = None
         self._parameters: Snapshot | None = None
 
@@ -180,7 +172,7 @@ def watched(trainer: LoRATrainer) -> Iterator[Evaluations]:
 
 @dataclass(frozen=True)
 class Refit:
-    """Result of the retraining: examples, seconds, kept or not."""
+    """Result of the retraining."""
 
     examples: int
     seconds: float
@@ -192,11 +184,9 @@ class Refit:
         return {**examples, "refit_runtime": self.seconds}
 
     def __str__(self) -> str:
-        outcome = (
-            "validation scores were measured before it"
-            if self.kept
-            else "not kept: it does worse on the validation split, though it was trained on it"
-        )
+        outcome = "not kept: it does worse on the validation split, though it was trained on it"
+        if self.kept:
+            outcome = "validation scores were measured before it"
         return f"on all {self.examples:,} examples, {self.seconds:.1f} s; {outcome}"
 
 
@@ -216,13 +206,13 @@ def refit(
     outputs: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> Refit:
-    """Train the model of a trainer that has trained again, from the start, on its evaluation set too.
+    """Train the model of a trainer again, from the start, on its evaluation set too. Every process has to call it.
 
     start: of `start_head(..., on_all=True)`. fresh: the trained parameters before any start. lora_init: as for
     `choose_start`. outputs: the model's as it is, `(examples, labels)`, for the evaluation set, where they are known.
     Seed, epochs and rates are those of before; `trainer` keeps its history and its callbacks.
     Where that did clearly worse on the evaluation set, though it has seen it, training has failed, and what was there
-    before is kept. Every process has to call it.
+    before is kept.
     """
     began = time.perf_counter()
     args = silent(trainer.args)

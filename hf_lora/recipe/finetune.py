@@ -78,14 +78,11 @@ def finetune(
     Raises ValueError or OSError, in one line, for anything the user can mend; nothing is lost then.
     """
     splits = {"train": train, "validation": validation, "test": test}
-    objects = {"lora": lora, "args": args, "options": options, "data": data}
+    objects: dict[str, Any] = {"lora": lora, "args": args, "options": options, "data": data}
     output = args.output_dir if output_dir is None and args is not None else output_dir
     values, tables = with_data(settings, model, splits, output)
-    recipe = Recipe.from_settings(
-        values,
-        tables=tables,
-        objects={name: value for name, value in objects.items() if value is not None},
-    )
+    objects = {name: value for name, value in objects.items() if value is not None}
+    recipe = Recipe.from_settings(values, tables=tables, objects=objects)
     return Finetuning(recipe, progress=progress_of(progress)).run()
 
 
@@ -100,7 +97,6 @@ class Finetuning:
     ) -> None:
         self.recipe, self.options = recipe, recipe.options
         self.args = copy.copy(recipe.args)
-        self.data_given = data is not None
         if data is not None:
             self.data = data
         first = self.args.process_index == 0
@@ -141,7 +137,7 @@ class Finetuning:
             set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         model = self.recipe.model
         self.tokenizer = load_tokenizer(model.model_name_or_path, **model.place)
-        if not self.data_given:
+        if not hasattr(self, "data"):
             with self.args.main_process_first(desc="preparing the data"):
                 self.data = prepare_data(self.recipe.data, self.tokenizer, tables=self.recipe.tables)
         for topic, text in data_facts(self.data):
@@ -284,18 +280,11 @@ class Finetuning:
         """Train once more on all examples, the held-out ones too, where the examples are few."""
         if not self.refits:
             return
+        run = self.trainer, self.data, self.head
         if self.is_probe:
-            again = refit_probe(self.trainer, self.data, self.head)
+            again = refit_probe(*run)
         else:
-            again = refit(
-                self.trainer,
-                self.data,
-                self.head,
-                self.fresh,
-                self.recipe.lora_init,
-                self.outputs,
-                progress=self.progress,
-            )
+            again = refit(*run, self.fresh, self.recipe.lora_init, self.outputs, self.progress)
         self.spent |= again.metrics()
         self.progress.fact("retraining", str(again))
 

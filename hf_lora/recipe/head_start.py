@@ -23,7 +23,7 @@ from hf_lora.lora.inject import injection
 from hf_lora.models.pooling import PooledClassifier, pooling_of
 from hf_lora.models.verify import evaluating, relative_difference
 from hf_lora.recipe.options import HEAD_PENALTY
-from hf_lora.tasks import Task, task_of
+from hf_lora.tasks import task_of
 from hf_lora.tasks.metrics import first_output
 from hf_lora.tasks.probe import Probe, fit_probe
 from hf_lora.training.distributed import on_first
@@ -39,10 +39,9 @@ _SEED = 0
 class WarmStart:
     """A probe, its outputs `(n, labels)` on the evaluation set, in its order (None where there is none), and a start.
 
-    start: the same probe under a stronger penalty. It is less sure of itself, so that the gradients of LoRA
-    come from all examples and not only from those that the probe has wrong. last_layer: whether the head read several
-    layers, and reads the last one alone now. on_all: where it was asked for, probe and start with the same penalties,
-    fitted on training and evaluation set together.
+    start: the same probe under a stronger penalty. It is less sure of itself, so that the gradients of LoRA come from
+    all examples and not only from those that the probe has wrong. last_layer: whether the head read several layers,
+    and reads the last one alone now. on_all: probe and start of training and evaluation set together, if asked for.
     """
 
     probe: Probe
@@ -64,11 +63,8 @@ def output_layer(model: Any) -> nn.Linear:
     """
     head = injection(model).head
     labels = model.config.num_labels
-    found = [
-        module
-        for name, module in model.named_modules()
-        if belongs_to(name, head) and isinstance(module, nn.Linear) and module.out_features == labels
-    ]
+    layers = [module for name, module in model.named_modules() if belongs_to(name, head)]
+    found = [each for each in layers if isinstance(each, nn.Linear) and each.out_features == labels]
     if not found:
         raise ValueError(
             f"the head of a {type(model).__name__} has no linear output layer; got {', '.join(head) or 'no head'}; "
@@ -93,13 +89,11 @@ def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = Fals
     training: whether they are training examples, whose frozen prefix training need not run again if it is cached.
     """
     measure, trainer.compute_metrics = trainer.compute_metrics, None
+    filling = trainer.filling_prefix() if training else nullcontext()
     # Without labels no loss is computed of what are no logits.
     unlabelled = dataset.remove_columns("labels")
     try:
-        with (
-            features_as_logits(output_layer(trainer.model)),
-            trainer.filling_prefix() if training else nullcontext(),
-        ):
+        with features_as_logits(output_layer(trainer.model)), filling:
             features = first_output(trainer.predict(unlabelled).predictions)
     finally:
         trainer.compute_metrics = measure
@@ -118,11 +112,10 @@ def fit_warm_start(
     """Fit a probe on the trainer's training set, its penalty chosen on its evaluation set.
 
     penalty: by how much that of the start is stronger. choose_layers: the evaluation set says, too, whether a head that
-    reads several layers had better read the last one alone, and the head is changed so: topics are told best by
-    what a sentence encoder was trained to give, the tone of a text by what is below. Else the model stays as it is.
-    on_all: fit both once more, on the evaluation set too, for a model that is trained on it in the end.
-    Every process has to call it; the first one fits. Raises ValueError where the logits are not a linear function
-    of what the last layer of the head gets.
+    reads several layers had better read the last one alone, and the head is changed so: topics are told best by what a
+    sentence encoder was trained to give, the tone of a text by what is below. on_all: fit both on the evaluation set
+    too, for a model that is trained on it in the end. Every process has to call it; the first one fits.
+    Raises ValueError where the logits are not a linear function of what the last layer of the head gets.
     """
     _check_linear(trainer)
     train: Any = trainer.train_dataset
@@ -132,49 +125,43 @@ def fit_warm_start(
     features = frozen_features(trainer, train, training=True)
     held_out: Any = trainer.eval_dataset
     validation = None if held_out is None else frozen_features(trainer, held_out)
+    model: Any = trainer.model
     weights = trainer.class_weights
     fit = partial(
         fit_probe,
-        task=_task(trainer),
-        labels=trainer.model.config.num_labels,
+        task=task_of(model.config.problem_type),
+        labels=model.config.num_labels,
         class_weights=None if weights is None else weights.tolist(),
-        intercept=output_layer(trainer.model).bias is not None,
+        intercept=output_layer(model).bias is not None,
     )
     labels = np.asarray(train["labels"])
     parts = [slice(None)]
-    if choose_layers and validation is not None and len(validation):
-        parts += _last_of_several(trainer.model)
+    several = isinstance(model, PooledClassifier) and len(model.layers) > 1 and model.pool.of_last
+    if choose_layers and several and validation is not None and len(validation):
+        parts.append(slice(-model.config.hidden_size, None))
 
-    def fitted() -> tuple[Probe, Probe, int, tuple[Probe, Probe] | None]:
+    def fitted() -> tuple[int, tuple[Probe, Probe], tuple[Probe, Probe] | None]:
         held = None if validation is None else (validation, np.asarray(held_out["labels"]))
         probes = [fit(features[:, part], labels, held and (held[0][:, part], held[1])) for part in parts]
         chosen = min(range(len(parts)), key=lambda number: probes[number].loss or 0.0)
-        probe, part = probes[chosen], parts[chosen]
+        part, strength = parts[chosen], probes[chosen].strength
 
-        def start_of(given: np.ndarray, targets: np.ndarray, same: Probe) -> Probe:
-            """The start that goes with a probe of these examples."""
-            return same if penalty == 1.0 else fit(given, targets, None, strength=probe.strength / penalty)
+        def with_start(x: np.ndarray, y: np.ndarray, probe: Probe) -> tuple[Probe, Probe]:
+            return probe, probe if penalty == 1.0 else fit(x, y, None, strength=strength / penalty)
 
-        start = start_of(features[:, part], labels, probe)
+        first = with_start(features[:, part], labels, probes[chosen])
         if held is None or not on_all:
-            return probe, start, chosen, None
-        everything = np.concatenate([features, held[0]])[:, part], np.concatenate([labels, held[1]])
-        best = fit(*everything, None, strength=probe.strength)
-        return probe, start, chosen, (best, start_of(*everything, best))
+            return chosen, first, None
+        x, y = np.concatenate([features, held[0]])[:, part], np.concatenate([labels, held[1]])
+        return chosen, first, with_start(x, y, fit(x, y, None, strength=strength))
 
-    probe, start, chosen, together = on_first(fitted)
+    chosen, (probe, start), together = on_first(fitted)
     if chosen:
-        trainer.model.read_last_layer()
-        state = injection(trainer.model)
-        state.info = state.info and replace(state.info, pooling=pooling_of(trainer.model))
+        model.read_last_layer()
+        state = injection(model)
+        state.info = state.info and replace(state.info, pooling=pooling_of(model))
     logits = None if validation is None else probe.logits(validation[:, parts[chosen]])
     return WarmStart(probe, logits, start, last_layer=bool(chosen), on_all=together)
-
-
-def _last_of_several(model: Any) -> list[slice]:
-    """Of a head that reads several layers the features of the last one; of any other nothing."""
-    several = isinstance(model, PooledClassifier) and len(model.layers) > 1 and model.pool.of_last
-    return [slice(-model.config.hidden_size, None)] if several else []
 
 
 @dataclass(frozen=True)
@@ -187,14 +174,11 @@ class HeadStart:
     seconds: float
 
     def __str__(self) -> str:
-        kind = "linear probe" if self.kind == "probe" else self.kind
-        fitted = ""
+        words = f"{'linear probe' if self.kind == 'probe' else self.kind}: {self.reason}"
         if self.warm is not None:
-            probe = self.warm.probe
-            fitted = f"; {probe.examples:,} examples, C = {probe.strength:g}"
-            if self.warm.last_layer:
-                fitted += ", better on the last layer alone, which the head reads now"
-        return f"{kind}: {self.reason}{fitted}; {self.seconds:.1f} s"
+            words += f"; {self.warm.probe.examples:,} examples, C = {self.warm.probe.strength:g}"
+            words += ", better on the last layer alone, which the head reads now" * self.warm.last_layer
+        return f"{words}; {self.seconds:.1f} s"
 
 
 def start_head(
@@ -208,17 +192,16 @@ def start_head(
     """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
 
     head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
-    the model allows none. penalty: the head is fitted with so many times the penalty of the probe; 1: it is
-    the probe. choose_layers, on_all: as for `fit_warm_start`. Raises ValueError for another name, a penalty that is
-    not above 0, and where a probe was asked for that cannot be had.
+    the model allows none. penalty: the head is fitted with so many times the penalty of the probe; 1: it is the probe.
+    choose_layers, on_all: as for `fit_warm_start`. Raises ValueError for another name, a penalty that is not above 0,
+    and where a probe was asked for that cannot be had.
     """
     if head_init not in HEAD_INITS:
         raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
     if not (penalty > 0 and math.isfinite(penalty)):
         raise ValueError(f"head_penalty is not usable; got {penalty!r}; expected a number above 0")
     start = time.perf_counter()
-    reason = "as asked for"
-    warm = None
+    kind, reason, warm = head_init, "as asked for", None
     keeps_own = head_init == "auto" and not _is_fresh(trainer.model)
     try:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -228,24 +211,19 @@ def start_head(
         # A head that does not start from the regression needs the probe alone, to be compared with.
         unused = head_init == "random" or keeps_own
         warm = fit_warm_start(trainer, 1.0 if unused else penalty, choose_layers=choose_layers, on_all=on_all)
+        if head_init == "auto":
+            kind = "probe"
+            reason = f"{task_of(trainer.model.config.problem_type).probe} on the frozen features"
     except ValueError as error:
         if head_init == "probe":
             raise
-        reason = str(error) if head_init == "auto" else reason
-    kind = head_init
-    if head_init == "auto":
-        kind = "random" if warm is None else "probe"
-        if warm is not None:
-            reason = f"{_task(trainer).probe} on the frozen features"
-        if keeps_own:
-            kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
+        if head_init == "auto":
+            kind, reason = "random", str(error)
+    if keeps_own:
+        kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
     if kind == "probe" and warm is not None:
         install(trainer.model, warm.start)
     return HeadStart(kind, reason, warm, time.perf_counter() - start)
-
-
-def _task(trainer: LoRATrainer) -> Task:
-    return task_of(trainer.model.config.problem_type)
 
 
 def _is_fresh(model: nn.Module) -> bool:
@@ -255,8 +233,9 @@ def _is_fresh(model: nn.Module) -> bool:
         layer = output_layer(model)
     except ValueError:
         return True
-    name = next(name for name, module in model.named_modules() if module is layer)
-    return fresh is None or f"{name}.weight" in fresh
+    return fresh is None or any(
+        f"{name}.weight" in fresh for name, each in model.named_modules() if each is layer
+    )
 
 
 @torch.no_grad()
@@ -275,7 +254,7 @@ def _check_linear(trainer: LoRATrainer) -> None:
     train: Any = trainer.train_dataset
     rows = [train[row] for row in range(min(4, len(train)))]
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    batch = {name: value for name, value in batch.items() if name != "labels"}
+    batch.pop("labels", None)
     with evaluating(model):
         logits = model(**batch).logits.float()
         with features_as_logits(layer):

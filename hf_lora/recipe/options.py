@@ -15,19 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_lora._choices import option
 from hf_lora.data.config import DataConfig
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.training.options import LoRATrainingOptions
 
-if TYPE_CHECKING:
-    pass
-
 # How many times the probe's penalty the head that LoRA starts from is fitted with. Measured: docs/benchmarks.
 HEAD_PENALTY = 30.0
-# Training arguments that are chosen from the data where they are 0, see `recipe.defaults`.
+# Training arguments that are chosen from the data where they are 0, see `recipe.settings`.
 FROM_DATA = ("learning_rate", "num_train_epochs")
 
 

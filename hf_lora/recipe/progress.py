@@ -110,24 +110,20 @@ class _Events(TrainerCallback):
         self._loader: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Evaluations from here on are stages of their own."""
         self._trains = True
         if self._training:
             self._progress.begin(self._training)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last epoch has ended."""
         self._trains = False
         self._progress.end()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Every epoch is a stage."""
         if not self._training:
             self._first = state.global_step
             self._progress.begin(f"epoch {int(state.epoch or 0) + 1}/{state.num_train_epochs}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One optimizer step more."""
         epochs = 1 if self._training else max(1, state.num_train_epochs)
         self._progress.advance(state.global_step - self._first, -(-state.max_steps // epochs))
 
@@ -152,7 +148,6 @@ class _Events(TrainerCallback):
         self._progress.advance(self._done, self._total)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """An evaluation of a training has ended."""
         found = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
         found.pop("epoch", None)
         self.reset(staged=False)

@@ -132,7 +132,7 @@ def measure_validation(
     info = adapter_info(trainer.accelerator.unwrap_model(trainer.model)).calibrated(Calibration())
     pair = _predicted(trainer, data, "validation")
     info = info.calibrated(info.task.calibrate(pair[0].predictions, pair[0].label_ids))
-    result = _measured(trainer, data, info, *pair, "validation", baselines)
+    result = _measured(trainer, data, info, pair, "validation", baselines)
     return result, info, np.asarray(pair[0].predictions)
 
 
@@ -143,7 +143,7 @@ def measure_test(
     info: AdapterInfo,
 ) -> SplitResult:
     """Results on the test split, with the calibration of `info`."""
-    return _measured(trainer, data, info, *_predicted(trainer, data, "test"), "test", baselines)
+    return _measured(trainer, data, info, _predicted(trainer, data, "test"), "test", baselines)
 
 
 def write_results(
@@ -188,10 +188,10 @@ def _predicted(
     trainer: LoRATrainer, data: ClassificationData, split: str
 ) -> tuple[PredictionOutput, PredictionOutput]:
     """What the Trainer gives for a split with the adapter, and without it."""
-    prefix = PREFIXES[split]
-    result = trainer.predict(data.splits[split], metric_key_prefix=prefix)
+    prefix, dataset = PREFIXES[split], data.splits[split]
+    result = trainer.predict(dataset, metric_key_prefix=prefix)
     with lora_disabled(trainer.model):
-        disabled = trainer.predict(data.splits[split], metric_key_prefix=prefix)
+        disabled = trainer.predict(dataset, metric_key_prefix=prefix)
     first, second = (each._replace(predictions=first_output(each.predictions)) for each in (result, disabled))
     return first, second
 
@@ -200,20 +200,17 @@ def _measured(
     trainer: LoRATrainer,
     data: ClassificationData,
     info: AdapterInfo,
-    result: PredictionOutput,
-    disabled: PredictionOutput,
+    pair: tuple[PredictionOutput, PredictionOutput],
     split: str,
     baselines: Mapping[str, Mapping[str, np.ndarray]],
 ) -> SplitResult:
-    """The metrics of a split, as `info` makes answers of its outputs."""
+    """The metrics of a split, as `info` makes answers of its outputs. pair: of `_predicted`."""
     compute: Any = trainer.compute_metrics
-    found = {
-        name.removeprefix(f"{PREFIXES[split]}_"): value for name, value in (result.metrics or {}).items()
-    }
+    prefix, (result, disabled) = f"{PREFIXES[split]}_", pair
+    found, without = (
+        {name.removeprefix(prefix): value for name, value in (given.metrics or {}).items()} for given in pair
+    )
     timing = {name: found.pop(name) for name in list(found) if name.endswith(_TIMING)}
-    without = {
-        name.removeprefix(f"{PREFIXES[split]}_"): value for name, value in (disabled.metrics or {}).items()
-    }
     sides = {"adapter": Scores(found), "uncalibrated": Scores()}
     sides["disabled"] = Scores({name: without[name] for name in found if name in without})
     for side, calibration, given in (
@@ -224,20 +221,18 @@ def _measured(
         reliability = info.task.reliability(given.predictions, given.label_ids, calibration)
         if reliability is not None:
             sides[side]["calibration_error"] = reliability.error
-    if info.thresholds is not None:
-        for side, given in (("adapter", result), ("disabled", disabled)):
-            outputs = info.calibration.decision_outputs(np.asarray(given.predictions))
-            decided = compute(EvalPrediction(outputs, given.label_ids))
-            # The ranking of a label's scores, of which the area is, does not depend on where they are cut.
-            decided.pop("roc_auc", None)
-            if side == "adapter":
-                sides["uncalibrated"] |= {name: sides[side][name] for name in decided}
-            sides[side] |= decided
+    for side, given in (("adapter", result), ("disabled", disabled)) if info.thresholds is not None else ():
+        outputs = info.calibration.decision_outputs(np.asarray(given.predictions))
+        decided = compute(EvalPrediction(outputs, given.label_ids))
+        # The ranking of a label's scores, of which the area is, does not depend on where they are cut.
+        decided.pop("roc_auc", None)
+        if side == "adapter":
+            sides["uncalibrated"] |= {name: sides[side][name] for name in decided}
+        sides[side] |= decided
     for name, outputs in baselines.get(split, {}).items():
         values = compute(EvalPrediction(outputs, result.label_ids))
-        sides["probe" if name == "probe" else "baseline"] = Scores(
-            {metric: value for metric, value in values.items() if CLASS_F1 not in metric}
-        )
+        kept = {metric: value for metric, value in values.items() if CLASS_F1 not in metric}
+        sides["probe" if name == "probe" else "baseline"] = Scores(kept)
     chosen, before = result.predictions.argmax(-1), disabled.predictions.argmax(-1)
     errors = errors_beside(chosen, before, result.label_ids, data.labels) if info.task.one_label else {}
     return SplitResult(**sides, class_errors=errors, timing=timing)

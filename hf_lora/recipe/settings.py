@@ -19,13 +19,7 @@ from hf_lora.data import ClassificationData
 from hf_lora.data.config import DataConfig
 from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.lora.config import LoRAConfig
-from hf_lora.recipe.options import (
-    FinetuneOptions,
-    ModelOptions,
-    all_options,
-    check_names,
-    training_defaults,
-)
+from hf_lora.recipe.options import FinetuneOptions, ModelOptions, all_options, check_names, training_defaults
 from hf_lora.tasks import Task
 from hf_lora.training.arguments import LoRATrainingArguments
 from hf_lora.training.checkpointing import tell_broken
@@ -74,26 +68,24 @@ class Recipe:
         of its topic. Raises ValueError, in one line, for an unknown name and for a value that is not usable.
         """
         check_names(settings)
-        objects, tables = objects or {}, dict(tables or {})
-        values = dict(settings)
+        objects, tables, values = objects or {}, dict(tables or {}), dict(settings)
         for name, example in _REQUIRED.items():
             if not values.get(name):
                 raise ValueError(f"{name} is missing; expected such as {example!r}")
         _check_objects(objects, settings)
-        model, data = ModelOptions(**_take(values, "model")), _take(values, "data")
-        lora, options = _take(values, "LoRA"), _take(values, "run")
-        args = objects.get("args")
-        if args is None:
-            args = LoRATrainingArguments(**{**training_defaults(), **values})
-        else:
-            args = copy.copy(args)
+        model = ModelOptions(**_take(values, "model"))
+        data, lora, options = (_take(values, title) for title in ("data", "LoRA", "run"))
+        if "args" in objects:
+            args = copy.copy(objects["args"])
             args.output_dir = values["output_dir"]
-        place = {"cache_dir": model.cache_dir, "token": model.token}
+        else:
+            args = LoRATrainingArguments(**{**training_defaults(), **values})
+        data |= {"cache_dir": model.cache_dir, "token": model.token}
         if "data" in objects:
-            data_config = replace(objects["data"], **data, **place)
+            data_config = replace(objects["data"], **data)
         else:
             seed = args.seed if data.get("seed") is None else data["seed"]
-            data_config = DataConfig(**{**data, **place, "seed": seed})
+            data_config = DataConfig(**{**data, "seed": seed})
         if not tables and not any((data_config.dataset_name, data_config.train_file, data_config.test_file)):
             raise ValueError("no data given; expected a train_file or a dataset_name")
         return cls(
@@ -125,11 +117,10 @@ def with_data(
     settings: Mapping[str, Any], model: str, splits: Mapping[str, Any], output_dir: str | Path | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings with model, output directory and the splits that are paths; and the splits in memory."""
-    paths = {f"{split}_file": str(table) for split, table in splits.items() if isinstance(table, str | Path)}
-    given = {split: table for split, table in splits.items() if table is not None}
-    tables = {split: table for split, table in given.items() if f"{split}_file" not in paths}
-    output = output_dir and str(output_dir)
-    return {**settings, **paths, "model_name_or_path": model, "output_dir": output}, tables
+    values = {**settings, "model_name_or_path": model, "output_dir": output_dir and str(output_dir)}
+    paths = {split: table for split, table in splits.items() if isinstance(table, str | Path)}
+    values |= {f"{split}_file": str(table) for split, table in paths.items()}
+    return values, {name: table for name, table in splits.items() if table is not None and name not in paths}
 
 
 # What may be given as an object, and the topics of options that it stands for; "": the training arguments.
@@ -143,13 +134,13 @@ _OBJECTS = {
 
 def _check_objects(objects: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise ValueError for an object of another type, and for an option that is given beside its object."""
-    of_topics = {entry.name for title in ("model", "data", "LoRA", "run") for entry in all_options()[title]}
+    of = {title: {entry.name for entry in entries} for title, entries in all_options().items()}
+    of[""] = settings.keys() - of["model"] - of["data"] - of["LoRA"] - of["run"]
     for name, value in objects.items():
         kind, title = _OBJECTS[name]
         if not isinstance(value, kind):
             raise ValueError(f"{name} is no {kind.__name__}; got {type(value).__name__}")
-        names = {entry.name for entry in all_options()[title]} if title else settings.keys() - of_topics
-        twice = (settings.keys() & names) - {"train_file", "validation_file", "test_file", "output_dir"}
+        twice = (settings.keys() & of[title]) - {"train_file", "validation_file", "test_file", "output_dir"}
         if twice:
             raise ValueError(f"{name}= and {min(twice)} are both given; expected one of the two")
 
@@ -229,13 +220,9 @@ def choose_refit(options: FinetuneOptions, args: LoRATrainingArguments, data: Cl
     refit = options.refit
     if refit not in REFITS:
         raise ValueError(f"unknown refit; got {refit!r}; expected one of {', '.join(REFITS)}")
-    problems = {
-        "early stopping or load_best_model_at_end, for which something has to be held out": (
-            options.early_stopping_patience is not None or args.load_best_model_at_end
-        ),
-        "FSDP or DeepSpeed, whose weights are sharded": is_sharded(args),
-    }
-    problem = next((name for name, present in problems.items() if present), None)
+    problem = "FSDP or DeepSpeed, whose weights are sharded" if is_sharded(args) else None
+    if options.early_stopping_patience is not None or args.load_best_model_at_end:
+        problem = "early stopping or load_best_model_at_end, for which something has to be held out"
     if refit == "always" and problem is not None:
         raise ValueError(f"refit=always cannot be done; got {problem}; use refit=never")
     few = len(data.splits["train"]) + len(data.splits["validation"]) <= FEW_EXAMPLES
