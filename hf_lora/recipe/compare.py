@@ -20,6 +20,7 @@ from transformers import EvalPrediction, TrainerCallback, set_seed
 from hf_lora.data import ClassificationData
 from hf_lora.recipe.head_start import HeadStart, WarmStart, frozen_features, install
 from hf_lora.recipe.progress import Progress, attach
+from hf_lora.recipe.results import Baselines
 from hf_lora.tasks.metrics import BASELINES, first_output
 from hf_lora.training.arguments import silent
 from hf_lora.training.checkpoints import ending_on_sigterm
@@ -56,9 +57,6 @@ class Snapshot:
 
 
 MAJORITY, PROBE = BASELINES
-
-# By split and name the outputs `(examples, labels)`.
-Baselines = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def baseline_logits(trainer: LoRATrainer, data: ClassificationData, warm: WarmStart | None) -> Baselines:

@@ -77,10 +77,9 @@ def finetune(
     The same call gives the same adapter, bit for bit, and so does the command line with the same options.
     Raises ValueError or OSError, in one line, for anything the user can mend; nothing is lost then.
     """
-    splits = {"train": train, "validation": validation, "test": test}
     objects: dict[str, Any] = {"lora": lora, "args": args, "options": options, "data": data}
     output = args.output_dir if output_dir is None and args is not None else output_dir
-    values, tables = with_data(settings, model, splits, output)
+    values, tables = with_data(settings, model, output, train=train, validation=validation, test=test)
     objects = {name: value for name, value in objects.items() if value is not None}
     recipe = Recipe.from_settings(values, tables=tables, objects=objects)
     return Finetuning(recipe, progress=progress_of(progress)).run()

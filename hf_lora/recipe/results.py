@@ -44,6 +44,8 @@ _FROM_TRAINING = (
     *("train_loss", "train_runtime", "warm_start_runtime", "evaluation_runtime"),
     *("refit_runtime", "refit_examples"),
 )
+# By split and name the outputs `(examples, labels)`.
+Baselines = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class Scores(dict[str, float]):
@@ -123,7 +125,7 @@ def seconds_of(metrics: Mapping[str, Any]) -> float:
 
 
 def measure_validation(
-    trainer: LoRATrainer, data: ClassificationData, baselines: Mapping[str, Mapping[str, np.ndarray]]
+    trainer: LoRATrainer, data: ClassificationData, baselines: Baselines
 ) -> tuple[SplitResult, AdapterInfo, np.ndarray]:
     """Results on the validation split, the adapter's info with what is fitted on it, and the outputs `(n, labels)`.
 
@@ -137,10 +139,7 @@ def measure_validation(
 
 
 def measure_test(
-    trainer: LoRATrainer,
-    data: ClassificationData,
-    baselines: Mapping[str, Mapping[str, np.ndarray]],
-    info: AdapterInfo,
+    trainer: LoRATrainer, data: ClassificationData, baselines: Baselines, info: AdapterInfo
 ) -> SplitResult:
     """Results on the test split, with the calibration of `info`."""
     return _measured(trainer, data, info, _predicted(trainer, data, "test"), "test", baselines)
@@ -202,7 +201,7 @@ def _measured(
     info: AdapterInfo,
     pair: tuple[PredictionOutput, PredictionOutput],
     split: str,
-    baselines: Mapping[str, Mapping[str, np.ndarray]],
+    baselines: Baselines,
 ) -> SplitResult:
     """The metrics of a split, as `info` makes answers of its outputs. pair: of `_predicted`."""
     compute: Any = trainer.compute_metrics

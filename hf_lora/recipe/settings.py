@@ -114,7 +114,7 @@ class Recipe:
 
 
 def with_data(
-    settings: Mapping[str, Any], model: str, splits: Mapping[str, Any], output_dir: str | Path | None
+    settings: Mapping[str, Any], model: str, output_dir: str | Path | None, **splits: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings with model, output directory and the splits that are paths; and the splits in memory."""
     values = {**settings, "model_name_or_path": model, "output_dir": output_dir and str(output_dir)}

@@ -49,8 +49,7 @@ def sweep(
     the one that the data are split with. metric: what is compared on the validation data.
     Runs that are done are used as they are. `finetune(..., **result.smallest.options)` trains what was chosen.
     """
-    splits = {"train": train, "validation": validation, "test": test}
-    settings, tables = with_data(settings, model, splits, output_dir)
+    settings, tables = with_data(settings, model, output_dir, train=train, validation=validation, test=test)
     grid = sweep_grid(settings, ranks, projections, seeds, tables)
     return train_grid(grid, metric, progress_of(progress))
 
@@ -74,8 +73,7 @@ def learning_curve(
     seed draws examples of its own, unless `split_seed` fixes one draw. All runs are measured on the same test data,
     or validation data; where there are only training data, a test part is held out first.
     """
-    splits = {"train": train, "validation": validation, "test": test}
-    settings, tables = with_data(settings, model, splits, output_dir)
+    settings, tables = with_data(settings, model, output_dir, train=train, validation=validation, test=test)
     grid = curve_grid(settings, shots, seeds, tables)
     return train_grid(grid, metric, progress_of(progress))
 
