@@ -64,7 +64,8 @@ class SplitResult:
 
     adapter: with the adapter, decided as `predict` decides. uncalibrated: those of them that calibration changed,
     before it. disabled: the encoder without adapter. probe: the linear probe; empty where there is none. baseline: the
-    majority class, or of a regression the mean predictor. class_errors: by label `support`, `wrong`, `wrong_disabled`.
+    majority class, or of a regression the mean predictor. class_errors: by label
+    `support`, `wrong`, `false_positives` and `wrong_disabled`.
     timing: seconds, and examples and batches a second.
     """
 
