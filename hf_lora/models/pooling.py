@@ -199,7 +199,9 @@ def check_pooling(pooling: str) -> None:
     """Raise ValueError for a name that is neither "native" nor registered."""
     if pooling != NATIVE and pooling not in POOLINGS:
         known = ", ".join([NATIVE, *POOLINGS])
-        raise ValueError(f"unknown pooling; got {pooling!r}; expected one of {known}; as an option also {AUTO}")
+        raise ValueError(
+            f"unknown pooling; got {pooling!r}; expected one of {known}; as an option also {AUTO}"
+        )
 
 
 AUTO = "auto"

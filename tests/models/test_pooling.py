@@ -148,7 +148,8 @@ def test_an_encoder_decoder_has_nothing_to_pool(model_type: str) -> None:
 
 def test_an_unknown_pooling_names_the_known_ones(tiny_bert_dir: Path) -> None:
     with pytest.raises(
-        ValueError, match="unknown pooling; got 'maen'; expected one of native, mean, cls, mean_layers; as an option"
+        ValueError,
+        match="unknown pooling; got 'maen'; expected one of native, mean, cls, mean_layers; as an option",
     ):
         load_base(str(tiny_bert_dir), LABELS, pooling="maen")
 
@@ -372,7 +373,8 @@ def test_what_is_asked_for_is_taken(minilm: str) -> None:
     assert choose_pooling("native", minilm).pooling == "native"
     assert choose_pooling("cls", minilm).pooling == "cls"
     with pytest.raises(
-        ValueError, match="unknown pooling; got 'max'; expected one of native, mean, cls, mean_layers; as an option"
+        ValueError,
+        match="unknown pooling; got 'max'; expected one of native, mean, cls, mean_layers; as an option",
     ):
         choose_pooling("max", minilm)
 
