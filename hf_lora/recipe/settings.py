@@ -203,7 +203,8 @@ def choose_epochs(args: LoRATrainingArguments, examples: int) -> str:
     if args.num_train_epochs <= 0:
         usual = 2 if 2 * steps >= ENOUGH_STEPS else 3
         args.num_train_epochs = min(max(usual, math.ceil(FEWEST_STEPS / steps)), MOST_EPOCHS)
-    return f"{args.num_train_epochs:g} epochs of {steps:,} steps"
+    epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
+    return f"{epochs} of {steps:,} steps"
 
 
 def choose_smoothing(args: LoRATrainingArguments, task: Task) -> None:
