@@ -151,7 +151,7 @@ class Finetuning:
         chosen = f"{choose_rate(self.args, examples)}, {choose_epochs(self.args, examples)}"
         choose_smoothing(self.args, self.data.task)
         if words:
-            chosen += f" ({' and '.join(words)} chosen by the number of examples)"
+            chosen += f" ({' and '.join(words)} by the number of examples)"
         if not self.is_probe:
             self.progress.fact("training", chosen)
 
