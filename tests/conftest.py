@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="hf_lora_tests_"))
 
 import pytest
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -141,6 +142,18 @@ def write_texts(path: Path, count: int) -> None:
             first, second = words[row // 2 % len(words)], words[(row // 2 + 3) % len(words)]
             noun = WORDS[5 + row % 5]
             writer.writerow([f"the {noun} was {first} and {second}", LABELS[row % 2]])
+
+
+def without_pooler(directory: Path, target: Path) -> str:
+    """The same checkpoint as a model that was pretrained without a pooler."""
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    target.mkdir()
+    for path in directory.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+    assert len(kept) == len(tensors) - 2
+    safetensors.torch.save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
 
 
 @pytest.fixture(scope="session")

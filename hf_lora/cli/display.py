@@ -104,7 +104,7 @@ def show_results(result: FinetuneResult, *, plain: bool = False) -> None:
 
     plain: lines without tables.
     """
-    split, measured = ("validation", result.validation) if result.test is None else ("test", result.test)
+    split, measured = result.judged
     refitted = "refit_examples" in result.metrics and split == "validation"
     title = f"{split}, measured before retraining" if refitted else split
     columns, rows = _scores(measured, result.info.task.baseline)
@@ -154,7 +154,7 @@ def calibration_fact(result: FinetuneResult) -> str:
     """The temperature with the calibration errors before and after it, in one line."""
     if result.info.temperature is None:
         return "no: that takes a validation split of at least 20 texts"
-    split, measured = ("validation", result.validation) if result.test is None else ("test", result.test)
+    split, measured = result.judged
     before, after = measured.uncalibrated.calibration_error, measured.adapter.calibration_error
     return (
         f"temperature {result.info.temperature:.3f}; calibration error {before:.4f} -> {after:.4f} ({split})"

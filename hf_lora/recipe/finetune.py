@@ -25,7 +25,7 @@ from hf_lora.models.pooling import AUTO, check_pooling, choose_pooling
 from hf_lora.models.verify import probe_batch, verify_injection
 from hf_lora.recipe.compare import Snapshot, baseline_logits, keep_the_better, refit, refit_probe, watched
 from hf_lora.recipe.head_start import start_head
-from hf_lora.recipe.options import FinetuneOptions
+from hf_lora.recipe.options import FROM_DATA, FinetuneOptions
 from hf_lora.recipe.progress import Progress, attach, data_facts, progress_of, stage
 from hf_lora.recipe.results import FinetuneResult, measure_test, measure_validation, write_results
 from hf_lora.recipe.settings import (
@@ -146,8 +146,7 @@ class Finetuning:
         """What is left open and depends on the data: rate, epochs, label smoothing, whether to retrain in the end."""
         examples = len(self.data.splits["train"])
         self.refits = choose_refit(self.options, self.args, self.data)
-        left_open = {"learning_rate": "rate", "num_train_epochs": "epochs"}
-        words = [word for name, word in left_open.items() if getattr(self.args, name) == 0]
+        words = [word for name, word in FROM_DATA.items() if getattr(self.args, name) == 0]
         chosen = f"{choose_rate(self.args, examples)}, {choose_epochs(self.args, examples)}"
         choose_smoothing(self.args, self.data.task)
         if words:

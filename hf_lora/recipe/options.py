@@ -25,7 +25,7 @@ from hf_lora.training.options import LoRATrainingOptions
 # How many times the probe's penalty the head that LoRA starts from is fitted with. Measured: docs/benchmarks.
 HEAD_PENALTY = 30.0
 # Training arguments that are chosen from the data where they are 0, see `recipe.settings`.
-FROM_DATA = ("learning_rate", "num_train_epochs")
+FROM_DATA = {"learning_rate": "rate", "num_train_epochs": "epochs"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,11 @@ class FinetuneResult:
     parameters: ParameterCount
 
     @property
+    def judged(self) -> tuple[str, SplitResult]:
+        """The split that judges the run, and its results: test, else validation."""
+        return ("validation", self.validation) if self.test is None else ("test", self.test)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels' names, in the order of the outputs."""
         return self.info.labels

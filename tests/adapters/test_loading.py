@@ -1,9 +1,8 @@
 """What a loaded classifier knows of itself, and what its adapter brings back."""
 
 import pytest
-import safetensors.torch
 import torch
-from conftest import LABELS, randomize
+from conftest import LABELS, randomize, without_pooler
 
 from hf_lora import LoRAConfig, head_parameters, load_classifier, lora_parameters, save_adapter
 from hf_lora.lora.inject import injection
@@ -13,18 +12,6 @@ from hf_lora.serving.classifier import load_trained
 @pytest.fixture
 def classifier(tiny_bert_dir):
     return load_classifier(str(tiny_bert_dir), LABELS, LoRAConfig(rank=4))[0]
-
-
-def without_pooler(directory, target):
-    """The same checkpoint as a model that was pretrained without a pooler."""
-    tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    target.mkdir()
-    for path in directory.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
-    assert len(kept) == len(tensors) - 2
-    safetensors.torch.save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
-    return str(target)
 
 
 def test_labels_task_and_base_are_recorded(classifier, tiny_bert_dir):

@@ -3,7 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
-from conftest import LABELS
+from conftest import LABELS, without_pooler
 from tiny_models import tiny_model
 from transformers import AutoModelForSequenceClassification
 
@@ -15,18 +15,6 @@ from hf_lora.models.loading import Precision, cast_frozen, choose_precision, met
 @pytest.fixture
 def classifier(tiny_bert_dir):
     return load_classifier(str(tiny_bert_dir), LABELS, LoRAConfig(rank=4))[0]
-
-
-def without_pooler(directory, target):
-    """The same checkpoint as a model that was pretrained without a pooler."""
-    tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    target.mkdir()
-    for path in directory.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
-    assert len(kept) == len(tensors) - 2
-    safetensors.torch.save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
-    return str(target)
 
 
 def test_the_encoder_has_the_checkpoints_weights(classifier, tiny_bert_dir):
