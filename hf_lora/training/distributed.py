@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_lora.lora.inject import head_parameters, lora_parameters
-from hf_lora.models.prefix import block_lists
+from hf_lora.prefix.encoder import block_lists
 from hf_lora.training import _trainer_hooks as hooks
 
 T = TypeVar("T")

@@ -23,13 +23,13 @@ from hf_lora.lora.inject import base_parameters, injection
 from hf_lora.models.cpu import fast_training
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.first_token import first_token_only
+from hf_lora.prefix.cache import PrefixCache, open_prefix_cache
 from hf_lora.training import _trainer_hooks as hooks
 from hf_lora.training import batching, distributed
 from hf_lora.training.arguments import LoRATrainingArguments, class_weights, has_own_rates, parameter_groups
 from hf_lora.training.checkpointing import CheckpointingTrainer
 from hf_lora.training.checkpoints import saving_on_sigterm
 from hf_lora.training.gradient_init import LoRAStart, awaits_start, start_lora
-from hf_lora.training.prefix_cache import PrefixCache, open_prefix_cache
 from hf_lora.version import __version__
 
 
@@ -127,13 +127,13 @@ class LoRATrainer(CheckpointingTrainer):
     @contextmanager
     def filling_prefix(self) -> Iterator[None]:
         """Inside, predictions of training examples fill the cache of the training that follows, if there is one."""
-        self.prefix = self.prefix or open_prefix_cache(self)
+        self.prefix = self.prefix or self._open_prefix()
         with hooks.replaced(self, "_filling_prefix", True):
             yield
 
     @contextmanager
     def _caching_prefix(self) -> Iterator[None]:
-        self.prefix = self.prefix or open_prefix_cache(self)
+        self.prefix = self.prefix or self._open_prefix()
         try:
             yield
         finally:
@@ -215,6 +215,10 @@ class LoRATrainer(CheckpointingTrainer):
         losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
         # torch's own weight= divides by the weights in the batch: a rare example would rule the batch it is in.
         return (weights[labels] * losses).mean(), outputs
+
+    def _open_prefix(self) -> PrefixCache | None:
+        lengths = batching.token_lengths(self.train_dataset)
+        return open_prefix_cache(self, None if lengths is None else int(lengths.sum()))
 
     def _check_processes(self) -> None:
         """Every process must start from the same weights, data and versions."""

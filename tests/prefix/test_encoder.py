@@ -4,7 +4,7 @@ from conftest import randomize, tiny_batch, tiny_classifier
 from torch import nn
 
 from hf_lora import LoRAConfig, inject_lora
-from hf_lora.models.prefix import FrozenPrefix
+from hf_lora.prefix.encoder import FrozenPrefix
 
 DEPTH = 2
 

@@ -5,7 +5,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from hf_lora.models.prefix_store import StateStore
+from hf_lora.prefix.store import StateStore
 
 KEYS = [bytes([number]) for number in range(4)]
 

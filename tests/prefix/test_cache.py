@@ -11,7 +11,7 @@ from tiny_models import LENGTH, PAD, ROWS, TEXT, tiny_inputs, tiny_model
 from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora
 from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.lora.architectures import ARCHITECTURES, ROLES
-from hf_lora.training.prefix_cache import PaddedBatch, PrefixCache
+from hf_lora.prefix.cache import PaddedBatch, PrefixCache
 
 TWO_STACKS = r"one list of blocks .* got 2 .*encoder\..*decoder\."
 NOT_CALLED = "blocks that run once each; got 0 calls"

@@ -1,6 +1,6 @@
 """Run what a model computes before its first trained block, or go around it.
 
-The blocks below compute the same for an example in every epoch: `hf_lora.training.prefix_cache` keeps their output.
+The blocks below compute the same for an example in every epoch: `hf_lora.prefix.cache` keeps their output.
 """
 
 from __future__ import annotations

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_lora.models.prefix import FrozenPrefix
-from hf_lora.models.prefix_store import StateStore
 from hf_lora.models.verify import relative_difference
-from hf_lora.training.batching import token_lengths
+from hf_lora.prefix.encoder import FrozenPrefix
+from hf_lora.prefix.store import StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -185,22 +184,24 @@ _REFUSED: tuple[tuple[str, Callable[[Trainer], bool], str], ...] = (
 )
 
 
-def open_prefix_cache(trainer: Trainer) -> PrefixCache | None:
-    """The cache that the arguments ask for, if any. Raises ValueError where model, data or trainer do not allow it."""
+def open_prefix_cache(trainer: Trainer, tokens: int | None) -> PrefixCache | None:
+    """The cache that the arguments ask for, if any. tokens: of the training set; None: unknown.
+
+    Raises ValueError where model, data or trainer do not allow it.
+    """
     mode = getattr(trainer.args, "cache_frozen_prefix", "no")
     if mode == "no":
         return None
     for what, present, instead in _REFUSED:
         if present(trainer):
             raise ValueError(f"cache_frozen_prefix does not work with {what}; got {mode!r}; {instead}")
-    lengths = token_lengths(trainer.train_dataset)
-    if lengths is None:
+    if tokens is None:
         raise ValueError(
             "cache_frozen_prefix needs a training set with a length and rows with input_ids; "
             f"got {type(trainer.train_dataset).__name__}; run without it"
         )
     limit, directory = trainer.args.frozen_prefix_cache_gb * (1 << 30), trainer.args.output_dir
-    return PrefixCache(trainer.model, int(lengths.sum()), mode=mode, limit=limit, directory=directory)
+    return PrefixCache(trainer.model, tokens, mode=mode, limit=limit, directory=directory)
 
 
 def _content(value: Tensor) -> bytes:

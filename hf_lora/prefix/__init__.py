@@ -1,0 +1,1 @@
+"""The frozen layers below the lowest adapted one: run once for each example, their output kept across epochs."""
