@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from hf_lora.lora.inject import head_parameters, injection
 from hf_lora.tasks import Task, task_of
+from hf_lora.training.distributed import meets_over_cpus
 from hf_lora.training.options import CACHE_MODES, LoRATrainingOptions
 
 
@@ -72,6 +73,7 @@ class LoRATrainingArguments(LoRATrainingOptions, TrainingArguments):
     """TrainingArguments with what only LoRA classifiers need, see `LoRATrainingOptions`."""
 
     def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or meets_over_cpus()
         super().__post_init__()
         above, budget = "a number above 0", self.max_tokens_per_batch
         for name in ("head_learning_rate", "lora_plus_ratio", "frozen_prefix_cache_gb"):

@@ -30,6 +30,29 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def meets_over_cpus() -> bool:
+    """Whether a launcher has started several processes where no accelerator connects them.
+
+    accelerate connects CPUs only where it is told, and its launcher does not pass on that its file says so.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return launched_count() > 1 and (accelerator is None or accelerator.type == "mps")
+
+
+def launched_count() -> int:
+    """How many processes a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_met() -> None:
+    """Raise ValueError where a launcher has started several processes, and this one trains alone."""
+    if launched_count() > 1 and process_count() == 1:
+        raise ValueError(
+            f"a launcher has started {launched_count()} processes, and each would train alone; expected one process "
+            "group; use LoRATrainingArguments, or set use_cpu=True in the arguments where there is no GPU"
+        )
+
+
 def wait_for_all() -> None:
     """Return when every process has called this."""
     if process_count() > 1:

@@ -56,6 +56,7 @@ class LoRATrainer(CheckpointingTrainer):
     ) -> None:
         with hooks.trainable_if_quantized(model):
             super().__init__(model=model, args=args, **kwargs)
+        distributed.check_met()
         injection(self.model)
         # Trainer concludes from the **kwargs of `forward` that the loss is divided by `num_items_in_batch`;
         # classification heads ignore it, and the loss would be counted once per step.

@@ -102,6 +102,7 @@ RULES = (
     Rule("hf-lora push", "flags", "needs the Hub; the tests of pushing have one on the loopback"),
     Rule("hf-lora", "hf-lora"),
     Rule("accelerate launch --config_file", "flags", "starts processes on GPUs; test_distributed runs it"),
+    Rule("torchrun --nproc_per_node 2", "flags", "starts processes; test_distributed runs it"),
     Rule("python scripts/benchmarks/", "flags", "minutes of measuring; tests/scripts runs parts"),
     Rule("python scripts/mnist_mlp.py", "flags", "minutes; test_mnist_reference runs it"),
     Rule("bash scripts/", "shell", "makes an environment, and trains or tests for minutes"),

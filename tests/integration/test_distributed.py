@@ -139,6 +139,38 @@ def test_two_hosts_are_one_and_no_frozen_weight_leaves_them(two_hosts, reference
     assert figures["trained_bytes"] * STEPS < int(counted.stdout) < figures["frozen_bytes"]
 
 
+def printed(word):
+    """The commands of the guide that hold a word, with one line each."""
+    text = (CONFIGS.parents[1] / "docs" / "guides" / "clusters.md").read_text().replace("\\\n", " ")
+    return [line.split() for line in text.splitlines() if word in line.split() and line.count("--") > 2]
+
+
+@pytest.mark.parametrize("word", ["scripts/accelerate/cpu_2.yaml", "cpu_2", "torchrun"])
+def test_two_processes_train_together_as_the_guide_prints_it(word, folder, tmp_path):
+    (tmp_path / "scripts").symlink_to(CONFIGS.parent)
+    (tmp_path / "train.csv").symlink_to(folder / "train.csv")
+    (words,) = printed(word)
+    programs = {
+        "accelerate": "accelerate.commands.accelerate_cli",
+        "hf-lora": "hf_lora.cli.main",
+        "torchrun": "torch.distributed.run",
+    }
+    words = [str(folder / "base") if each == "roberta-base" else each for each in words]
+    words += ["--max_seq_length", "64", "--max_steps", "4"]  # the tiny encoder takes no more
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(CONFIGS.parents[1])}
+    ended = subprocess.run(
+        [sys.executable, "-m", programs[words[0]], *words[1:]],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=HANGS,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "processes: 2 (distributed)" in ended.stdout
+    assert (tmp_path / words[words.index("--output_dir") + 1] / "adapter_model.safetensors").is_file()
+
+
 def test_two_processes_start_along_the_gradient_of_one(folder, tmp_path):
     # So small a rate leaves A where it started.
     still = ("--learning_rate", "1e-12", "--refit", "never")
