@@ -6,8 +6,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +34,9 @@ def replacing(directory: Path, *, last: Sequence[str] = ()) -> Iterator[Path]:
     """
     with writing(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        temporary = _beside(directory)
         try:
+            temporary.mkdir()
             yield temporary
             synced(temporary)
             if not directory.exists():
@@ -67,7 +69,7 @@ def writing(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save's writer in C++ says it in a RuntimeError; others are not about files.
         if isinstance(error, RuntimeError) and not re.search(
-            "PytorchStreamWriter|inline_container", str(error)
+            "PytorchStreamWriter|inline_container|iostream", str(error)
         ):
             raise
         reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
@@ -79,11 +81,13 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def synced(folder: Path, *, inside: bool = True) -> None:
-    """Wait until a folder is on the disk; `inside`: with all its files, which are made readable for others."""
+    """Wait until a folder is on the disk; `inside`: with all its files, which whoever may read the folder may read."""
     if inside:
-        folder.chmod(0o755)
+        mode = stat.S_IMODE(
+            folder.stat().st_mode
+        )  # what the umask gave it; some writers make their files private
         for path in folder.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make their files private
+            path.chmod(mode if path.is_dir() else mode & 0o666)
             _fsync(path)
     _fsync(folder)
 
@@ -93,22 +97,26 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     """Yield a stream for a text file in UTF-8 that appears under `path` when the block ends without an error."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = _beside(path)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            with temporary.open("x", encoding="utf-8") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
+            temporary.replace(path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new contents, never a part."""
     with whole_file(path) as stream:
         stream.write(text)
+
+
+def _beside(path: Path) -> Path:
+    """A new hidden name beside `path`. What is made under it gets the modes that the umask gives."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _fsync(path: Path) -> None:

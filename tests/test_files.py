@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import os
+import signal
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hf_lora._files import replacing, write_text
+from hf_lora._files import WriteError, replacing, whole_file, write_text, writing
+from hf_lora.training.checkpoints import ending_on_sigterm, writing_checkpoint
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -31,8 +37,6 @@ def test_new_directory_appears_at_the_end(tmp_path: Path) -> None:
         assert folder.parent == target.parent
     assert contents(tmp_path) == {"deep/er/adapter/a.txt": "A", "deep/er/adapter/sub/b.txt": "B"}
     assert [path.name for path in target.parent.iterdir()] == ["adapter"]
-    # mkdtemp makes directories that others cannot read.
-    assert mode(target) == 0o755
 
 
 def test_existing_directory_keeps_other_files(tmp_path: Path) -> None:
@@ -107,11 +111,67 @@ def test_interrupted_replacement_leaves_whole_files(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_write_text_is_utf_8_and_readable_by_others(tmp_path: Path) -> None:
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "folders", "files"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_what_is_written_has_the_modes_of_the_umask(
+    mask: int, folders: int, files: int, tmp_path: Path
+) -> None:
+    with umask(mask):
+        write_text(tmp_path / "alone.txt", "text")
+        with replacing(tmp_path / "adapter") as folder:
+            (folder / "sub").mkdir()
+            for path in (folder / "a.txt", folder / "sub" / "b.txt"):
+                path.write_text("text")
+                path.chmod(0o600)  # as some writers do
+        with replacing(tmp_path / "adapter") as folder:
+            (folder / "c.txt").write_text("into one that is there")
+        with writing_checkpoint(tmp_path / "checkpoint-1") as folder:
+            (folder / "state.json").write_text("text")
+    found = {path.relative_to(tmp_path).as_posix(): mode(path) for path in tmp_path.rglob("*")}
+    directories = ("adapter", "adapter/sub", "checkpoint-1")
+    assert {found.pop(name) for name in directories} == {folders}
+    assert len(found) == 6 and set(found.values()) == {files}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file",
+        "basic_ios::clear: iostream error",
+    ],
+)
+def test_what_torch_says_of_a_full_disk_is_one_line(words: str, tmp_path: Path) -> None:
+    one_line = pytest.raises(WriteError, match=r"optimizer.pt' could not be written; got .* MB free")
+    with one_line, writing(tmp_path / "optimizer.pt"):
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="not about files"), writing(tmp_path):
+        raise RuntimeError("not about files")
+
+
+def test_sigterm_inside_a_write_leaves_what_was_there(tmp_path: Path) -> None:
+    write_text(tmp_path / "adapter" / "a.txt", "old")
+    for write in (
+        partial(replacing, tmp_path / "adapter"),
+        partial(whole_file, tmp_path / "adapter" / "a.txt"),
+    ):
+        with pytest.raises(SystemExit) as ended, ending_on_sigterm(), write():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.value.code == 143
+    assert contents(tmp_path) == {"adapter/a.txt": "old"}
+
+
+def test_write_text_is_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "card.md"
     write_text(path, "schön 日本\n")
     assert path.read_bytes() == "schön 日本\n".encode()
-    assert mode(path) == 0o644
     write_text(path, "second")
     assert path.read_bytes() == b"second"
     assert [entry.name for entry in path.parent.iterdir()] == ["card.md"]

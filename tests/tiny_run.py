@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -94,13 +93,3 @@ def until(met: Callable[[], bool], seconds: float = HANGS, pause: float = 0.005)
             return True
         time.sleep(pause)
     return False
-
-
-def catches_sigterm(pid: int) -> bool:
-    """Whether a process has a handler for SIGTERM, as a run has from its first step on; False if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return False
-    caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), 0)
-    return bool(caught >> (signal.SIGTERM - 1) & 1)

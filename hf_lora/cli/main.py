@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +23,15 @@ from hf_lora.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0, or 2 after a mistake of the user, which is told in one line."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run the command. Returns the exit code: 0, or 2 after a mistake of the user, which is told in one line.
+
+    SIGTERM exits with 143, as an exception does: nothing half-written stays.
+    """
+    with _exiting_on_sigterm():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
     try:
         if argv[:1] == ["train"]:
             return _train(argv[1:])
@@ -147,6 +157,28 @@ def _folder() -> Path:
     here = Path(__file__).parents[1]
     installed = here / "accelerate_configs"
     return installed if installed.is_dir() else here.parent / "scripts" / "accelerate"
+
+
+class _Exit:
+    """A handler of signals that exits; training takes its place to save a checkpoint first."""
+
+    gives_way = True
+
+    def __call__(self, number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+
+@contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not unhandled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, _Exit())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

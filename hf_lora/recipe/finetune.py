@@ -41,6 +41,7 @@ from hf_lora.recipe.settings import (
 )
 from hf_lora.tasks.metrics import compute_metrics
 from hf_lora.training.arguments import LoRATrainingArguments
+from hf_lora.training.checkpoints import ending_on_sigterm
 from hf_lora.training.distributed import on_first, whole_weights
 from hf_lora.training.gradient_init import choose_start
 from hf_lora.training.trainer import LoRATrainer
@@ -112,7 +113,8 @@ class Finetuning:
         if self.options.pooling != AUTO:
             check_pooling(self.options.pooling)
         output = Path(self.args.output_dir)
-        with reserved(output) if self.args.process_index == 0 else nullcontext():
+        first = self.args.process_index == 0
+        with ending_on_sigterm(gives_way=True), reserved(output) if first else nullcontext():
             overwrite = self.options.overwrite_output_dir
             self.resume = on_first(lambda: prepare_output(self.args, overwrite=overwrite))
             self.prepare_data()

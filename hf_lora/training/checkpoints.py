@@ -16,12 +16,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_lora._files import synced, writing
+from hf_lora.adapters.directory import TENSORS
 from hf_lora.training.distributed import any_process
 
 logger = logging.getLogger(__name__)
@@ -82,7 +85,8 @@ def problem(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, expected {size}"
         if _sha256(path) != digest:
             return f"{name} was changed: its sha256 is another"
-    return None
+    unlisted = [name for name in (TENSORS, TRAINER_STATE_NAME) if name not in expected]
+    return f"{CHECKSUMS} does not list {unlisted[0]}" if unlisted else None
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -201,15 +205,25 @@ class SaveOnSigterm(TrainerCallback):
             control.should_save = control.should_evaluate = control.should_log = False
 
 
-@contextmanager
-def ending_on_sigterm(step: int) -> Iterator[None]:
-    """Inside, SIGTERM raises Preempted(step) at once: a resumed run does the work again. Another handler stays."""
+@dataclass(frozen=True)
+class EndOnSigterm:
+    """A handler of SIGTERM that raises Preempted(step) at once. gives_way: another of ours may take its place."""
 
-    def end(number: int, frame: Any) -> None:
+    step: int
+    gives_way: bool
+
+    def __call__(self, number: int, frame: Any) -> None:
         logger.warning("SIGTERM: ended; --resume_from_checkpoint goes on from the last saved checkpoint")
-        raise Preempted(step)
+        raise Preempted(self.step)
 
-    with _handling_sigterm(end):
+
+@contextmanager
+def ending_on_sigterm(step: int = 0, *, gives_way: bool = False) -> Iterator[None]:
+    """Inside, SIGTERM raises Preempted(step) at once: a resumed run does the work again. Another handler stays.
+
+    gives_way: `saving_on_sigterm` inside does what it does without this.
+    """
+    with _handling_sigterm(EndOnSigterm(step, gives_way)):
         yield
 
 
@@ -229,30 +243,30 @@ def saving_on_sigterm(trainer: Trainer) -> Iterator[None]:
             yield
     finally:
         trainer.remove_callback(callback)
-    if callback.stopping:
-        step = trainer.state.global_step
-        if trainer.is_world_process_zero():
-            place = (step, trainer.args.output_dir)
-            logger.warning("SIGTERM: saved checkpoint-%d in %s; go on with --resume_from_checkpoint", *place)
+    step = trainer.state.global_step
+    if callback.stopping and trainer.is_world_process_zero():
+        place = (step, trainer.args.output_dir)
+        logger.warning("SIGTERM: saved checkpoint-%d in %s; go on with --resume_from_checkpoint", *place)
+    if callback.received or callback.stopping:
+        # After the last step nothing more is saved: nothing is lost by ending now.
         raise Preempted(step)
-    if callback.received:
-        # It came after the last step: nothing is lost by ending now.
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
 def _handling_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    unhandled = _is_unhandled()
-    if unhandled:
-        signal.signal(signal.SIGTERM, handler)
+    if not _is_unhandled():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
-        if unhandled:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_unhandled() -> bool:
     """Whether SIGTERM may get a handler here: signals reach the main thread alone."""
-    in_main = threading.current_thread() is threading.main_thread()
-    return in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handler = signal.getsignal(signal.SIGTERM)
+    return handler is signal.SIG_DFL or getattr(handler, "gives_way", False)

@@ -9,9 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from conftest import write_texts
+from helpers_recipe import command, run_training
 from helpers_training import Terminate, assert_same_tensors, trainer
 
+from hf_lora._files import replacing
 from hf_lora.adapters.peft_format import adapter_tensors
+from hf_lora.recipe.finetune import Finetuning
 from hf_lora.training.checkpoints import (
     CHECKSUMS,
     EXIT_CODE,
@@ -26,11 +30,12 @@ from hf_lora.training.checkpoints import (
 
 
 def write(output: Path, step: int, text: str = "state") -> Path:
-    """A checkpoint with three files, one of them in a folder."""
+    """A checkpoint with the two files that every one has, and two more, one of them in a folder."""
     target = output / f"checkpoint-{step}"
     with writing_checkpoint(target) as folder:
+        (folder / "trainer_state.json").write_text(text * 2)
+        (folder / "adapter_model.safetensors").write_bytes(bytes(range(200)))
         (folder / "state.json").write_text(text)
-        (folder / "weights.bin").write_bytes(bytes(range(200)))
         (folder / "more").mkdir()
         (folder / "more" / "rng.pth").write_bytes(b"random")
     return target
@@ -45,7 +50,7 @@ def test_a_checkpoint_appears_whole_with_the_digests_of_its_files(tmp_path: Path
     with writing_checkpoint(target) as folder:
         (folder / "state.json").write_text("hello")
         assert not target.exists() and checkpoints(tmp_path) == []
-    assert names(tmp_path) == ["checkpoint-3"] and problem(target) is None
+    assert names(tmp_path) == ["checkpoint-3"]
     listed = json.loads((target / CHECKSUMS).read_text())["files"]
     # sha256 of "hello".
     digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
@@ -58,6 +63,16 @@ def test_an_error_leaves_no_trace_and_the_older_one_untouched(tmp_path: Path) ->
         (folder / "state.json").write_text("half")
         raise RuntimeError("boom")
     assert names(tmp_path) == ["checkpoint-1"] and problem(tmp_path / "checkpoint-1") is None
+
+
+@pytest.mark.parametrize("left", [[], ["README.md"], ["trainer_state.json"], ["adapter_model.safetensors"]])
+def test_a_list_that_lacks_what_every_checkpoint_has_is_not_whole(left: list[str], tmp_path: Path) -> None:
+    older, target = write(tmp_path, 1), write(tmp_path, 2)
+    listed = json.loads((target / CHECKSUMS).read_text())
+    listed["files"] = {name: entry for name, entry in listed["files"].items() if name in left}
+    (target / CHECKSUMS).write_text(json.dumps(listed))
+    assert "checksums.json does not list " in (problem(target) or "")
+    assert newest_complete(tmp_path)[0] == older
 
 
 def test_only_the_writer_makes_and_names_the_folder(tmp_path: Path) -> None:
@@ -188,6 +203,33 @@ def test_a_checkpoint_is_saved_and_the_resumed_run_ends_the_same(strategy, tmp_p
         for part in (resumed, undisturbed)
     ]
     assert logs[0] == logs[1]
+
+
+def test_sigterm_in_the_last_save_ends_with_the_same_code_and_no_leftover(tmp_path, monkeypatch):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=6)
+    monkeypatch.setattr(run, "_save_rng_state", lambda folder: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted) as caught:
+        run.train()
+    assert caught.value.code == EXIT_CODE and names(tmp_path) == ["checkpoint-6"]
+    assert problem(tmp_path / "checkpoint-6") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["prepare_data", "load_model", "measure", "save"])
+def test_sigterm_before_and_after_training_ends_with_the_same_code_and_no_leftover(
+    step, tmp_path, tiny_bert_dir, monkeypatch
+):
+    def terminated(*_, **__):
+        with replacing(tmp_path / "run" / "adapter"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    write_texts(tmp_path / "texts.csv", 60)
+    argv = command(tiny_bert_dir, tmp_path / "run", "--train_file", tmp_path / "texts.csv", "--max_steps", 2)
+    monkeypatch.setattr(Finetuning, step, terminated)
+    with pytest.raises(SystemExit) as caught:
+        run_training([*argv, "--save_strategy", "no"])
+    assert caught.value.code == EXIT_CODE and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert names(tmp_path) == ["texts.csv"]
 
 
 def test_a_handler_of_the_program_stays(tmp_path):
