@@ -30,6 +30,7 @@ from hf_lora.recipe.progress import Progress, attach, data_facts, progress_of, s
 from hf_lora.recipe.results import FinetuneResult, measure_test, measure_validation, write_results
 from hf_lora.recipe.settings import (
     Recipe,
+    check_resumed,
     choose_epochs,
     choose_rate,
     choose_refit,
@@ -113,8 +114,8 @@ class Finetuning:
         if self.options.pooling != AUTO:
             check_pooling(self.options.pooling)
         output = Path(self.args.output_dir)
-        first = self.args.process_index == 0
-        with ending_on_sigterm(gives_way=True), reserved(output) if first else nullcontext():
+        alone = reserved(output) if self.args.process_index == 0 else nullcontext()
+        with ending_on_sigterm(gives_way=True), alone:
             overwrite = self.options.overwrite_output_dir
             self.resume = on_first(lambda: prepare_output(self.args, overwrite=overwrite))
             self.prepare_data()
@@ -151,8 +152,8 @@ class Finetuning:
         words = [word for name, word in FROM_DATA.items() if getattr(self.args, name) == 0]
         chosen = f"{choose_rate(self.args, examples)}, {choose_epochs(self.args, examples)}"
         choose_smoothing(self.args, self.data.task)
-        if words:
-            chosen += f" ({' and '.join(words)} by the number of examples)"
+        on_first(lambda: check_resumed(self.resume, self.recipe, self.args, self.data))
+        chosen += f" ({' and '.join(words)} by the number of examples)" if words else ""
         if not self.is_probe:
             self.progress.fact("training", chosen)
 
@@ -217,6 +218,7 @@ class Finetuning:
             callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
         )
         attach(self.trainer, self.progress)
+        self.trainer.start_options = self.recipe.start_options
         self.fresh = Snapshot.of(self.model)
         output = Path(args.output_dir)
         self.trainer.facts = RunSummary(

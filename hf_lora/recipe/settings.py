@@ -21,8 +21,8 @@ from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.recipe.options import FinetuneOptions, ModelOptions, all_options, check_names, training_defaults
 from hf_lora.tasks import Task
+from hf_lora.training import resuming
 from hf_lora.training.arguments import LoRATrainingArguments
-from hf_lora.training.checkpointing import tell_broken
 from hf_lora.training.checkpoints import checkpoints, clear_leftovers, delete, newest_complete
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,12 @@ class Recipe:
         if init == "auto" and self.lora is not None and self.lora.init != "kaiming":
             return self.lora.init
         return init
+
+    @property
+    def start_options(self) -> dict[str, Any]:
+        """The options of how the run starts, which a run that goes on from a checkpoint cannot take back."""
+        found = {name: getattr(self.options, name) for name in ("head_init", "head_penalty")}
+        return {"lora_init": self.lora_init, **found}
 
 
 def with_data(
@@ -246,6 +252,22 @@ def last_layer_only(args: LoRATrainingArguments, is_probe: bool) -> str | None:
     return None if args.cache_frozen_prefix == "no" else "the states of frozen layers are cached"
 
 
+def check_resumed(
+    checkpoint: str | None, recipe: Recipe, args: LoRATrainingArguments, data: ClassificationData
+) -> None:
+    """Refuse to go on from a checkpoint of another run, before the weights are loaded: the base is compared later."""
+    if checkpoint is None:
+        return
+    now = {
+        "data": resuming.data_of(data.splits["train"], data.splits["validation"]),
+        "labels": list(data.labels),
+        **recipe.start_options,
+        **resuming.settings_of(args),
+    }
+    allowed = resuming.parse_allowed(getattr(args, "allow_changed", None))
+    resuming.changes(Path(checkpoint), now, allowed)
+
+
 def prepare_output(args: LoRATrainingArguments, *, overwrite: bool = False) -> str | None:
     """The checkpoint to resume from, if any. Raises ValueError rather than mix two runs in one directory."""
     output = Path(args.output_dir)
@@ -253,7 +275,7 @@ def prepare_output(args: LoRATrainingArguments, *, overwrite: bool = False) -> s
     resume = args.resume_from_checkpoint
     if resume == LAST:
         last, broken = newest_complete(output)
-        tell_broken(last, broken)
+        resuming.tell_broken(last, broken)
         if last is None:
             logger.warning("no checkpoint in %s to resume from; starting from the beginning", output)
             return None

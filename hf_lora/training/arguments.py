@@ -16,6 +16,7 @@ from hf_lora.lora.inject import head_parameters, injection
 from hf_lora.tasks import Task, task_of
 from hf_lora.training.distributed import meets_over_cpus
 from hf_lora.training.options import CACHE_MODES, LoRATrainingOptions
+from hf_lora.training.resuming import parse_allowed
 
 
 def class_weights(text: str | None, dataset: Any, count: int, problem_type: str | None) -> Tensor | None:
@@ -73,8 +74,10 @@ class LoRATrainingArguments(LoRATrainingOptions, TrainingArguments):
     """TrainingArguments with what only LoRA classifiers need, see `LoRATrainingOptions`."""
 
     def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or meets_over_cpus()
+        if meets_over_cpus():
+            self.use_cpu = True
         super().__post_init__()
+        parse_allowed(self.allow_changed)
         above, budget = "a number above 0", self.max_tokens_per_batch
         for name in ("head_learning_rate", "lora_plus_ratio", "frozen_prefix_cache_gb"):
             value = getattr(self, name)

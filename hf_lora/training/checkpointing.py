@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from hf_lora.adapters.hub import adapter_contents, create_repository, push_conte
 from hf_lora.adapters.peft_format import load_tensors
 from hf_lora.lora.inject import injection, trainable_parameter_count
 from hf_lora.training import _trainer_hooks as hooks
-from hf_lora.training.checkpoints import newest_complete, problem, rotate, writing_checkpoint
+from hf_lora.training import resuming
+from hf_lora.training.checkpoints import rotate, writing_checkpoint
 from hf_lora.training.distributed import gathered, on_first, shard_on_cpu, wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,10 @@ class CheckpointingTrainer(Trainer):
     """
 
     facts: RunSummary
+    # How the run started, by the names of options: compared with a checkpoint's when a run goes on from it.
+    start_options: Mapping[str, Any] = {}
+    _own_identity: Mapping[str, Any] | None = None
+    _changed: Mapping[str, str] = {}
     hub_model_id: str | None
     push_in_progress: PushInProgress | None
 
@@ -186,7 +193,28 @@ class CheckpointingTrainer(Trainer):
 
     def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         """The checkpoint that is named, or with True the newest whole one. Raises ValueError if it is not whole."""
-        return on_first(partial(whole_checkpoint, wanted, Path(self.args.output_dir))) if wanted else None
+        return (
+            on_first(partial(resuming.whole_checkpoint, wanted, Path(self.args.output_dir)))
+            if wanted
+            else None
+        )
+
+    def compare_with(self, checkpoint: str | None, allow_changed: str | Sequence[str] | None = None) -> None:
+        """Compare this run with that of a checkpoint. Raises ValueError naming what differs and is not allowed."""
+        self._own_identity, self._changed = None, {}
+        if checkpoint is None:
+            return
+        given = (allow_changed, getattr(self.args, "allow_changed", None))
+        allowed = [name for names in given for name in resuming.parse_allowed(names)]
+        found = on_first(lambda: resuming.changes(Path(checkpoint), self._identity(), allowed))
+        if self.is_world_process_zero():
+            resuming.tell(Path(checkpoint), found)
+        self._changed = found or {}
+
+    def _identity(self) -> dict[str, Any]:
+        # The settings may be those of a trial, which are set when the training has begun.
+        self._own_identity = self._own_identity or resuming.identity_of(self)
+        return {**self._own_identity, **self.start_options, **resuming.settings_of(self.args)}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """As Trainer's own, but whole or not there, and without the frozen weights."""
@@ -204,6 +232,7 @@ class CheckpointingTrainer(Trainer):
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
             if self.args.should_save:
+                (folder / resuming.FILE).write_text(json.dumps(self._identity(), indent=2), encoding="utf-8")
                 self._note_callbacks()
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         if self.args.push_to_hub:
@@ -234,6 +263,11 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's own; settings that were changed on purpose stay changed."""
+        with resuming.keeping_rates(self) if checkpoint and self._changed else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the adapter of a checkpoint. Raises ValueError if it was trained with another rank, alpha or head."""
         model = self.accelerator.unwrap_model(self.model)
@@ -260,28 +294,3 @@ class CheckpointingTrainer(Trainer):
         # With a limit of one Trainer deletes the newest checkpoint at the end, if another one is the best.
         with hooks.replaced(self.args, "save_total_limit", None):
             return super()._finalize_training(*args, **kwargs)
-
-
-def whole_checkpoint(wanted: str | bool, output: Path) -> str:
-    """The checkpoint that is named, or with True the newest whole one of a run. Raises ValueError if there is none."""
-    if wanted is True:
-        found, broken = newest_complete(output)
-        tell_broken(found, broken)
-        if found is None:
-            raise ValueError(f"no whole checkpoint to resume from; got {str(output)!r}; start without it")
-        return str(found)
-    named = Path(str(wanted))
-    reason = problem(named) if named.is_dir() else "no such directory"
-    if reason is not None:
-        raise ValueError(
-            f"the checkpoint to resume from is not whole; got {wanted!r}: {reason}; expected one that was written "
-            "to its end; give another, or none to take the newest whole one"
-        )
-    return str(named)
-
-
-def tell_broken(chosen: Path | None, broken: dict[Path, str]) -> None:
-    """Say which newer checkpoints are passed over, and why."""
-    for checkpoint, reason in broken.items():
-        instead = f"going on from {chosen.name}" if chosen else "there is no whole one before it"
-        logger.warning("%s is not whole (%s); %s", checkpoint.name, reason, instead)

@@ -48,3 +48,10 @@ class LoRATrainingOptions:
         default=1.0,
         metadata={"help": "Memory that the cache may take, in GB; above it auto uses the disk."},
     )
+    allow_changed: str | None = field(
+        default=None,
+        metadata={
+            "help": "What may differ from the run of the checkpoint that is resumed, separated by commas: data, "
+            "labels, base, precision, processes or settings such as learning_rate."
+        },
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -79,12 +79,20 @@ class LoRATrainer(CheckpointingTrainer):
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        allow_changed: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Trainer's own, faster on CPUs, without work for unread tokens, and with a cached prefix if asked for.
 
         resume_from_checkpoint: a directory, or True for the newest whole checkpoint in `args.output_dir`.
+        allow_changed: what may differ from its run, as the option of that name, which it adds to.
         SIGTERM saves a checkpoint and raises `hf_lora.training.checkpoints.Preempted`, which exits with 143.
-        Raises ValueError for a checkpoint that is not whole, and where processes do not train the same.
+        Raises ValueError for a checkpoint that is not whole or of another run, naming what differs, and where processes
+        do not train the same.
         """
         resume = self.checkpoint_to_resume(resume_from_checkpoint)
         if distributed.process_count() > 1:
@@ -92,6 +100,7 @@ class LoRATrainer(CheckpointingTrainer):
             # The digest of the pretrained weights is taken while they are whole: sharded, no process has them all.
             injection(self.model).info = adapter_info(self.model)
             distributed.keep_frozen_local(self.model)
+        self.compare_with(resume, allow_changed)
         if resume is None and awaits_start(self):
             start_lora(self)
         if isinstance(self.args, LoRATrainingArguments):
