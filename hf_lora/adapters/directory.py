@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from hf_lora._files import MAX_JSON_BYTES, parse_object, parse_tensors, read_bytes, replacing
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
+from hf_lora.adapters.loading import load_tensors
 from hf_lora.lora.config import LoRAConfig
-from hf_lora.lora.head import base_prefix, belongs_to, find_head
+from hf_lora.lora.head import base_prefix, belongs_to, find_head, parts_without
 from hf_lora.lora.inject import base_parameters, inject_lora, injection, remove_lora
 from hf_lora.lora.targets import find_targets
 from hf_lora.models.fingerprint import fingerprint
-from hf_lora.models.pooling import pooling_of
+from hf_lora.models.pooling import NATIVE, pooling_of
 from hf_lora.tasks import task_of
 from hf_lora.version import __version__
 
@@ -52,6 +53,19 @@ class AdapterFiles:
         """The Hub id or path of the base model, from `hf_lora.json` or else from PEFT's file."""
         own = self.info.base_model.name_or_path if self.info else None
         return own or self.peft_config.get("base_model_name_or_path")
+
+    @property
+    def task(self) -> str | None:
+        """peft's task type, from the adapter itself or from the class of the model that it was made on."""
+        if self.info is not None and self.info.pooling != NATIVE:
+            return None  # peft has none for it
+        made_on = (self.peft_config.get("auto_mapping") or {}).get("base_model_class")
+        return self.peft_config.get("task_type") or peft_format.task_of_class(made_on)
+
+    def brings(self, parameter: str) -> bool:
+        """Whether the file has a parameter of the model itself, not only an update of it."""
+        module, _, name = f"{peft_format.PREFIX}{parameter}".rpartition(".")
+        return not self.tensors.keys().isdisjoint((f"{module}.{name}", f"{module}.base_layer.{name}"))
 
 
 def save_adapter(
@@ -127,8 +141,17 @@ def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True
             f"the adapter in {place!r} has a head with pooling={info.pooling!r}; got a model with "
             f"{pooling_of(model)!r}; load it with TextClassifier.from_pretrained, or into load_base(..., pooling=...)"
         )
+    modules = {name for name, _ in model.named_modules()}
+    # Updates alone may suit a model with another head.
+    if (
+        info is not None
+        or not _adapted(files) <= modules
+        or any(".lora_" not in key for key in files.tensors)
+    ):
+        check_task(files, peft_format.task_of_class(type(model).__name__))
     head = _head_in(files, model)
     _check_ranks(model, files, head)
+    tensors = _with_head(files, model, head)
     inject_lora(model, files.config, head=head, blank=True)
     try:
         trained_on = info.base_model.fingerprint if check_base and info is not None else None
@@ -138,12 +161,23 @@ def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True
                 f"with {given}; expected {files.base_name!r} with {trained_on}; load that base, or pass "
                 "check_base=False to use this one all the same"
             )
-        peft_format.load_tensors(model, files.tensors, source=str(files.directory / TENSORS))
+        load_tensors(model, tensors, source=str(files.directory / TENSORS))
     except BaseException:
         remove_lora(model)
         raise
     injection(model).info = info
     return files.config
+
+
+def check_task(files: AdapterFiles, expected: str | None) -> None:
+    """Raise ValueError for an adapter that says that it is for another of peft's task types than `expected`."""
+    if files.task in peft_format.TASKS and expected not in (None, files.task):
+        words, ending, _ = peft_format.TASKS[files.task]
+        raise ValueError(
+            f"the adapter in {str(files.directory)!r} is for {words}; got task_type={files.task!r}; expected "
+            f"{expected!r}; load it into an AutoModel{ending.removeprefix('Model')} with "
+            "hf_lora.load_adapter"
+        )
 
 
 def read_adapter(directory: str | Path) -> AdapterFiles:
@@ -168,7 +202,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
                 f"{FILE}; restore it, or delete {FILE} to load the files as a bare PEFT adapter"
             )
     peft_config = parse_object(contents[CONFIG], str(directory / CONFIG))
-    tensors = parse_tensors(contents[TENSORS], str(directory / TENSORS))
+    tensors = peft_format.as_today(parse_tensors(contents[TENSORS], str(directory / TENSORS)))
     # Before a head of that size is made.
     rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.ndim), default=0)
     if info and len(info.labels) > rows:
@@ -228,22 +262,39 @@ def _check_ranks(model: nn.Module, files: AdapterFiles, head: list[str]) -> None
 
 
 def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
-    """The modules that the adapter brings whole: the head, and others of its `modules_to_save`.
-
-    Adapters of hf_lora bring the whole head. Those of peft may leave out an untrained part, such as DeBERTa's pooler.
-    """
-    # As peft matches modules_to_save.
-    wanted = tuple(files.peft_config.get("modules_to_save") or ())
-    head = [name for name in find_head(model) if files.info is not None or name.endswith(wanted)]
-    prefix = base_prefix(model)
-    whole = [key for key in files.tensors if ".lora_" not in key]
-    # A module without a tensor in the file has a name that matches by accident.
-    saved = [
-        name
-        for name, _ in model.named_modules()
-        if name
-        and name.endswith(wanted)
-        and (not prefix or belongs_to(name, [prefix]))
-        and any(belongs_to(key, [peft_format.PREFIX + name]) for key in whole)
-    ]
+    """The modules that are saved whole: the head, but for what is adapted in it, and others of `modules_to_save`."""
+    head, prefix = parts_without(model, find_head(model), _adapted(files)), base_prefix(model)
+    saved = [name for name in _brought_whole(files, model) if not prefix or belongs_to(name, [prefix])]
     return head + [name for name in saved if not belongs_to(name.rpartition(".")[0], saved)]
+
+
+def _adapted(files: AdapterFiles) -> set[str]:
+    return {place[0] for place in map(peft_format.factor_place, files.tensors) if place}
+
+
+def _brought_whole(files: AdapterFiles, model: nn.Module) -> list[str]:
+    """The modules of `modules_to_save` by the ends of their names, as peft matches them.
+
+    One without a tensor in the file has a name that matches by accident.
+    """
+    wanted = peft_format.modules_to_save(files.peft_config)
+    names = [name for name, _ in model.named_modules() if name.endswith(wanted)]
+    whole = [key for key in files.tensors if ".lora_" not in key]
+    return [name for name in names if any(belongs_to(key, [peft_format.PREFIX + name]) for key in whole)]
+
+
+def _with_head(files: AdapterFiles, model: nn.Module, head: list[str]) -> Mapping[str, Tensor]:
+    """The adapter's tensors, with the model's own for the parts of the head that an adapter of peft leaves out.
+
+    So what is saved from the model is whole.
+    """
+    if files.info is not None:
+        return files.tensors
+    brought = _brought_whole(files, model)
+    own = {
+        peft_format.PREFIX + name: tensor
+        for name, tensor in model.state_dict().items()
+        if belongs_to(name, head)
+    }
+    left_out = {key: own[key] for key in own if not belongs_to(key.removeprefix(peft_format.PREFIX), brought)}
+    return {**left_out, **files.tensors}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_lora.adapters.arithmetic import Truncation, balanced, check_budget
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.adapters.peft_format import from_peft, load_tensors
+from hf_lora.adapters.loading import load_tensors
+from hf_lora.adapters.peft_format import from_peft
 from hf_lora.adapters.values import Adapter, Factors
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import belongs_to, find_head

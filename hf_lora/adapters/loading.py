@@ -1,17 +1,20 @@
-"""A pretrained classifier with LoRA injected, which knows its labels and its base model."""
+"""A pretrained classifier with LoRA injected, and tensors of an adapter put into one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lora.adapters.info import AdapterInfo, BaseModel
+from hf_lora.adapters.peft_format import PREFIX, own_tensors
 from hf_lora.lora.config import LoRAConfig
-from hf_lora.lora.head import find_head, fresh_modules
-from hf_lora.lora.inject import base_parameters, inject_lora, injection
+from hf_lora.lora.head import belongs_to, find_head, fresh_modules
+from hf_lora.lora.inject import base_parameters, inject_lora, injection, lora_layers
 from hf_lora.models._transformers_private import commit_of
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.loading import load_base, load_tokenizer
@@ -58,3 +61,42 @@ def load_classifier(
         base_model=BaseModel(base, revision or commit_of(model.config), fingerprint(base_parameters(model))),
     )
     return model, load_tokenizer(base, revision=revision, **hub)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy the tensors of an adapter file into an injected model.
+
+    Raises ValueError, before any change, for a tensor that is missing, unexpected, not finite or of another shape.
+    """
+    factors, whole = own_tensors(model)
+    layers = lora_layers(model)
+    expected = {key: tensor.shape for part in (*factors.values(), whole) for key, tensor in part.items()}
+    given = dict(tensors)
+    for name, layer in layers.items():
+        # peft may save base weights too.
+        weight = given.pop(key := f"{PREFIX}{name}.base_layer.weight", None)
+        if weight is not None and not torch.equal(weight, layer.base_weight.to(weight)):
+            raise ValueError(f"{source} brings another base weight than the model's; got {key!r}")
+    differences = {"missing": sorted(expected.keys() - given), "unexpected": sorted(given.keys() - expected)}
+    found = [f"{len(keys)} {what}, first {keys[0]!r}" for what, keys in differences.items() if keys]
+    if found:
+        raise ValueError(f"{source} does not fit {type(model).__name__}; got {' and '.join(found)}")
+    for key, tensor in given.items():
+        want, got = tuple(expected[key]), tuple(tensor.shape)
+        if want != got:
+            in_head = belongs_to(key.removeprefix(PREFIX), injection(model).head)
+            raise ValueError(
+                f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
+                + (f"; load the base with num_labels={got[0]}" if in_head else "")
+            )
+        # NaN and infinity survive in a sum, and summing is quicker than looking at every value.
+        if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{source} is damaged; {key!r} holds something else than finite numbers")
+    for name, layer in layers.items():
+        try:
+            layer.load_peft({key.removeprefix(f"{PREFIX}{name}."): given[key] for key in factors[name]})
+        except ValueError as error:
+            raise ValueError(f"{source} does not fit {name!r}: {error}") from None
+    for key, tensor in whole.items():
+        tensor.copy_(given[key])

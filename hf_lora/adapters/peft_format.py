@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_lora._files import check_types, shortened
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to
 from hf_lora.lora.inject import injection, lora_layers, trained_biases
+from hf_lora.lora.layer import MAGNITUDE
 from hf_lora.lora.targets import has_suffix
 from hf_lora.models.pooling import HEAD as POOLED_HEAD
 
@@ -34,15 +35,27 @@ _UNSUPPORTED = (
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # The types of the keys that are read; each may also be null.
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("bias", "base_model_name_or_path", "revision"), (str,)),
+    **dict.fromkeys(("bias", "base_model_name_or_path", "revision", "task_type"), (str,)),
     **dict.fromkeys(("use_dora", "use_rslora"), (bool,)),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "auto_mapping"), (dict,)),
     "r": (int,),
     "target_modules": (list, str),
     "modules_to_save": (list,),
 }
 _FACTOR = re.compile(r"(.*)\.lora_(?:([AB])\.weight|embedding_([AB]))", re.DOTALL)
+# By peft's task type: what such adapters are for, how the names of transformers' classes for it end, and the modules
+# that peft saves whole for it, which releases before 0.11 do not write down.
+TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "SEQ_CLS": ("text classification", "ForSequenceClassification", ("classifier", "score")),
+    "TOKEN_CLS": ("token classification, such as NER", "ForTokenClassification", ("classifier", "score")),
+    "QUESTION_ANS": ("question answering", "ForQuestionAnswering", ("qa_outputs",)),
+    "CAUSAL_LM": ("text generation", "ForCausalLM", ()),
+    "SEQ_2_SEQ_LM": ("text generation", "ForSeq2SeqLM", ()),
+    "FEATURE_EXTRACTION": ("a bare encoder", "Model", ()),
+}
+# A factor's key may name the adapter, as in a state dict that was not saved by peft itself.
+_NAMED = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)[^.]+")
 
 
 def to_peft(model: nn.Module, *, base_name: str | None, revision: str | None) -> dict[str, Any]:
@@ -53,7 +66,7 @@ def to_peft(model: nn.Module, *, base_name: str | None, revision: str | None) ->
         **WRITTEN,
         **NO_OTHER_TARGETS,
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else None,
+        "task_type": _task_type(model),
         "base_model_name_or_path": base_name,
         "revision": revision,
         **_ranks_and_alphas(model, config),
@@ -67,6 +80,25 @@ def to_peft(model: nn.Module, *, base_name: str | None, revision: str | None) ->
         "lora_bias": False,
         "fan_in_fan_out": False,
     }
+
+
+def task_of_class(name: str | None) -> str | None:
+    """peft's task type for the name of one of transformers' classes; None where it has none."""
+    plain = "" if name is None or "Head" in name else name
+    return next((task for task, (_, ending, _) in TASKS.items() if plain.endswith(ending)), None)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """The task type to write; None where peft would then save modules whole that are adapted."""
+    task = task_of_class(type(model).__name__) if isinstance(model, PreTrainedModel) else None
+    saved = [name for name, _ in model.named_modules() if task and name.endswith(TASKS[task][2])]
+    return None if any(belongs_to(target.module, saved) for target in injection(model).targets) else task
+
+
+def modules_to_save(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ends of the names of the modules that an adapter of peft brings whole."""
+    _, _, of_task = TASKS.get(values.get("task_type") or "", ("", "", ()))
+    return (*(values.get("modules_to_save") or ()), *of_task)
 
 
 def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
@@ -181,17 +213,32 @@ def bias_key(name: str, targets: Iterable[str]) -> str:
     return f"{PREFIX}{module}.base_layer.bias" if module in targets else f"{PREFIX}{name}"
 
 
-def without_duplicates(keys: Iterable[str]) -> list[str]:
-    """The keys without the copies of head tensors that peft adds with bias="all"."""
-    keys = list(keys)
-    plain = {key: re.sub(r"\.modules_to_save\.(default\.)?", ".", key) for key in keys}
-    present = set(keys)
-    return [k for k in keys if ".original_module." not in k and (plain[k] == k or plain[k] not in present)]
+def as_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the keys that `adapter_tensors` gives them, whichever release of peft wrote them.
+
+    Names of the adapter, and the copies of the head that bias="all" brings, are dropped.
+    Raises ValueError for the factors of two adapters.
+    """
+    keys = {key: _NAMED.sub(r"\1", key) for key in tensors if ".original_module." not in key}
+    adapted = {f"{PREFIX}{place[0]}" for place in map(factor_place, keys.values()) if place}
+    bare, result = MAGNITUDE.removesuffix(".weight"), dict[str, Tensor]()
+    # A copy comes after the tensor that it is a copy of.
+    for key, new in sorted(keys.items(), key=lambda pair: ".modules_to_save." in pair[0]):
+        plain = re.sub(r"\.modules_to_save\.(default\.)?", ".", new)
+        module, _, tensor = plain.rpartition(".")
+        if tensor == bare:
+            plain += ".weight"
+        elif module in adapted and tensor in ("weight", "bias"):
+            plain = f"{module}.base_layer.{tensor}"
+        if plain in result and ".modules_to_save." not in key:
+            raise ValueError(f"the file holds two adapters; got a second {shortened(plain)}")
+        result.setdefault(plain, tensors[key])
+    return result
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors to save, by PEFT's keys: A, B, the head and trained biases; fp32 on the CPU, contiguous."""
-    factors, whole = _own_tensors(model)
+    factors, whole = own_tensors(model)
     return {key: as_saved(tensor) for part in (*factors.values(), whole) for key, tensor in part.items()}
 
 
@@ -200,7 +247,7 @@ def as_saved(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
-def _own_tensors(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def own_tensors(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """A model's tensors by PEFT's keys: the factors by adapted module; and the head and the trained biases."""
     own, state, layers = model.state_dict(), injection(model), lora_layers(model)
     factors: dict[str, dict[str, Tensor]] = {}
@@ -213,42 +260,3 @@ def _own_tensors(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[s
     whole = {PREFIX + name: own[name] for name in own if belongs_to(name, state.head)}
     whole |= {bias_key(name, targets): own[name] for name in sorted(trained_biases(model, state))}
     return factors, whole
-
-
-@torch.no_grad()
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy the tensors of an adapter file into an injected model.
-
-    Raises ValueError, before any change, for a tensor that is missing, unexpected, not finite or of another shape.
-    """
-    factors, whole = _own_tensors(model)
-    layers = lora_layers(model)
-    expected = {key: tensor.shape for part in (*factors.values(), whole) for key, tensor in part.items()}
-    given = {key: tensors[key] for key in without_duplicates(tensors)}
-    for name, layer in layers.items():
-        # peft may save base weights too.
-        weight = given.pop(key := f"{PREFIX}{name}.base_layer.weight", None)
-        if weight is not None and not torch.equal(weight, layer.base_weight.to(weight)):
-            raise ValueError(f"{source} brings another base weight than the model's; got {key!r}")
-    differences = {"missing": sorted(expected.keys() - given), "unexpected": sorted(given.keys() - expected)}
-    found = [f"{len(keys)} {what}, first {keys[0]!r}" for what, keys in differences.items() if keys]
-    if found:
-        raise ValueError(f"{source} does not fit {type(model).__name__}; got {' and '.join(found)}")
-    for key, tensor in given.items():
-        want, got = tuple(expected[key]), tuple(tensor.shape)
-        if want != got:
-            in_head = belongs_to(key.removeprefix(PREFIX), injection(model).head)
-            raise ValueError(
-                f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
-                + (f"; load the base with num_labels={got[0]}" if in_head else "")
-            )
-        # NaN and infinity survive in a sum, and summing is quicker than looking at every value.
-        if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
-            raise ValueError(f"{source} is damaged; {key!r} holds something else than finite numbers")
-    for name, layer in layers.items():
-        try:
-            layer.load_peft({key.removeprefix(f"{PREFIX}{name}."): given[key] for key in factors[name]})
-        except ValueError as error:
-            raise ValueError(f"{source} does not fit {name!r}: {error}") from None
-    for key, tensor in whole.items():
-        tensor.copy_(given[key])

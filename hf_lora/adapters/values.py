@@ -70,7 +70,7 @@ class Adapter:
         sides: dict[tuple[str, bool], dict[str, Tensor]] = {}
         whole: dict[str, Tensor] = {}
         # safetensors gives the tensors in any order.
-        for key in sorted(peft_format.without_duplicates(files.tensors)):
+        for key in sorted(files.tensors):
             tensor, place = files.tensors[key], peft_format.factor_place(key)
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"the adapter in {source!r} is damaged; got NaN or infinity in {key!r}")

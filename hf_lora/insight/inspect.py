@@ -18,10 +18,10 @@ from hf_lora.insight import spectra
 from hf_lora.insight.spectra import Amplification, Spectrum
 from hf_lora.lora.architectures import ARCHITECTURES, ROLE_NAMES, ROLES, ROW_LAYOUTS, Projection
 from hf_lora.lora.inject import lora_layers
+from hf_lora.lora.layer import MAGNITUDE
 from hf_lora.lora.quantized import dequantized, is_quantized
 from hf_lora.lora.targets import block_of, has_suffix
 
-_MAGNITUDE = ".lora_magnitude_vector"
 # The first number in a module's name is that of its block.
 _BLOCK = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 
@@ -83,7 +83,7 @@ def updates_of(files: AdapterFiles, config: Any = None) -> tuple[list[Update], l
     Raises ValueError for tensors that are no low-rank product.
     """
     notes = []
-    tensors = {key: tensor for key, tensor in files.tensors.items() if not key.endswith(_MAGNITUDE)}
+    tensors = {key: tensor for key, tensor in files.tensors.items() if not key.endswith(MAGNITUDE)}
     if len(tensors) < len(files.tensors):
         notes.append(DORA)
     adapter = Adapter.from_files(replace(files, tensors=tensors))

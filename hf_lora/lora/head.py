@@ -33,6 +33,19 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in (*children, *bare) if name != encoder)
 
 
+def parts_without(model: nn.Module, names: Iterable[str], excluded: Iterable[str]) -> list[str]:
+    """The modules or parameters `names`; of one that has `excluded` modules inside, its largest parts without them."""
+    parts, excluded = list[str](), set(excluded)
+    for name in names:
+        if not any(belongs_to(module, [name]) for module in excluded):
+            parts.append(name)
+        elif name not in excluded:
+            children = model.get_submodule(name).named_children()
+            inner = [f"{name}.{part}" for part, child in children if any(True for _ in child.parameters())]
+            parts += parts_without(model, inner, excluded)
+    return parts
+
+
 def belongs_to(name: str, modules: Iterable[str]) -> bool:
     """Whether the dotted `name` is one of `modules` or lies inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -13,6 +13,9 @@ from hf_lora.lora import functional
 from hf_lora.lora.config import FACTORS, Variant
 from hf_lora.lora.initializers import Initialization
 
+# What peft's own files leave `.weight` out of, which transformers' `load_adapter` does not find there.
+MAGNITUDE = "lora_magnitude_vector.weight"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -224,7 +227,7 @@ class LoRALayer(nn.Module):
         tensors = dict(zip(self.layout.peft_names, (lora_A, lora_B), strict=True))
         if self.lora_magnitude is not None:
             shape = (1, -1, *(1 for _ in kernel)) if kernel else (-1,)
-            tensors["lora_magnitude_vector"] = own["lora_magnitude"].reshape(shape)
+            tensors[MAGNITUDE] = own["lora_magnitude"].reshape(shape)
         return tensors
 
     @torch.no_grad()
@@ -239,7 +242,7 @@ class LoRALayer(nn.Module):
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
         if self.lora_magnitude is not None:
-            self.lora_magnitude.copy_(tensors["lora_magnitude_vector"].reshape(-1))
+            self.lora_magnitude.copy_(tensors[MAGNITUDE].reshape(-1))
         if self.parts is None and self.groups == 1:
             return
         # The file has room for more than the blocks that are read: the rest must be zero.

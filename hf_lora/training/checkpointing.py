@@ -25,7 +25,7 @@ from hf_lora._files import write_text
 from hf_lora.adapters.card import CURVE, RunSummary, render_card, training_curve
 from hf_lora.adapters.directory import TENSORS, adapter_info, read_adapter, save_adapter
 from hf_lora.adapters.hub import adapter_contents, create_repository, push_contents
-from hf_lora.adapters.peft_format import load_tensors
+from hf_lora.adapters.loading import load_tensors
 from hf_lora.lora.inject import injection, trainable_parameter_count
 from hf_lora.training import _trainer_hooks as hooks
 from hf_lora.training import resuming

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -6,11 +7,20 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import MODEL_TYPES, randomize, tiny_batch, tiny_classifier
+from helpers_differential import FORMS, in_older_form
+from tiny_models import tiny_inputs, tiny_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+)
 
-from hf_lora import LoRAConfig, inject_lora, load_adapter, merge_lora, save_adapter
+from hf_lora import LoRAConfig, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.peft_format import adapter_tensors
-from hf_lora.lora.inject import is_injected
+from hf_lora.lora.head import belongs_to
+from hf_lora.lora.inject import injection, is_injected
 
 
 @pytest.fixture
@@ -261,3 +271,166 @@ def test_a_moved_directory_still_loads(tmp_path, batch):
     twin = tiny_classifier("bert")
     load_adapter(twin, tmp_path / "b")
     assert torch.equal(twin(**batch).logits, model(**batch).logits)
+
+
+def peft_adapter(base, directory, seed=5, **options):
+    """An adapter of peft on a base model, trained and saved; returns peft's model."""
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], **options}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+
+
+def assert_same(model, expected, inputs):
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_dora_in_transformers_and_peft(bias, batch, tmp_path):
+    model = trained(variant="dora", bias=bias)
+    directory = save_adapter(model, tmp_path / "a")
+    expected = logits(model, batch)
+    own = tiny_classifier("bert")
+    own.load_adapter(directory)
+    assert_same(own.eval(), expected, batch)
+    assert_same(peft.PeftModel.from_pretrained(tiny_classifier("bert"), directory).eval(), expected, batch)
+
+
+def test_dora_saved_with_the_names_of_before_still_loads(batch, tmp_path):
+    model = trained(variant="dora")
+    directory = save_adapter(model, tmp_path / "a")
+
+    def rename(tensors):
+        for key in [key for key in tensors if "magnitude" in key]:
+            tensors[key.removesuffix(".weight")] = tensors.pop(key)
+
+    info = (directory / "hf_lora.json").read_text()
+    rewrite(directory, rename)
+    (directory / "hf_lora.json").write_text(json.dumps({**json.loads(info), "sha256": {}}))
+    twin = tiny_classifier("bert")
+    load_adapter(twin, directory)
+    assert torch.equal(logits(twin, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": "lora_only"},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"modules_to_save": ["pooler"]},
+        {"target_modules": ["query", "word_embeddings"]},
+        {"task_type": None},
+        {"task_type": None, "modules_to_save": ["classifier"]},
+    ],
+    ids=str,
+)
+def test_adapters_of_any_release_of_peft_load(options, form, batch, tmp_path):
+    theirs = peft_adapter(tiny_classifier("bert"), tmp_path / "a", **{"task_type": "SEQ_CLS", **options})
+    in_older_form(tmp_path / "a", form)
+    model = tiny_classifier("bert")
+    load_adapter(model, tmp_path / "a")
+    assert_same(model, logits(theirs, batch), batch)
+
+
+PARTS = [
+    ("bert", {"target_modules": ["query"]}),
+    ("bert", {"target_modules": "all-linear"}),
+    ("roberta", {"target_modules": ["query", "dense"]}),
+    ("roberta", {"target_modules": ["query"], "modules_to_save": ["out_proj"]}),
+    ("deberta-v2", {"target_modules": ["query_proj"], "task_type": "SEQ_CLS"}),
+    ("bart", {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
+    ("t5", {"target_modules": ["q"], "task_type": "SEQ_CLS"}),
+    ("bigbird_pegasus", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    ("modernbert-decoder", {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
+    ("distilbert", {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
+    ("vit", {"target_modules": ["q_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "options"), PARTS, ids=str)
+def test_the_rest_of_the_head_is_saved_with_an_adapter_that_leaves_it_out(model_type, options, tmp_path):
+    inputs = tiny_inputs(model_type)
+    theirs = peft_adapter(tiny_model(model_type), tmp_path / "theirs", **options)
+    expected = logits(theirs, inputs)
+    model = tiny_model(model_type)
+    load_adapter(model, tmp_path / "theirs")
+    assert_same(model, expected, inputs)
+    directory = save_adapter(model, tmp_path / "ours")
+    # Another head than the base that it was loaded on: what is saved brings its own.
+    twin = tiny_model(model_type)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if belongs_to(name, injection(model).head):
+                parameter.zero_()
+    again = copy.deepcopy(twin)
+    load_adapter(twin, directory)
+    assert torch.equal(logits(twin, inputs), logits(model, inputs))
+    assert_same(peft.PeftModel.from_pretrained(again, directory).eval(), expected, inputs)
+
+
+def test_a_part_of_a_module_to_save_is_no_whole_one(tmp_path):
+    peft_adapter(tiny_classifier("roberta"), tmp_path / "a", task_type="SEQ_CLS")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["base_model.model.classifier.dense.bias"]
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"got 1 missing, first 'base_model\.model\.classifier\.dense\.bias'"
+    ):
+        load_adapter(tiny_classifier("roberta"), tmp_path / "a")
+
+
+KINDS = {
+    "TOKEN_CLS": (AutoModelForTokenClassification, "token classification, such as NER"),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, "question answering"),
+    "FEATURE_EXTRACTION": (AutoModel, "a bare encoder"),
+}
+
+
+@pytest.mark.parametrize("maker", ["ours", "peft", "peft without a task"])
+@pytest.mark.parametrize("task", KINDS)
+def test_an_adapter_for_another_task_says_what_it_is_for(task, maker, tmp_path):
+    auto, words = KINDS[task]
+    base = auto.from_config(tiny_classifier("bert", num_labels=2).config).eval()
+    plain = copy.deepcopy(base)
+    if maker == "ours":
+        inject_lora(base, LoRAConfig(rank=4))
+        randomize(base)
+        save_adapter(base, tmp_path / "a")
+    else:
+        head = {"TOKEN_CLS": ["classifier"], "QUESTION_ANS": ["qa_outputs"]}.get(task)
+        named = {"task_type": task} if maker == "peft" else {"modules_to_save": head}
+        base = peft_adapter(base, tmp_path / "a", **named)
+    with pytest.raises(
+        ValueError, match=f"is for {words}; got task_type='{task}'; expected 'SEQ_CLS'; .*{auto.__name__} "
+    ):
+        load_adapter(tiny_classifier("bert"), tmp_path / "a")
+    # Into a model of its kind it goes.
+    load_adapter(plain, tmp_path / "a")
+    inputs = {name: value for name, value in tiny_batch().items() if name != "labels"}
+    for got, expected in zip(plain(**inputs).to_tuple(), base(**inputs).to_tuple(), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    assert peft.PeftModel.from_pretrained(auto.from_config(plain.config), tmp_path / "a")
+
+
+def test_updates_alone_go_into_a_model_with_another_head(tmp_path):
+    model = tiny_model("llama")
+    base = AutoModelForCausalLM.from_config(model.config)
+    theirs = peft_adapter(base, tmp_path / "a", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    load_adapter(model, tmp_path / "a")
+    key = "model.layers.0.self_attn.q_proj"
+    expected = theirs.base_model.model.get_submodule(key).get_delta_weight("default")
+    torch.testing.assert_close(lora_layers(model)[key].delta_weight(), expected)

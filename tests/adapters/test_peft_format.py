@@ -2,10 +2,19 @@ import json
 
 import peft
 import pytest
+import torch
 from conftest import tiny_classifier
 
 from hf_lora import LoRAConfig, inject_lora
-from hf_lora.adapters.peft_format import bias_key, from_peft, shortest_suffixes, to_peft, without_duplicates
+from hf_lora.adapters.peft_format import (
+    PREFIX,
+    as_today,
+    bias_key,
+    from_peft,
+    shortest_suffixes,
+    task_of_class,
+    to_peft,
+)
 
 KEYS = ["base_model.model.a.query.lora_A.weight"]
 
@@ -98,16 +107,64 @@ def test_names_of_tensors():
 
 
 def test_second_copies_that_peft_writes_are_dropped():
-    keys = [
-        "m.classifier.bias",
-        "m.classifier.modules_to_save.bias",
-        "m.pooler.modules_to_save.default.dense.bias",
-        "m.pooler.dense.bias",
-        "m.classifier.original_module.bias",
-        "m.other.modules_to_save.bias",
-    ]
-    assert without_duplicates(keys) == [
-        "m.classifier.bias",
-        "m.pooler.dense.bias",
-        "m.other.modules_to_save.bias",
-    ]
+    keys = {
+        "m.classifier.bias": 1.0,
+        "m.classifier.modules_to_save.bias": 1.0,
+        "m.pooler.modules_to_save.default.dense.bias": 2.0,
+        "m.pooler.dense.bias": 2.0,
+        "m.classifier.original_module.bias": 3.0,
+        "m.other.modules_to_save.bias": 4.0,
+    }
+    read = as_today({key: torch.tensor(value) for key, value in keys.items()})
+    assert {key: tensor.item() for key, tensor in read.items()} == {
+        "m.classifier.bias": 1.0,
+        "m.pooler.dense.bias": 2.0,
+        "m.other.bias": 4.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ("a.query.lora_A.default.weight", "a.query.lora_A.weight"),
+        ("a.query.lora_B.mine.weight", "a.query.lora_B.weight"),
+        ("a.words.lora_embedding_A.default", "a.words.lora_embedding_A"),
+        ("a.query.lora_magnitude_vector", "a.query.lora_magnitude_vector.weight"),
+        ("a.query.lora_magnitude_vector.weight", "a.query.lora_magnitude_vector.weight"),
+        ("a.query.lora_magnitude_vector.default", "a.query.lora_magnitude_vector.weight"),
+        ("a.query.lora_magnitude_vector.default.weight", "a.query.lora_magnitude_vector.weight"),
+        ("a.value.bias", "a.value.base_layer.bias"),
+        ("a.value.weight", "a.value.base_layer.weight"),
+        ("a.key.bias", "a.key.bias"),
+    ],
+)
+def test_keys_of_other_releases_are_read_as_todays(written, key):
+    adapted = f"{PREFIX}a.value.lora_A.weight"
+    tensors = as_today({f"{PREFIX}{written}": torch.ones(1), adapted: torch.zeros(1)})
+    assert tensors == {f"{PREFIX}{key}": torch.ones(1), adapted: torch.zeros(1)}
+
+
+def test_two_adapters_in_one_file_are_refused():
+    keys = [f"{PREFIX}a.query.lora_A.{name}.weight" for name in ("first", "second")]
+    with pytest.raises(
+        ValueError, match=r"two adapters; got a second 'base_model.model.a.query.lora_A.weight'"
+    ):
+        as_today(dict.fromkeys(keys, torch.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("BertForSequenceClassification", "SEQ_CLS"),
+        ("BertForTokenClassification", "TOKEN_CLS"),
+        ("BertForQuestionAnswering", "QUESTION_ANS"),
+        ("LlamaForCausalLM", "CAUSAL_LM"),
+        ("BertModel", "FEATURE_EXTRACTION"),
+        ("GPT2LMHeadModel", None),
+        ("ViTForImageClassification", None),
+        ("PooledClassifier", None),
+        (None, None),
+    ],
+)
+def test_the_task_of_a_class(name, task):
+    assert task_of_class(name) == task
