@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,16 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_lora.adapters.directory import AdapterFiles, load_files, read_adapter
+from hf_lora.adapters.directory import AdapterFiles, check_task, load_files, read_adapter
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo, BaseModel
+from hf_lora.adapters.peft_format import PREFIX
 from hf_lora.data.collation import filled_places, padded
-from hf_lora.lora.head import belongs_to
 from hf_lora.lora.inject import injection, is_injected, lora_layers, merge_lora
 from hf_lora.lora.quantized import is_quantized
-from hf_lora.models.loading import Precision, cast_frozen, choose_precision, load_base, load_tokenizer
+from hf_lora.models.bundled import resolve_base
+from hf_lora.models.loading import (
+    Precision,
+    cast_frozen,
+    choose_precision,
+    load_base,
+    load_tokenizer,
+    meta_classifier,
+)
 
 Text = str | Sequence[str]
 """A text, or a pair (first, second) for models of text pairs."""
@@ -210,20 +219,23 @@ def load_trained(
     Raises ValueError if the directory names no base model, or for anything that does not fit exactly.
     """
     files = read_adapter(directory)
-    base = base or files.base_name
+    check_task(files, "SEQ_CLS")
+    given, base = base, base or files.base_name
     if not base:
         raise ValueError(
             f"the adapter in {str(directory)!r} names no base model; pass base='<Hub id or directory>'"
         )
-    info = files.info or _foreign_info(files, base)
     # An adapter must not make its base's code run, nor ask on the terminal.
     hub.setdefault("trust_remote_code", False)
-    hub["revision"] = info.base_model.revision if base == info.base_model.name_or_path else None
-    model, missing = load_base(
-        base, info.labels, problem_type=info.problem_type, pooling=info.pooling, dtype=dtype, **hub
-    )
+    own = files.info.base_model if files.info else BaseModel(base, files.peft_config.get("revision"))
+    hub["revision"] = own.revision if base == own.name_or_path else None
+    with nullcontext() if given else _hint_at_base(files):
+        info = files.info or AdapterInfo(_labels_of(files, base, **hub), base_model=own)
+        model, missing = load_base(
+            base, info.labels, problem_type=info.problem_type, pooling=info.pooling, dtype=dtype, **hub
+        )
     load_files(model, files, check_base=check_base)
-    random = sorted(name for name in missing if not belongs_to(name, injection(model).head))
+    random = sorted(name for name in missing if not files.brings(name))
     if random:
         raise ValueError(
             f"neither the adapter in {str(directory)!r} nor its base {base!r} has weights for {len(random)} tensors, "
@@ -237,16 +249,32 @@ def load_trained(
     return model.eval(), tokenizer, info
 
 
-def _foreign_info(files: AdapterFiles, base: str) -> AdapterInfo:
-    """What somebody else's PEFT adapter tells: the size of its head is the number of labels."""
-    head = [tensor for key, tensor in files.tensors.items() if ".lora_" not in key and tensor.ndim == 2]
-    if not head:
-        raise ValueError(
-            f"the adapter in {str(files.directory)!r} has no classification head; load it with "
-            "hf_lora.load_adapter onto a model whose head is trained"
-        )
-    labels = tuple(f"LABEL_{index}" for index in range(len(head[-1])))
-    return AdapterInfo(labels, base_model=BaseModel(base, files.peft_config.get("revision")))
+@contextmanager
+def _hint_at_base(files: AdapterFiles) -> Iterator[None]:
+    """Say of an error in here that the base may be named otherwise than the adapter names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"the base model {files.base_name!r} of the adapter in {str(files.directory)!r} cannot be loaded: "
+            f"{' '.join(str(error).split())}; if it is at another place, pass base='<Hub id or directory>' (--base)"
+        ) from error
+
+
+def _labels_of(files: AdapterFiles, base: str, **hub: Any) -> tuple[str, ...]:
+    """The labels for somebody else's PEFT adapter: LABEL_0 and so on, as many as its head has outputs.
+
+    Of an adapter without the head's last layer they are those of the base's own head.
+    """
+    count = 7919  # that nothing else in the model has
+    blank = meta_classifier(base, num_labels=count, **hub)
+    outputs = [name for name, parameter in blank.named_parameters() if count in parameter.shape[:1]]
+    sizes = [len(files.tensors[key]) for key in (PREFIX + name for name in outputs) if key in files.tensors]
+    if sizes:
+        return tuple(f"LABEL_{index}" for index in range(sizes[0]))
+    names = AutoConfig.from_pretrained(resolve_base(base, **hub), **hub).id2label
+    return tuple(names[index] for index in sorted(names))
 
 
 def _parts(text: Any) -> tuple[str, ...]:

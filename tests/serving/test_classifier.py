@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
-from conftest import LABELS, tiny_tokenizer
+from conftest import LABELS, tiny_classifier, tiny_tokenizer
 from helpers_serving import LONG, PAIRS, TEXTS, make_adapter, peft_logits, plain_logits
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from hf_lora import (
     TextClassifier,
@@ -22,12 +28,13 @@ from hf_lora import (
     lora_layers,
     lora_parameters,
 )
+from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.lora.inject import base_parameters
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.loading import Precision
 from hf_lora.serving import classifier as inference
-from hf_lora.serving.classifier import CPU_TOKENS, WINDOW, _rounded, load_trained
+from hf_lora.serving.classifier import CPU_TOKENS, WINDOW, _labels_of, _rounded, load_trained
 
 
 @pytest.fixture(scope="module")
@@ -541,3 +548,62 @@ def test_an_adapter_without_a_base_asks_for_it(adapter_dir: Path, tmp_path: Path
     )
     with pytest.raises(ValueError, match="names no base model; pass base="):
         load_trained(foreign)
+
+
+def foreign(base: Any, place: Path, tmp_path: Path, **options: Any) -> Path:
+    """An adapter of peft on a base model that is saved at `place`; `options` are LoraConfig's."""
+    base.save_pretrained(place)
+    theirs = peft.get_peft_model(type(base).from_pretrained(place), peft.LoraConfig(r=2, **options))
+    theirs.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_labels_of_a_foreign_adapter_are_counted_where_the_head_ends(tmp_path: Path) -> None:
+    # The pooler is a part of this head, and comes after the layer with the outputs.
+    options = {"target_modules": ["query_proj"], "modules_to_save": ["classifier", "pooler"]}
+    adapter = foreign(tiny_classifier("deberta-v2", num_labels=5), tmp_path / "base", tmp_path, **options)
+    files = read_adapter(adapter)
+    assert _labels_of(files, str(tmp_path / "base")) == tuple(f"LABEL_{index}" for index in range(5))
+
+
+def test_an_adapter_without_a_head_uses_that_of_its_base(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    base = tiny_classifier(id2label={0: "a", 1: "b", 2: "c"})
+    adapter = foreign(base, tmp_path / "base", tmp_path, target_modules=["query"])
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model, _, info = load_trained(adapter)
+    assert info.labels == ("a", "b", "c")
+    assert torch.equal(model.classifier.weight, base.classifier.weight)
+    with pytest.raises(
+        ValueError, match=r"neither the adapter .* has weights for 2 tensors, .*classifier\.bias"
+    ):
+        load_trained(adapter, base=str(tiny_bert_dir))
+
+
+def test_an_adapter_of_another_task_is_refused_before_its_base_is_loaded(tmp_path: Path) -> None:
+    base = AutoModelForTokenClassification.from_config(tiny_classifier().config)
+    adapter = foreign(base, tmp_path / "base", tmp_path, target_modules=["query"], task_type="TOKEN_CLS")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match="is for token classification, such as NER; got task_type='TOKEN_CLS'"
+    ):
+        load_trained(adapter)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_base_that_moved_names_the_way_out(own: bool, adapter_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter_dir, tmp_path / "adapter")
+    for name in ("adapter_config.json", "hf_lora.json"):
+        values = json.loads((folder / name).read_text())
+        values |= {"sha256": {}} if name == "hf_lora.json" else {"base_model_name_or_path": "/moved/base"}
+        values.get("base_model", {})["name_or_path"] = "/moved/base"
+        (folder / name).write_text(json.dumps(values))
+    if not own:
+        (folder / "hf_lora.json").unlink()
+    with pytest.raises(
+        (OSError, ValueError), match=r"^the base model '/moved/base' of .*\(--base\)$"
+    ) as caught:
+        load_trained(folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises((OSError, ValueError)) as caught:
+        load_trained(folder, base="/also/gone")
+    assert "--base" not in str(caught.value)
