@@ -19,6 +19,7 @@ from hf_lora._files import MAX_JSON_BYTES, parse_object, parse_tensors, read_byt
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
 from hf_lora.adapters.loading import load_tensors
+from hf_lora.adapters.pooled_format import of_classifier, of_encoder
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import base_prefix, belongs_to, find_head, parts_without
 from hf_lora.lora.inject import base_parameters, inject_lora, injection, remove_lora
@@ -108,9 +109,13 @@ def write_files(
 ) -> Path:
     """Write all files of an adapter directory or none; returns its path.
 
+    tensors, config: with the names of the whole classifier; those of a pooled one are written as of its encoder.
     info: the contents of `hf_lora.json`; the digests are added here. None: no such file.
     """
     directory = Path(directory)
+    if info is not None and info.pooling != NATIVE:
+        tensors, config, encoder = of_encoder(tensors, config)
+        info = replace(info, base_model=replace(info.base_model, encoder=encoder))
     with replacing(directory, last=(FILE,)) as folder:
         safetensors.torch.save_file(dict(tensors), folder / TENSORS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -203,6 +208,8 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
             )
     peft_config = parse_object(contents[CONFIG], str(directory / CONFIG))
     tensors = peft_format.as_today(parse_tensors(contents[TENSORS], str(directory / TENSORS)))
+    if info and info.base_model.encoder:
+        tensors, peft_config = of_classifier(tensors, peft_config, info.base_model.encoder)
     # Before a head of that size is made.
     rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.ndim), default=0)
     if info and len(info.labels) > rows:

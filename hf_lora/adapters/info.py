@@ -24,11 +24,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The pretrained model: Hub id or path, revision, and a digest of the weights."""
+    """The pretrained model: Hub id or path, revision, and a digest of the weights.
+
+    encoder: its name in a pooled classifier, which the names in PEFT's files leave out; None: they leave out nothing.
+    """
 
     name_or_path: str | None = None
     revision: str | None = None
     fingerprint: str | None = None
+    encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ class AdapterInfo:
 
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        values = asdict(self)
+        if self.base_model.encoder is None:
+            del values["base_model"]["encoder"]
+        return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = FILE) -> AdapterInfo:

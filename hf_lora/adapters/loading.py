@@ -40,8 +40,8 @@ def load_classifier(
     labels: names in the order of the outputs; for regression the name of each target.
     config: None means `LoRAConfig()`.
     pooling: "native", the architecture's own head, or "mean", "mean_layers" or "cls": a linear layer on the mean of the
-        tokens, on their means in three layers, or on the first one, of which peft and transformers load the LoRA part
-        only. `choose_pooling` knows what suits.
+        tokens, on their means in three layers, or on the first one, which peft and transformers have no class for: they
+        load the adapter into the encoder alone. `choose_pooling` knows what suits.
     dtype: precision of the frozen weights; None: that of the checkpoint. LoRA and head are fp32.
     hub: passed to transformers: `token`, `cache_dir`, `trust_remote_code`.
     Raises ValueError if the checkpoint does not fit the architecture; OSError if there is none.
