@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hf_lora.cli.shared import CLASSIFIER, INPUT, LABELLED, SPEED, add_command, classifier_of, evaluated
+from hf_lora.cli.shared import (
+    CLASSIFIER,
+    INPUT,
+    LABELLED,
+    SPEED,
+    add_command,
+    classifier_of,
+    evaluated,
+    text_columns,
+)
 
 if TYPE_CHECKING:
     from hf_lora.serving.classifier import Text, TextClassifier
@@ -20,7 +29,12 @@ def register(commands: Any) -> None:
     words = "measure an adapter, and the encoder without it, on labelled texts"
     add_command(commands, evaluate, words, *CLASSIFIER, *LABELLED, *SPEED, "json")
     parser = add_command(commands, predict, "classify texts; writes JSON lines", *CLASSIFIER, *INPUT, *SPEED)
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts (default: those of --input_file)")
+    parser.add_argument(
+        "texts",
+        nargs="*",
+        metavar="TEXT",
+        help="texts, for an adapter of pairs two for each (default: those of --input_file)",
+    )
     parser.add_argument(
         "--input_file",
         help="txt (one text a line), csv, tsv, jsonl or parquet, of any size (default: standard input)",
@@ -72,15 +86,23 @@ def texts_of(options: Namespace, classifier: TextClassifier) -> Iterator[Text]:
     from hf_lora.data import iter_texts
 
     if options.texts:
-        yield from options.texts
+        yield from _examples(options.texts, classifier.info.text_columns)
         return
-    text, pair = options.text_column, options.text_pair_column
-    if not text:
-        trained_on = (*classifier.info.text_columns, None, None)
-        text, pair = trained_on[0], pair or trained_on[1]
+    text, pair = text_columns(options, classifier.info)
     source = options.input_file or sys.stdin
     for row in iter_texts(source, text_column=text, text_pair_column=pair, encoding=options.encoding):
         yield row[0] if len(row) == 1 else row
+
+
+def _examples(texts: Sequence[str], columns: Sequence[str]) -> Sequence[Text]:
+    """Texts of the command line; for an adapter of pairs the first and second of each in turn."""
+    if len(columns) != 2:
+        return texts
+    if len(texts) % 2:
+        raise ValueError(
+            f"the adapter was trained on pairs ({', '.join(columns)}); got {len(texts)} texts; expected two for each"
+        )
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def _write(classifier: TextClassifier, texts: Iterable[Text], stream: TextIO, batch_size: int | None) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_lora.cli.predict import texts_of
 from hf_lora.cli.shared import (
@@ -19,6 +20,9 @@ from hf_lora.cli.shared import (
     labelled_data,
     new_directory,
 )
+
+if TYPE_CHECKING:
+    from hf_lora.serving.classifier import Text, TextClassifier
 
 # Texts that `merge` compares at most.
 COMPARED = 1000
@@ -54,6 +58,11 @@ def register(commands: Any) -> None:
 
 def merge(options: Namespace) -> None:
     """A plain checkpoint with the adapter in the weights, and how much merging changed the outputs."""
+    given = options.texts or options.input_file
+    _merge(options, lambda classifier: list(islice(texts_of(options, classifier), COMPARED)) if given else [])
+
+
+def _merge(options: Namespace, texts_for: Callable[[TextClassifier], list[Text]]) -> None:
     from hf_lora._files import replacing
     from hf_lora.cli.tables import print_facts
     from hf_lora.lora.inject import merge_lora, remove_lora
@@ -67,8 +76,7 @@ def merge(options: Namespace) -> None:
             f"transformers has no class for a head with pooling={classifier.info.pooling!r}; expected {NATIVE!r}; "
             "use `hf-lora export --format onnx`, TextClassifier, which merges in memory, or train with --pooling native"
         )
-    given = options.texts or options.input_file
-    texts = list(islice(texts_of(options, classifier), COMPARED)) if given else []
+    texts = texts_for(classifier)
     before = classifier.logits(texts) if texts else None
     merged = merge_lora(classifier.model)
     report: dict[str, Any] = {"output_dir": str(output), "merged_modules": len(merged), "texts": len(texts)}
@@ -92,7 +100,7 @@ def merge(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     """Base and adapter in another format: a graph, how far it is from torch, and what int8 costs."""
     from hf_lora.cli.tables import print_table
-    from hf_lora.serving.export import PROBES, export_onnx
+    from hf_lora.serving.export import export_onnx, probes
     from hf_lora.tasks.mistakes import measurer
 
     if options.format == MERGED:
@@ -101,7 +109,7 @@ def export(options: Namespace) -> None:
             raise ValueError(
                 f"--{unused[0]} does nothing in this format; got --format {MERGED}; expected --format {ONNX}"
             )
-        merge(Namespace(**{**vars(options), "texts": list(PROBES), "input_file": None}))
+        _merge(options, lambda classifier: probes(classifier.info))
         return
     classifier = classifier_of(options, precision="fp32", device="cpu")
     # Before the work, so that a mistake in the file is told at once.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
+    from hf_lora.adapters.info import AdapterInfo
     from hf_lora.data import ClassificationData
     from hf_lora.serving.classifier import Text, TextClassifier
     from hf_lora.tasks.mistakes import Evaluation
@@ -86,20 +87,25 @@ def classifier_of(options: Namespace, **settings: Any) -> TextClassifier:
     )
 
 
+def text_columns(options: Namespace, info: AdapterInfo) -> tuple[str | None, str | None]:
+    """The columns of the text and of the second one of a pair: as the options name them, or else as in training."""
+    text, pair = options.text_column, options.text_pair_column
+    trained_on = (*info.text_columns, None, None)
+    return (text, pair) if text else (trained_on[0], pair or trained_on[1])
+
+
 def labelled_data(options: Namespace, classifier: TextClassifier) -> Labelled:
     """The labelled texts that the options name, with the classifier's length, and labels in its order."""
     from hf_lora.data import DataConfig, prepare_test
 
     info = classifier.info
-    columns = [options.text_column, options.text_pair_column]
-    if columns == [None, None] and info.text_columns:
-        columns = [*info.text_columns, None][:2]
+    text, pair = text_columns(options, info)
     config = DataConfig(
         dataset_name=options.dataset_name,
         dataset_config_name=options.dataset_config_name,
         test_file=options.test_file,
-        text_column=columns[0],
-        text_pair_column=columns[1],
+        text_column=text,
+        text_pair_column=pair,
         label_column=options.label_column,
         max_length=info.max_length or min(DataConfig.max_length, classifier.tokenizer.model_max_length),
         encoding=options.encoding,

@@ -7,13 +7,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lora._files import shortened
 from hf_lora.adapters.directory import AdapterFiles, check_task, load_files, read_adapter
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo, BaseModel
@@ -31,8 +32,8 @@ from hf_lora.models.loading import (
     meta_classifier,
 )
 
-Text = str | Sequence[str]
-"""A text, or a pair (first, second) for models of text pairs."""
+Text = str | Sequence[str] | Mapping[str, str]
+"""A text; for models of text pairs (first, second); or either as a dictionary with the adapter's `text_columns`."""
 
 # Texts of a stream that are held, and sorted by length, at a time.
 WINDOW = 2048
@@ -116,27 +117,37 @@ class TextClassifier:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """The prediction for one text, or a list of them for a list of texts (or of text pairs), in order.
 
+        For an adapter of text pairs a tuple of two strings is one pair; half a pair is refused.
         Each is `{"text", "label", "score", "scores"}`: the best label with its probability, and all by label. For
         multi-label models `label` and `score` are lists of those above their thresholds, 0.5 where none were fitted;
         for regression `score` is the predicted number. Probabilities are calibrated if the adapter has a temperature.
-        batch_size: as in `logits`. Raises ValueError for anything but texts.
+        batch_size: as in `logits`. Raises ValueError for anything but texts of the kind that the adapter knows.
         """
-        if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
-            raise ValueError(f"not texts; got {texts!r}; expected a string or a list of strings")
-        if isinstance(texts, str):
-            return next(self.predict_stream([texts], batch_size=batch_size))
+        if isinstance(texts, str | Mapping) or self._is_pair(texts):
+            return next(self.predict_stream([cast(Text, texts)], batch_size=batch_size))
         return list(self.predict_stream(texts, batch_size=batch_size))
+
+    def _is_pair(self, texts: Any) -> bool:
+        """Whether a tuple is one pair. Raises ValueError where it could be two texts as well."""
+        if not isinstance(texts, tuple) or [type(part) for part in texts] != [str, str]:
+            return False
+        if not self.info.text_columns:
+            raise ValueError(
+                f"the adapter does not say whether it knows pairs; got the tuple {shortened(texts)}; expected "
+                "[(first, second)] for a pair, [first, second] for two texts"
+            )
+        return len(self.info.text_columns) == 2
 
     def predict_stream(
         self, texts: Iterable[Text], *, batch_size: int | None = None
     ) -> Iterator[dict[str, Any]]:
         """Predictions for any number of texts, in order, holding 2,048 of them at a time."""
-        stream = iter(texts)
+        stream = iter(_several(texts))
         while window := list(islice(stream, WINDOW)):
             logits = self.logits(window, batch_size=batch_size)
             results = self.info.task.predictions(logits, self.info.labels, self.info.calibration)
             for text, result in zip(window, results, strict=True):
-                yield {"text": text if isinstance(text, str) else list(text), **result}
+                yield {"text": text if isinstance(text, str) else self._shown(text), **result}
 
     @torch.inference_mode()
     def logits(self, texts: Sequence[Text], *, batch_size: int | None = None) -> Tensor:
@@ -147,7 +158,7 @@ class TextClassifier:
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is not usable; got {batch_size}; expected at least 1")
-        device = self.model.device
+        texts, device = _several(texts), self.model.device
         budget = CPU_TOKENS if device.type == "cpu" else TOKENS
         result = torch.empty(len(texts), len(self.info.labels))
         for first in range(0, len(texts), WINDOW):
@@ -159,10 +170,21 @@ class TextClassifier:
                 result[[first + row for row in rows]] = self.model(**inputs).logits.float().cpu()
         return result
 
+    def _shown(self, text: Sequence[str] | Mapping[str, str]) -> str | list[str]:
+        parts = _parts(text, self.info.text_columns)
+        return parts[0] if isinstance(text, Mapping) and len(parts) == 1 else list(parts)
+
     def _encode(self, texts: Sequence[Text]) -> dict[str, list[list[int]]]:
-        parts = [_parts(text) for text in texts]
+        known = self.info.text_columns
+        parts = [_parts(text, known) for text in texts]
         if len(set(map(len, parts))) > 1:
             raise ValueError("single texts and text pairs cannot be mixed in one call")
+        if parts and known and len(parts[0]) != len(known):
+            kinds = {1: "one text", 2: "a pair"}
+            raise ValueError(
+                f"not what the adapter was trained on; got {kinds[len(parts[0])]}, {shortened(texts[0])}; expected "
+                f"{kinds[len(known)]} ({', '.join(known)})"
+            )
         columns = map(list, zip(*parts, strict=True))
         return dict(self.tokenizer(*columns, truncation=True, max_length=self._max_length()))
 
@@ -277,7 +299,25 @@ def _labels_of(files: AdapterFiles, base: str, **hub: Any) -> tuple[str, ...]:
     return tuple(names[index] for index in sorted(names))
 
 
-def _parts(text: Any) -> tuple[str, ...]:
+def _several(texts: Any) -> Any:
+    """The same. Raises ValueError for what is no collection, or one text: its letters would be the texts."""
+    if not isinstance(texts, Iterable) or isinstance(texts, str | bytes | Mapping):
+        raise ValueError(f"not texts; got {shortened(texts)}; expected a string or a list of strings")
+    return texts
+
+
+def _parts(text: Any, columns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(text, Mapping):
+        if not columns or not text.keys() >= set(columns):
+            raise ValueError(
+                f"not a text; got a dictionary with the keys {shortened(list(text))}; expected "
+                + (
+                    f"the adapter's columns {', '.join(columns)}"
+                    if columns
+                    else "a string or a pair of strings"
+                )
+            )
+        text = tuple(text[name] for name in columns)
     parts = (text,) if isinstance(text, str) else text
     if isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(p, str) for p in parts):
         return tuple(parts)

@@ -56,6 +56,11 @@ PROBES = (*_SENTENCES, " ".join(_SENTENCES), " ".join(3 * _SENTENCES))
 """Texts from one word to several hundred, for comparing where there are none of the user's own."""
 
 
+def probes(info: AdapterInfo) -> list[Text]:
+    """`PROBES`, as pairs for an adapter of text pairs."""
+    return list(zip(PROBES, reversed(PROBES), strict=True)) if len(info.text_columns) == 2 else list(PROBES)
+
+
 @dataclass(frozen=True)
 class Compared:
     """An exported file beside torch, over all texts. A regression has no probabilities and no labels."""
@@ -106,9 +111,7 @@ def export_onnx(
     plain = TextClassifier(model, classifier.tokenizer, info)
     given = inspect.signature(model.forward).parameters.keys() & set(classifier.tokenizer.model_input_names)
     inputs = [name for name in _INPUTS if name in given]
-    if texts is None:
-        texts = list(zip(PROBES, reversed(PROBES), strict=True)) if len(info.text_columns) == 2 else PROBES
-    texts = list(texts)
+    texts = probes(info) if texts is None else list(texts)
     logits = {"torch": plain.logits(texts)}
     with replacing(directory) as folder:
         with _one_line(f"{type(model).__name__} cannot be exported to ONNX"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +163,70 @@ def test_predict_reads_files(
     check_predictions(out, TEXTS, probabilities)
 
 
+@pytest.fixture
+def of_pairs(adapter_dir: Path, tmp_path: Path) -> Path:
+    """The same adapter as one that was trained on the columns "one" and "two"."""
+    adapter = Path(shutil.copytree(adapter_dir, tmp_path / "of_pairs"))
+    values = json.loads((adapter / "hf_lora.json").read_text())
+    (adapter / "hf_lora.json").write_text(json.dumps({**values, "text_columns": ["one", "two"]}))
+    return adapter
+
+
+@pytest.mark.parametrize("names", [["one", "two"], ["first", "second"]])
 def test_predict_reads_pairs(
-    capsys: Captured, tiny_bert_dir: Path, adapter_dir: Path, tmp_path: Path
+    names: list[str], capsys: Captured, tiny_bert_dir: Path, of_pairs: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"one": a, "two": b}) + "\n" for a, b in PAIRS))
-    columns = ["--text_column", "one", "--text_pair_column", "two"]
-    out = run(capsys, "predict", *FP32, "--adapter", adapter_dir, "--input_file", path, *columns)
-    expected = peft_logits(tiny_bert_dir, adapter_dir, PAIRS).softmax(-1).tolist()
+    path.write_text("".join(json.dumps(dict(zip(names, pair, strict=True))) + "\n" for pair in PAIRS))
+    columns = [] if names == ["one", "two"] else ["--text_column", names[0], "--text_pair_column", names[1]]
+    out = run(capsys, "predict", *FP32, "--adapter", of_pairs, "--input_file", path, *columns)
+    expected = peft_logits(tiny_bert_dir, of_pairs, PAIRS).softmax(-1).tolist()
     check_predictions(out, [list(pair) for pair in PAIRS], expected)
+
+
+def test_two_texts_of_the_command_line_are_a_pair(
+    capsys: Captured, tiny_bert_dir: Path, of_pairs: Path
+) -> None:
+    out = run(capsys, "predict", *FP32, "--adapter", of_pairs, *(text for pair in PAIRS for text in pair))
+    expected = peft_logits(tiny_bert_dir, of_pairs, PAIRS).softmax(-1).tolist()
+    check_predictions(out, [list(pair) for pair in PAIRS], expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["good"], r"trained on pairs (one, two); got 1 texts; expected two for each"),
+        (["--input_file", "one.csv"], "has no column 'two'; its columns are 'one', 'label'"),
+        (
+            ["--input_file", "one.csv", "--text_column", "one"],
+            "got one text, 'good'; expected a pair (one, two)",
+        ),
+        (["--test_file", "one.csv"], "has no column 'two'"),
+        (
+            ["--test_file", "one.csv", "--text_column", "one"],
+            "got one text, 'good'; expected a pair (one, two)",
+        ),
+        (["--test_file", "one.csv", "--text_pair_column", "label"], "has no column 'label'"),
+    ],
+    ids=" ".join,
+)
+def test_half_a_pair_is_refused(
+    given: list[str], words: str, capsys: Captured, of_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(of_pairs.parent)
+    Path("one.csv").write_text("one,label\ngood,positive\nbad,negative\n")
+    command = "evaluate" if "--test_file" in given else "predict"
+    assert words in mistake(capsys, command, "--adapter", of_pairs, *given)
+
+
+def test_a_pair_is_refused_by_an_adapter_of_one_text(
+    capsys: Captured, adapter_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("one,two\ngood,bad\n")
+    columns = ["--text_column", "one", "--text_pair_column", "two"]
+    message = mistake(capsys, "predict", "--adapter", adapter_dir, "--input_file", path, *columns)
+    assert "got a pair, ('good', 'bad'); expected one text (text)" in message
 
 
 def test_predict_writes_other_scripts_as_they_are(capsys: Captured, adapter_dir: Path) -> None:

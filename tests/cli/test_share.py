@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,18 @@ def test_flips_are_labels_that_changed() -> None:
     for problem, expected in problems.items():
         info = AdapterInfo(("a", "b"), problem)
         assert info.task.changed(before, after, info.calibration) == expected
+
+
+def test_a_classifier_of_pairs_is_merged_and_compared_on_pairs(
+    capsys: Captured, adapter_dir: Path, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(adapter_dir, tmp_path / "of_pairs"))
+    values = json.loads((adapter / "hf_lora.json").read_text())
+    (adapter / "hf_lora.json").write_text(json.dumps({**values, "text_columns": ["one", "two"]}))
+    given = ("--adapter", adapter, "--json", "--output_dir")
+    report = json.loads(
+        run(capsys, "export", "--format", "safetensors-merged", *given, tmp_path / "exported")
+    )
+    assert report["texts"] == len(PROBES)
+    report = json.loads(run(capsys, "merge", *given, tmp_path / "merged", "good film", "bad film"))
+    assert report["texts"] == 1

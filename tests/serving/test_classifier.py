@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def classifier(adapter_dir: Path) -> TextClassifier:
 
 
 @pytest.fixture(scope="module")
+def of_pairs(classifier: TextClassifier) -> TextClassifier:
+    """The same classifier as one of pairs."""
+    info = replace(classifier.info, text_columns=("premise", "hypothesis"))
+    return TextClassifier(classifier.model, classifier.tokenizer, info)
+
+
+@pytest.fixture(scope="module")
 def other_base(tmp_path_factory: pytest.TempPathFactory, tiny_bert_dir: Path) -> Path:
     """The same architecture and tokenizer with other random weights."""
     directory = tmp_path_factory.mktemp("other_base")
@@ -65,14 +73,77 @@ def test_logits_are_those_of_peft_one_by_one(
 
 
 def test_text_pairs_are_those_of_peft_one_by_one(
-    classifier: TextClassifier, tiny_bert_dir: Path, adapter_dir: Path
+    of_pairs: TextClassifier, tiny_bert_dir: Path, adapter_dir: Path
 ) -> None:
     expected = peft_logits(tiny_bert_dir, adapter_dir, PAIRS)
-    torch.testing.assert_close(classifier.logits(PAIRS), expected, rtol=0, atol=1e-5)
-    results = classifier.predict(PAIRS)
+    torch.testing.assert_close(of_pairs.logits(PAIRS), expected, rtol=0, atol=1e-5)
+    results = of_pairs.predict(PAIRS)
     assert [result["text"] for result in results] == [list(pair) for pair in PAIRS]
     scores = [[result["scores"][label] for label in LABELS] for result in results]
     torch.testing.assert_close(torch.tensor(scores), expected.softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_a_pair_is_one_prediction(of_pairs: TextClassifier) -> None:
+    pair = PAIRS[0]
+    columns = {"premise": pair[0], "hypothesis": pair[1], "label": "not read"}
+    [expected] = of_pairs.predict([pair])
+    assert expected["text"] == list(pair)
+    assert of_pairs.predict(pair) == of_pairs.predict(columns) == expected
+    for several in ([list(pair)], (pair,), [columns], iter([pair])):
+        assert of_pairs.predict(several) == [expected]
+
+
+def test_a_tuple_and_dictionaries_for_an_adapter_of_one_text(classifier: TextClassifier) -> None:
+    expected = classifier.predict(["good", "bad"])
+    assert classifier.predict(("good", "bad")) == expected
+    assert classifier.predict([{"text": "good", "id": 1}, {"text": "bad"}]) == expected
+    assert classifier.predict({"text": "good"}) == expected[0]
+
+
+_HALF = r"not what the adapter was trained on; got one text, 'good'; expected a pair \(premise, hypothesis\)"
+_WHOLE = r"not what the adapter was trained on; got a pair, .*; expected one text \(text\)"
+_NO_TEXTS = "not texts; got .*; expected a string or a list of strings"
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "words"),
+    [
+        ("of_pairs", "good", _HALF),
+        ("of_pairs", ["good", "bad"], _HALF),
+        ("of_pairs", ("good",), _HALF),
+        ("of_pairs", [("good", "bad"), "bad"], "cannot be mixed"),
+        (
+            "of_pairs",
+            {"premise": "good"},
+            "got a dictionary with the keys .*; expected .* premise, hypothesis",
+        ),
+        ("of_pairs", {"premise": "good", "hypothesis": None}, "not a text"),
+        ("classifier", [("good", "bad")], _WHOLE),
+        ("classifier", [["good", "bad"]], _WHOLE),
+        ("classifier", {"sentence": "good"}, "expected the adapter's columns text"),
+        ("unknown", ("good", "bad"), "does not say whether it knows pairs; got the tuple .*; expected"),
+        ("unknown", {"text": "good"}, "expected a string or a pair of strings"),
+    ],
+    ids=str,
+)
+def test_half_a_pair_and_what_could_be_either_are_refused(
+    kind: str, texts: Any, words: str, classifier: TextClassifier, of_pairs: TextClassifier
+) -> None:
+    unknown = TextClassifier(
+        classifier.model, classifier.tokenizer, replace(classifier.info, text_columns=())
+    )
+    asked = {"classifier": classifier, "of_pairs": of_pairs, "unknown": unknown}[kind]
+    with pytest.raises(ValueError, match=words) as error:
+        asked.predict(texts)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["good", b"good", {"text": "good"}, 5], ids=str)
+def test_one_text_is_no_list_of_letters(text: Any, classifier: TextClassifier) -> None:
+    with pytest.raises(ValueError, match=_NO_TEXTS):
+        classifier.logits(text)
+    with pytest.raises(ValueError, match=_NO_TEXTS):
+        list(classifier.predict_stream(text))
 
 
 def test_predictions_are_softmax_in_the_order_of_the_input(
@@ -488,8 +559,13 @@ def test_a_text_longer_than_the_budget_goes_alone(
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("texts", [TEXTS, PAIRS])
 def test_padding_is_the_tokenizers_with_the_length_rounded_up(
-    side: str, texts: Sequence[Any], classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+    side: str,
+    texts: Sequence[Any],
+    classifier: TextClassifier,
+    of_pairs: TextClassifier,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    classifier = of_pairs if texts is PAIRS else classifier
     monkeypatch.setattr(classifier.tokenizer, "padding_side", side)
     encoded = classifier._encode(texts)
     expected = classifier.tokenizer.pad(encoded, padding="max_length", max_length=32, return_tensors="pt")
