@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import regex
 from filelock import FileLock, Timeout
@@ -93,13 +93,13 @@ def synced(folder: Path, *, inside: bool = True) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """Yield a stream for a text file in UTF-8 that appears under `path` when the block ends without an error."""
+def whole_file(path: Path, *, binary: bool = False) -> Iterator[Any]:
+    """Yield a stream for a file that appears under `path` when the block ends without an error: UTF-8, or bytes."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path)
         try:
-            with temporary.open("x", encoding="utf-8") as stream:
+            with temporary.open("xb") if binary else temporary.open("x", encoding="utf-8") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -6,8 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from hf_lora.cli.shared import (
     CLASSIFIER,
@@ -28,7 +27,7 @@ def register(commands: Any) -> None:
     """Add the commands."""
     words = "measure an adapter, and the encoder without it, on labelled texts"
     add_command(commands, evaluate, words, *CLASSIFIER, *LABELLED, *SPEED, "json")
-    parser = add_command(commands, predict, "classify texts; writes JSON lines", *CLASSIFIER, *INPUT, *SPEED)
+    parser = add_command(commands, predict, "classify texts", *CLASSIFIER, *INPUT, *SPEED)
     parser.add_argument(
         "texts",
         nargs="*",
@@ -39,7 +38,10 @@ def register(commands: Any) -> None:
         "--input_file",
         help="txt (one text a line), csv, tsv, jsonl or parquet, of any size (default: standard input)",
     )
-    parser.add_argument("--output_file", help="file to write (default: standard output)")
+    parser.add_argument(
+        "--output_file",
+        help="csv, tsv, jsonl, json, parquet or xlsx file to write (default: JSON lines on standard output)",
+    )
 
 
 def evaluate(options: Namespace) -> None:
@@ -67,18 +69,24 @@ def evaluate(options: Namespace) -> None:
 
 
 def predict(options: Namespace) -> None:
-    """One JSON object a line for each text, in order, while the texts are being read."""
+    """The prediction for each text, in order, while the texts are being read: a line of JSON, or a row of a file."""
     from tqdm import tqdm
 
-    from hf_lora._files import whole_file
+    from hf_lora.serving.answers import format_of, write_answers, write_line
 
+    if options.output_file is not None:
+        format_of(options.output_file)  # before anything is loaded
     classifier = classifier_of(options, precision=options.precision)
     texts = texts_of(options, classifier)
-    if options.output_file is None:
-        _write(classifier, texts, sys.stdout, options.batch_size)
+    if options.output_file is not None:
+        texts = tqdm(texts, unit=" texts", disable=None)
+    answers = _answers(classifier, texts, options.batch_size)
+    if options.output_file is not None:
+        write_answers(options.output_file, answers, classifier.info)
         return
-    with whole_file(Path(options.output_file)) as stream:
-        _write(classifier, tqdm(texts, unit=" texts", disable=None), stream, options.batch_size)
+    for answer in answers:
+        write_line(answer, sys.stdout)
+        sys.stdout.flush()
 
 
 def texts_of(options: Namespace, classifier: TextClassifier) -> Iterator[Text]:
@@ -105,10 +113,11 @@ def _examples(texts: Sequence[str], columns: Sequence[str]) -> Sequence[Text]:
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _write(classifier: TextClassifier, texts: Iterable[Text], stream: TextIO, batch_size: int | None) -> None:
-    for number, result in enumerate(classifier.predict_stream(texts, batch_size=batch_size)):
+def _answers(
+    classifier: TextClassifier, texts: Iterable[Text], batch_size: int | None
+) -> Iterator[dict[str, Any]]:
+    for number, answer in enumerate(classifier.predict_stream(texts, batch_size=batch_size)):
         if number == 0:
             # After the first text was read: a mistake in the texts is told in one line.
             print(classifier.setting, file=sys.stderr)
-        stream.write(json.dumps(result, ensure_ascii=False) + "\n")
-        stream.flush()
+        yield answer

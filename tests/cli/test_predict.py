@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from conftest import LABELS
 from helpers_cli import head_on_base, read_texts, scored
@@ -161,6 +163,32 @@ def test_predict_reads_files(
         assert out == ""
         out = output.read_text(encoding="utf-8")
     check_predictions(out, TEXTS, probabilities)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".parquet"])
+def test_predict_writes_the_format_of_the_name(
+    suffix: str, capsys: Captured, adapter_dir: Path, tmp_path: Path, probabilities: list[list[float]]
+) -> None:
+    output = tmp_path / f"out{suffix}"
+    out = run(capsys, "predict", *FP32, "--adapter", adapter_dir, "--output_file", output, *TEXTS)
+    read: dict[str, Callable[[Path], Any]] = {
+        ".csv": lambda path: pandas.read_csv(path, keep_default_na=False),
+        ".tsv": lambda path: pandas.read_csv(path, sep="\t", keep_default_na=False),
+        ".json": lambda path: pandas.json_normalize(json.loads(path.read_text("utf-8"))),
+        ".parquet": pandas.read_parquet,
+    }
+    table = read[suffix](output)
+    assert out == "" and list(table["text"]) == TEXTS
+    assert list(table.columns) == ["text", "label", "score", *(f"scores.{label}" for label in LABELS)]
+    for label, column in zip(LABELS, zip(*probabilities, strict=True), strict=True):
+        assert list(table[f"scores.{label}"]) == pytest.approx(column, abs=1e-5)
+
+
+def test_an_unknown_ending_is_refused_before_anything_is_loaded(capsys: Captured, tmp_path: Path) -> None:
+    message = mistake(
+        capsys, "predict", "--adapter", "nowhere", "--output_file", tmp_path / "out.doc", "good"
+    )
+    assert "expected one of .jsonl, .json, .csv, .tsv, .parquet, .xlsx" in message
 
 
 @pytest.fixture

@@ -1,0 +1,167 @@
+"""Predictions as a file in the format of its name.
+
+JSON holds them as `TextClassifier.predict` gives them. Tables have the columns `text` (of a pair `text` and
+`text_pair`), `label`, `score`, and `scores.<label>` for each label.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_lora._files import shortened, whole_file
+from hf_lora.adapters.info import AdapterInfo
+
+Answer = Mapping[str, Any]
+# Rows of a Parquet file that are held at a time.
+_ROWS = 2048
+# What a cell of an Excel file can hold.
+_EXCEL_ROWS, _EXCEL_CHARACTERS = 1_048_576, 32_767
+
+
+class Format(NamedTuple):
+    """How answers are written: `write(answers, columns, stream)`; the package that it needs besides."""
+
+    write: Callable[[Iterable[Answer], Sequence[str], Any], None]
+    binary: bool = False
+    package: str | None = None
+
+
+def write_line(answer: Answer, stream: Any) -> None:
+    """Write an answer as one line of JSON."""
+    stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+
+def _json_lines(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
+    for answer in answers:
+        write_line(answer, stream)
+        stream.flush()
+
+
+def _json(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
+    between = "[\n"
+    for answer in answers:
+        stream.write(between + json.dumps(answer, ensure_ascii=False))
+        between = ",\n"
+    stream.write("[]\n" if between == "[\n" else "\n]\n")
+
+
+def _delimited(answers: Iterable[Answer], columns: Sequence[str], stream: Any, *, delimiter: str) -> None:
+    # With all texts in quotes: a carriage return in one of them would end the line otherwise.
+    writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(columns)
+    writer.writerows(map(_cells, answers))
+
+
+def _parquet(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    rows = map(_row, answers)
+    first = next(rows, [])
+    # Of several labels, none may be given in all of the first rows.
+    several = isinstance(first[columns.index("label")], list) if first else False
+    kinds = {name: pyarrow.float64() if name.startswith("score") else pyarrow.string() for name in columns}
+    if several:
+        kinds |= {name: pyarrow.list_(kinds[name]) for name in ("label", "score")}
+    with ParquetWriter(stream, schema := pyarrow.schema(kinds)) as writer:
+        part = [first] if first else []
+        while part := [*part, *islice(rows, _ROWS - len(part))]:
+            writer.write_batch(
+                pyarrow.RecordBatch.from_pylist(
+                    [dict(zip(columns, row, strict=True)) for row in part], schema
+                )
+            )
+            part = []
+
+
+def _excel(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
+    openpyxl = import_module("openpyxl")
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("predictions")
+    sheet.append(columns)
+    for number, row in enumerate(map(_cells, answers), 2):
+        if number > _EXCEL_ROWS:
+            raise ValueError(
+                f"an Excel file has at most {_EXCEL_ROWS:,} rows; got more; expected another format"
+            )
+        cells = []
+        for value in row:
+            if isinstance(value, str) and (len(value) > _EXCEL_CHARACTERS or _unwritable(value)):
+                raise ValueError(
+                    f"an Excel file cannot hold the text in row {number}; got {shortened(value)}; expected at most "
+                    f"{_EXCEL_CHARACTERS:,} characters, without control characters; write a .csv file"
+                )
+            cells.append(cell := openpyxl.cell.WriteOnlyCell(sheet, value=value))
+            if isinstance(value, str):
+                cell.data_type = "s"  # a text that begins with "=" is no formula
+        sheet.append(cells)
+    book.save(stream)
+
+
+def _unwritable(text: str) -> bool:
+    return any(character < " " and character not in "\t\n" for character in text)
+
+
+FORMATS: dict[str, Format] = {
+    ".jsonl": Format(_json_lines),
+    ".json": Format(_json),
+    ".csv": Format(partial(_delimited, delimiter=",")),
+    ".tsv": Format(partial(_delimited, delimiter="\t")),
+    ".parquet": Format(_parquet, binary=True),
+    ".xlsx": Format(_excel, binary=True, package="openpyxl"),
+}
+
+
+def format_of(path: str | Path) -> Format:
+    """The format of a file's name. Raises ValueError for an unknown ending, and for a package that is missing."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(
+            f"the ending of output_file names no format; got {str(path)!r}; expected one of {', '.join(FORMATS)}"
+        )
+    package = FORMATS[suffix].package
+    if package is not None and find_spec(package) is None:
+        raise ValueError(
+            f"{suffix} files need a package that is missing; expected {package}; try: pip install {package}"
+        )
+    return FORMATS[suffix]
+
+
+def write_answers(path: str | Path, answers: Iterable[Answer], info: AdapterInfo) -> None:
+    """Write predictions to a file, which appears when the last of them is written.
+
+    info: of the classifier that gives them. Raises ValueError as `format_of`, before the first answer is taken.
+    """
+    kind, stream_of = format_of(path), iter(answers)
+    first = list(islice(stream_of, 1))
+    pair = not isinstance(first[0]["text"], str) if first else len(info.text_columns) == 2
+    names = ["text", *(["text_pair"] if pair else []), "label", "score"]
+    names += [f"scores.{label}" for label in info.labels]
+
+    def whole() -> Iterator[Answer]:
+        yield from first
+        yield from stream_of
+
+    with whole_file(Path(path), binary=kind.binary) as stream:
+        kind.write(whole(), names, stream)
+
+
+def _row(answer: Answer) -> list[Any]:
+    text = answer["text"]
+    texts = [text] if isinstance(text, str) else text
+    return [*texts, answer["label"], answer["score"], *answer["scores"].values()]
+
+
+def _cells(answer: Answer) -> list[Any]:
+    """A row whose lists, of several labels and their scores, are written as JSON."""
+    return [
+        json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for value in _row(answer)
+    ]
