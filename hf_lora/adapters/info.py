@@ -18,7 +18,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("problem_type", "pooling", "projections"), (str,)),
     **dict.fromkeys(("hf_lora_version", "transformers_version"), (str,)),
     **dict.fromkeys(("lora", "base_model", "metrics", "sha256"), (dict,)),
-    **{"max_length": (int,), "text_columns": (list,)},
+    **dict.fromkeys(("text_columns", "label_columns"), (list,)),
+    **{"max_length": (int,), "label_layout": (str,)},
 }
 
 
@@ -42,6 +43,8 @@ class AdapterInfo:
     labels: in the order of the head's outputs.
     pooling: how token states become the head's input: "native", the architecture's own head, or a name of
         `hf_lora.models.pooling.POOLINGS`.
+    label_columns, label_layout: where the training data had the labels, and how: "values", "names", "vectors" or
+        "columns", as in `hf_lora.data.columns.LAYOUTS`.
     lora: the LoRAConfig; PEFT's file can hold only a part of it.
     temperature: logits are divided by it before the softmax or sigmoid; None: 1.
     thresholds: multi-label only: the probability above which each label is given; None: 0.5.
@@ -52,6 +55,8 @@ class AdapterInfo:
     pooling: str = "native"
     max_length: int | None = None
     text_columns: tuple[str, ...] = ()
+    label_columns: tuple[str, ...] = ()
+    label_layout: str | None = None
     projections: str | None = None
     lora: Mapping[str, Any] | None = None
     temperature: float | None = None
@@ -109,7 +114,7 @@ class AdapterInfo:
         check_types(base, dict.fromkeys((entry.name for entry in fields(BaseModel)), (str,)), source)
         check_types(digests, dict.fromkeys(digests, (str,)), source)
         given = {name: value for name, value in values.items() if value is not None}
-        for name in given.keys() & {"labels", "text_columns", "thresholds"}:
+        for name in given.keys() & {"labels", "text_columns", "label_columns", "thresholds"}:
             given[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
         try:
             return cls(**given, base_model=BaseModel(**base))

@@ -30,6 +30,8 @@ def load_classifier(
     pooling: str = NATIVE,
     max_length: int | None = None,
     text_columns: Sequence[str] = (),
+    label_columns: Sequence[str] = (),
+    label_layout: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     **hub: Any,
@@ -58,6 +60,8 @@ def load_classifier(
         pooling=pooling,
         max_length=max_length,
         text_columns=tuple(text_columns),
+        label_columns=tuple(label_columns),
+        label_layout=label_layout,
         base_model=BaseModel(base, revision or commit_of(model.config), fingerprint(base_parameters(model))),
     )
     return model, load_tokenizer(base, revision=revision, **hub)

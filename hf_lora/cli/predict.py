@@ -36,7 +36,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--input_file",
-        help="txt (one text a line), csv, tsv, jsonl or parquet, of any size (default: standard input)",
+        help="txt (one text a line), csv, tsv, jsonl, parquet or xlsx, of any size (default: standard input)",
     )
     parser.add_argument(
         "--output_file",
@@ -98,7 +98,8 @@ def texts_of(options: Namespace, classifier: TextClassifier) -> Iterator[Text]:
         return
     text, pair = text_columns(options, classifier.info)
     source = options.input_file or sys.stdin
-    for row in iter_texts(source, text_column=text, text_pair_column=pair, encoding=options.encoding):
+    reading = {name: getattr(options, name) for name in ("encoding", "delimiter", "quoting")}
+    for row in iter_texts(source, text_column=text, text_pair_column=pair, **reading):
         yield row[0] if len(row) == 1 else row
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hf_lora.data.config import QUOTINGS
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -30,8 +32,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dataset_config_name": {"help": "configuration of the Hub data set"},
     "text_column": {"help": "column of the text (default: as in training)"},
     "text_pair_column": {"help": "column of the second text of a pair"},
-    "label_column": {"help": "column of the label"},
+    "label_column": {
+        "nargs": "+",
+        "help": "column of the label, or one for each label (default: as in training)",
+    },
     "encoding": {"default": "utf-8", "help": "character encoding of the file (default: utf-8)"},
+    "delimiter": {"help": "what separates the fields of CSV and TSV files, such as ';' or tab"},
+    "quoting": {"choices": QUOTINGS, "help": "whether double quotes surround texts in CSV and TSV files"},
     "max_test_samples": {"type": int, "help": "use only the first N examples"},
     "batch_size": {
         "type": int,
@@ -47,7 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 ADAPTER = ("adapter", "revision")
 CLASSIFIER = (*ADAPTER, "base", "skip_base_check")
-INPUT = ("text_column", "text_pair_column", "encoding")
+INPUT = ("text_column", "text_pair_column", "encoding", "delimiter", "quoting")
 LABELLED = ("test_file", "dataset_name", "dataset_config_name", "label_column", "max_test_samples", *INPUT)
 SPEED = ("batch_size", "precision")
 
@@ -109,9 +116,12 @@ def labelled_data(options: Namespace, classifier: TextClassifier) -> Labelled:
         label_column=options.label_column,
         max_length=info.max_length or min(DataConfig.max_length, classifier.tokenizer.model_max_length),
         encoding=options.encoding,
+        delimiter=options.delimiter,
+        quoting=options.quoting,
         max_test_samples=options.max_test_samples,
     )
-    data = prepare_test(config, classifier.tokenizer, info.labels, info.problem_type)
+    known: dict[str, Any] = {"label_columns": info.label_columns, "label_layout": info.label_layout}
+    data = prepare_test(config, classifier.tokenizer, info.labels, info.problem_type, **known)
     rows = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
     texts = [row[0] if len(row) == 1 else row for row in rows]
     return Labelled(data, texts, data.splits["test"].with_format("numpy")["labels"][:])

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hf_lora._choices import option
 
 DEFAULT_SEED = 42
+MAX_TEXT = 1_000_000
+"""Characters of the longest text that is taken: tokenizing takes about 150 bytes of memory for each."""
+QUOTINGS = ("double", "none")
+
+
+class Reading(NamedTuple):
+    """How text files are read. delimiter, quoting: None: by the suffix of the file."""
+
+    encoding: str = "utf-8"
+    delimiter: str | None = None
+    quoting: str | None = None
+
+    @classmethod
+    def of(cls, encoding: str, delimiter: str | None = None, quoting: str | None = None) -> Reading:
+        """Checked values; "tab" is the tab. Raises ValueError for one that is not usable."""
+        delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
+            raise ValueError(f"delimiter is {delimiter!r}; expected one character, such as ';', or tab")
+        if quoting not in (None, *QUOTINGS):
+            raise ValueError(f"unknown quoting {quoting!r}; expected one of {', '.join(QUOTINGS)}")
+        codec_for(encoding)
+        return cls(encoding, delimiter, quoting)
+
+    @property
+    def codec(self) -> str:
+        """What decodes the file, without a byte order mark."""
+        return codec_for(self.encoding)
+
+
+def separator_name(mark: str) -> str:
+    """A separator, for people."""
+    return {"\t": "tab"}.get(mark, repr(mark))
 
 
 @dataclass(frozen=True)
@@ -23,7 +57,7 @@ class DataConfig:
     dataset_revision: str | None = option(None, help="Branch, tag or commit of the Hub data set.")
     train_file: str | None = option(
         None,
-        help="Training data: CSV, TSV, JSON lines, Parquet, a save_to_disk folder, or a folder with one "
+        help="Training data: CSV, TSV, JSON lines, Parquet, Excel, a save_to_disk folder, or a folder with one "
         "sub-folder of text files for each label.",
     )
     validation_file: str | None = option(
@@ -32,8 +66,10 @@ class DataConfig:
     test_file: str | None = option(None, help="Test data.")
     text_column: str | None = option(None, help="Column of the text; default: guessed from the usual names.")
     text_pair_column: str | None = option(None, help="Column of the second text of a pair.")
-    label_column: str | None = option(
-        None, help="Column of the label; default: guessed from the usual names."
+    label_column: str | tuple[str, ...] | None = option(
+        None,
+        help="Column of the label; several: one of 0 and 1 for each label of a multi-label problem; default: guessed "
+        "from the usual names.",
     )
     problem_type: str | None = option(
         None,
@@ -56,6 +92,14 @@ class DataConfig:
         flag="split_seed",
     )
     encoding: str = option("utf-8", help="Character encoding of the files.")
+    delimiter: str | None = option(
+        None, help="What separates the fields of CSV and TSV files, such as ';' or tab; default: ',' and tab."
+    )
+    quoting: str | None = option(
+        None,
+        help="Double quotes in CSV and TSV files: double (they surround a text that holds separators) or none (they "
+        "are text); default: double, but none where tabs separate.",
+    )
     few_shot: int | None = option(
         None,
         help="Use only this many training examples of each label, drawn with the split's seed. The validation part "
@@ -72,6 +116,17 @@ class DataConfig:
         repr=False,
         metadata={"help": "Hub token; default: the one `hf auth login` stored.", "flag": ""},
     )
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of the labels that are named: none, one, or one for each label."""
+        given = self.label_column or ()
+        return (given,) if isinstance(given, str) else given
+
+    @property
+    def reading(self) -> Reading:
+        """How the text files are read."""
+        return Reading.of(self.encoding, self.delimiter, self.quoting)
 
     @property
     def split_seed(self) -> int:
@@ -91,7 +146,12 @@ class DataConfig:
             value = getattr(self, name)
             refuse(value and not self.dataset_name, f"{name} needs a dataset_name; got {value!r}")
         refuse(pair and not text, f"text_pair_column needs a text_column; got {pair!r} alone")
-        named = [name for name in (text, pair, self.label_column) if name]
+        if isinstance(self.label_column, Sequence) and not isinstance(self.label_column, str):
+            one = len(self.label_column) == 1
+            object.__setattr__(
+                self, "label_column", self.label_column[0] if one else tuple(self.label_column)
+            )
+        named = [name for name in (text, pair, *self.label_columns) if name]
         twice = len(set(named)) < len(named)
         refuse(twice, f"one column has two roles; got text, pair and label columns {', '.join(named)}")
         for name in ("max_length", "few_shot", "max_train_samples", "max_eval_samples", "max_test_samples"):
@@ -111,7 +171,12 @@ class DataConfig:
             known = ", ".join(TASKS)
             message = f"unknown problem_type {self.problem_type!r}; expected one of {known}"
             refuse(self.problem_type not in TASKS, message)
-        codec_for(self.encoding)
+            several = len(self.label_columns) > 1 and self.problem_type != "multi_label_classification"
+            refuse(
+                several,
+                f"several label columns are for multi_label_classification; got {self.problem_type!r}",
+            )
+        Reading.of(self.encoding, self.delimiter, self.quoting)
 
 
 def codec_for(encoding: str) -> str:

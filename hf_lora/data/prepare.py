@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_lora.data.columns import choose_columns, require_column
-from hf_lora.data.config import DataConfig
+from hf_lora.data.columns import Columns, LabelLayout, choose_columns, require_column, with_string_texts
+from hf_lora.data.config import MAX_TEXT, DataConfig
 from hf_lora.data.few_shot import few_shot
 from hf_lora.data.files import BADLY_ENCODED
 from hf_lora.data.report import DataReport
@@ -20,12 +20,12 @@ from hf_lora.data.splits import (
     ENCODED,
     SPLIT_NAMES,
     hold_out,
-    load_splits,
+    read_splits,
     subset,
     without_hidden_test,
     without_progress_bars,
 )
-from hf_lora.tasks import Task, task_of
+from hf_lora.tasks import MULTI, Task, task_of
 from hf_lora.tasks.labels import LabelScheme, are_hidden, learn_labels, read_labels
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class ClassificationData:
     `splits` has the tokenizer's outputs and "labels": int64, a list of `len(labels)` float32 for multi-label,
     or float32 for a regression. `texts` has the text and label columns of the same rows in the same order.
     `labels` are names in id order; of a regression the name of its label column. `held_out`: the validation
-    split was taken from the training data.
+    split was taken from the training data. `label_columns` and `label_layout`: where and how the labels stand, the
+    latter of `columns.LAYOUTS`. `why`: what decided on the problem type. `files`: how each file was understood.
     """
 
     splits: datasets.DatasetDict
@@ -51,6 +52,10 @@ class ClassificationData:
     max_length: int
     report: DataReport
     held_out: bool = False
+    label_columns: tuple[str, ...] = ()
+    label_layout: str = "values"
+    why: str = ""
+    files: tuple[str, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -76,14 +81,21 @@ def prepare_data(
         Runs with other training data then share one test split.
     Raises ValueError: a mistake in the files, columns, labels or sizes; one line that says where.
     """
-    raw = load_splits(config, tables)
+    raw, told = read_splits(config, tables)
     if "train" not in raw:
         raise ValueError("there is no training split; give a train_file or a dataset_name that has one")
     columns = _checked_columns(raw, "train", config, tokenizer)
     asked_for = bool(config.test_file) or "test" in (tables or {})
-    raw, warnings = without_hidden_test(raw, columns[-1], asked_for=asked_for)
-    scheme = learn_labels(raw["train"], columns[-1], config.problem_type)
-    splits = {split: _encode(dataset, columns, scheme, split) for split, dataset in raw.items()}
+    raw, warnings = without_hidden_test(raw, columns.labels[0], asked_for=asked_for)
+    layout = LabelLayout.of(raw["train"], columns.labels, config.problem_type, "train")
+    raw["train"] = layout.applied(raw["train"], "train")
+    several = MULTI if layout.words else None
+    scheme = learn_labels(raw["train"], layout.column, config.problem_type or several)
+    scheme = scheme.because(layout.words)
+    for split in raw.keys() - {"train"}:
+        raw[split] = layout.applied(raw[split], split, scheme.names)
+    splits = {split: _encode(dataset, columns.texts, layout, scheme, split) for split, dataset in raw.items()}
+    warnings += scheme.warnings
     if test_seed is not None and not {"validation", "test"} & set(splits):
         train, test, _ = hold_out(splits["train"], scheme, replace(config, seed=test_seed))
         splits = {"train": train, "test": test}
@@ -95,7 +107,8 @@ def prepare_data(
     elif held_out:
         splits["train"], splits["validation"], more = hold_out(splits["train"], scheme, config)
     ordered = {split: splits[split] for split in SPLIT_NAMES if split in splits}
-    return _finish(ordered, columns, scheme, config, tokenizer, (*warnings, *more), held_out)
+    data = _finish(ordered, columns.texts, layout, scheme, config, tokenizer, (*warnings, *more))
+    return replace(data, held_out=held_out, files=told)
 
 
 @without_progress_bars()
@@ -106,32 +119,42 @@ def prepare_test(
     problem_type: str,
     *,
     tables: Mapping[str, Any] | None = None,
+    label_columns: Sequence[str] = (),
+    label_layout: str | None = None,
 ) -> ClassificationData:
     """Prepare the "test" split alone, with the labels of an existing classifier.
 
     tables: {"test": data in memory}, as `load_splits` takes it.
+    label_columns, label_layout: where and how the labels stood in training; another column can be named in `config`.
     Raises ValueError: as `prepare_data`, and for a label that is hidden or that the classifier does not know.
     """
     given = config.problem_type
     if given not in (None, problem_type):
         raise ValueError(f"problem_type is {given!r}; the classifier was trained for {problem_type!r}")
-    raw = load_splits(config, tables)
+    raw, told = read_splits(config, tables)
     if "test" not in raw:
         raise ValueError(f"there is no test split; got {', '.join(raw)}; give a test_file")
-    columns = _checked_columns(raw, "test", config, tokenizer)
-    if "-1" not in labels and are_hidden(raw["test"], columns[-1]):
+    columns = _checked_columns(raw, "test", config, tokenizer, label_columns)
+    if "-1" not in labels and are_hidden(raw["test"], columns.labels[0]):
         raise ValueError("every label of the test split is -1: they are hidden; give a test_file with labels")
+    layout = LabelLayout.of(raw["test"], columns.labels, problem_type, "test", labels, label_layout)
     scheme = LabelScheme(task_of(problem_type), tuple(labels))
-    splits = {"test": _encode(raw["test"], columns, scheme, "test")}
-    return _finish(splits, columns, scheme, config, tokenizer, (), False)
+    test = layout.applied(raw["test"], "test", labels)
+    splits = {"test": _encode(test, columns.texts, layout, scheme, "test")}
+    data = _finish(splits, columns.texts, layout, scheme, config, tokenizer, ())
+    return replace(data, files=told)
 
 
 def _checked_columns(
-    raw: datasets.DatasetDict, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, ...]:
-    """The text columns and the label column; raises ValueError where `max_length` does not fit them too."""
-    columns = choose_columns(raw[split].column_names, config, f"the {split} split")
-    special = tokenizer.num_special_tokens_to_add(pair=len(columns) > 2)
+    raw: datasets.DatasetDict,
+    split: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    usual: Sequence[str] = (),
+) -> Columns:
+    """The columns of the text and of the label; raises ValueError where `max_length` does not fit them too."""
+    columns = choose_columns(raw[split].column_names, config, f"the {split} split", usual)
+    special = tokenizer.num_special_tokens_to_add(pair=len(columns.texts) > 1)
     most, problem = tokenizer.model_max_length, f"max_length is {config.max_length}"
     if config.max_length > most:
         raise ValueError(f"{problem}; the tokenizer's model takes at most {most}")
@@ -141,55 +164,30 @@ def _checked_columns(
 
 
 def _encode(
-    dataset: datasets.Dataset, columns: Sequence[str], scheme: LabelScheme, split: str
+    dataset: datasets.Dataset, texts: Sequence[str], layout: LabelLayout, scheme: LabelScheme, split: str
 ) -> datasets.Dataset:
     """Keep the columns that matter, texts as strings, and add the encoded labels."""
-    *texts, label = columns
-    for name in columns:
+    for name in (*texts, layout.column):
         require_column(dataset.column_names, name, f"the {split} split")
-    encoded = scheme.task.encode(read_labels(dataset, label), scheme.names, split)
+    encoded = scheme.task.encode(read_labels(dataset, layout.column), scheme.names, split)
     marks = [name for name in (BADLY_ENCODED,) if name in dataset.column_names]
     # Stratified splits need a ClassLabel.
     feature = datasets.ClassLabel(names=list(scheme.names)) if scheme.task.one_label else scheme.task.feature
-    kept = _with_string_texts(dataset.select_columns([*columns, *marks]), texts, split)
+    kept = with_string_texts(dataset.select_columns([*texts, layout.column, *marks]), texts, split)
     return kept.add_column(ENCODED, encoded, feature=feature)
-
-
-def _with_string_texts(
-    dataset: datasets.Dataset, text_columns: Sequence[str], split: str
-) -> datasets.Dataset:
-    """Turn nulls into empty texts and numbers into their digits; leave columns of strings as they are."""
-    features, changing = dataset.features.copy(), []
-    for name in text_columns:
-        is_string = getattr(features[name], "dtype", None) in ("string", "large_string")
-        if is_string and dataset.data.column(name).null_count == 0:
-            continue
-        value = next((value for value in dataset[name] if value is not None), "")
-        if not isinstance(value, str | int | float):
-            held = type(value).__name__
-            raise ValueError(f"column {name!r} of the {split} split holds {held} values, not text")
-        features[name] = datasets.Value("string")
-        changing.append(name)
-    if not changing:
-        return dataset
-    return dataset.map(_stringify, batched=True, fn_kwargs={"columns": changing}, features=features)
-
-
-def _stringify(batch: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[str]]:
-    return {name: ["" if value is None else str(value) for value in batch[name]] for name in columns}
 
 
 def _finish(
     encoded: dict[str, datasets.Dataset],
-    columns: tuple[str, ...],
+    text_columns: tuple[str, ...],
+    layout: LabelLayout,
     scheme: LabelScheme,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     warnings: tuple[str, ...],
-    held_out: bool,
 ) -> ClassificationData:
     """Cut the splits to size, tokenize and count them."""
-    text_columns, max_length = columns[:-1], config.max_length
+    max_length = config.max_length
     kept = {split: subset(dataset, split, config) for split, dataset in encoded.items()}
     tokenized = {
         split: _tokenize(dataset, text_columns, tokenizer, max_length) for split, dataset in kept.items()
@@ -205,7 +203,7 @@ def _finish(
         .rename_column(ENCODED, "labels")
         for split, dataset in tokenized.items()
     }
-    texts = {split: part.select_columns(list(columns)) for split, part in kept.items()}
+    texts = {split: part.select_columns([*text_columns, layout.column]) for split, part in kept.items()}
     return ClassificationData(
         datasets.DatasetDict(splits),
         datasets.DatasetDict(texts),
@@ -214,7 +212,9 @@ def _finish(
         text_columns=text_columns,
         max_length=max_length,
         report=report,
-        held_out=held_out,
+        label_columns=layout.columns,
+        label_layout=layout.form,
+        why=scheme.why,
     )
 
 
@@ -245,7 +245,12 @@ def _tokenize_batch(
     Only examples that are too long are tokenized again, by the tokenizer: it knows how to cut a pair.
     """
     texts = [batch[name] for name in text_columns]
-    outputs = dict(tokenizer(*texts, truncation=False, verbose=False))
+    outputs: dict[str, list[Any]] = {}
+    for part in _parts([sum(map(len, row)) for row in zip(*texts, strict=True)]):
+        for name, values in tokenizer(
+            *(column[part] for column in texts), truncation=False, verbose=False
+        ).items():
+            outputs.setdefault(name, []).extend(values)
     lengths = [len(ids) for ids in outputs["input_ids"]]
     long = [row for row, length in enumerate(lengths) if length > max_length]
     if long:
@@ -254,3 +259,14 @@ def _tokenize_batch(
             for row, value in zip(long, values, strict=True):
                 outputs[name][row] = value
     return {**outputs, _LENGTH: lengths}
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """Slices of rows that have up to MAX_TEXT characters together, or one row: what is tokenized at once."""
+    begin = total = 0
+    for row, size in enumerate(sizes):
+        total += size
+        if row > begin and total > MAX_TEXT:
+            yield slice(begin, row)
+            begin, total = row, size
+    yield slice(begin, len(sizes))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
+from zipfile import BadZipFile, ZipFile
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 
 from hf_lora.data.columns import choose_text_columns
-from hf_lora.data.config import codec_for
+from hf_lora.data.config import MAX_TEXT, Reading
+from hf_lora.data.delimited import Record, bounded_lines, delimited_records, fail
+from hf_lora.tasks.labels import as_text
 
-# A line number and what that line says, by column. Parquet has rows instead of lines.
-Record = tuple[int, dict[str, Any]]
-
-_MAX_FIELD_CHARACTERS = (1 << 31) - 1
+# What is held whole: a list of JSON objects, and the parts of an Excel file. JSON lines and CSV are not.
+MAX_WHOLE = 1 << 30
 
 
 def iter_texts(
@@ -28,17 +29,22 @@ def iter_texts(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     encoding: str = "utf-8",
+    delimiter: str | None = None,
+    quoting: str | None = None,
 ) -> Iterator[tuple[str, ...]]:
     """Yield the text, or the pair of texts, of each example, reading no further than the caller has asked.
 
-    Takes .csv, .tsv, .json, .jsonl and .parquet files; .txt files and open text streams have one text per
-    line, in a column "text". Nulls become empty texts. A JSON array, unlike JSON lines, is read whole.
+    Takes .csv, .tsv, .json, .jsonl, .parquet and .xlsx files; .txt files and open text streams have one text per
+    line, in a column "text". Nulls become empty texts. A JSON array and Excel, unlike JSON lines, are read whole.
+    delimiter, quoting: of CSV and TSV, as in `DataConfig`.
     Raises ValueError: as `read_path`, when iteration arrives at the mistake.
     """
+    reading = Reading.of(encoding, delimiter, quoting)
+    check_delimited(reading, [path_or_stream])
     if isinstance(path_or_stream, (str, Path)):
-        name, records = str(path_or_stream), read_records(Path(path_or_stream), encoding)
+        name, records = str(path_or_stream), read_records(Path(path_or_stream), reading)
     else:
-        name, records = "the input", _text_per_line(path_or_stream)
+        name, records = "the input", _text_per_line(path_or_stream, "the input")
     columns: tuple[str, ...] = ()
     line = 0
     try:
@@ -46,14 +52,17 @@ def iter_texts(
             columns = columns or choose_text_columns(tuple(record), text_column, text_pair_column, name)
             for column in columns:
                 if column not in record:
-                    _fail(name, line, f"no {column!r} here; expected it in every record")
-            yield tuple("" if record[column] is None else str(record[column]) for column in columns)
+                    fail(name, line, f"no {column!r} here; expected it in every record")
+            texts = tuple(as_text(record[column]) for column in columns)
+            if any(len(text) > MAX_TEXT for text in texts):
+                fail(name, line, f"a text of more than {MAX_TEXT:,} characters; cut it or divide it")
+            yield texts
     except UnicodeDecodeError as error:  # of a stream; of a file `read_records` names the line
         problem = f"not valid {error.encoding} ({error.reason})"
         raise ValueError(f"{name}, after line {line}: {problem}") from None
 
 
-def read_records(path: Path, encoding: str) -> Iterator[Record]:
+def read_records(path: Path, reading: Reading) -> Iterator[Record]:
     """Yield the records of a file one by one, with their line numbers (from 1).
 
     Raises ValueError: the file does not exist, is empty, has an unknown format, or holds a mistake.
@@ -63,62 +72,49 @@ def read_records(path: Path, encoding: str) -> Iterator[Record]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; expected at least one example")
     try:
-        yield from format_of(path).records(path, codec_for(encoding))
+        yield from format_of(path).records(path, reading)
     except UnicodeDecodeError as error:
         content = path.read_bytes()
         try:
-            content.decode(encoding)
+            content.decode(reading.encoding)
+            start = 0
         except UnicodeDecodeError as first:
-            content = content[: first.start]
-        hint = "try --encoding latin-1, or save the file as UTF-8"
-        _fail(path, content.count(b"\n") + 1, f"not valid {encoding} ({error.reason}); {hint}")
+            start = first.start
+        hint = _other_encoding(content)
+        problem = f"not valid {reading.encoding} ({error.reason}); {hint}"
+        fail(path, content.count(b"\n", 0, start) + 1, problem)
 
 
-def _csv_records(path: Path, encoding: str, *, delimiter: str) -> Iterator[Record]:
-    csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # the default refuses texts over 128 KiB
-    names: list[str] = []
-    line, ended = 1, False
-
-    def lines() -> Iterator[str]:
-        nonlocal ended
-        yield from file
-        ended = True
-
-    with path.open(encoding=encoding, newline="") as file:
-        reader = csv.reader(lines(), delimiter=delimiter)
-        try:
-            for fields in reader:
-                if ended:  # the reader asks for more after the last line only inside quotes
-                    _fail(path, line, "a double quote is opened and never closed")
-                if not fields or (len(fields) == 1 and fields[0].isspace()):
-                    pass  # a blank line
-                elif not names:
-                    names = [name or f"Unnamed: {position}" for position, name in enumerate(fields)]
-                    if twice := next((name for name in names if names.count(name) > 1), None):
-                        _fail(path, line, f"the header names the column {twice!r} more than once")
-                elif len(fields) != len(names):
-                    expected = f"{len(names)} ({', '.join(names)})"
-                    hint = "put double quotes around a text that holds the separator"
-                    _fail(path, line, f"{len(fields)} fields; expected {expected}; {hint}")
-                else:
-                    yield line, dict(zip(names, fields, strict=True))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            _fail(path, line, str(error))
+def _other_encoding(content: bytes) -> str:
+    """Advice on the encoding of what is no UTF-8. latin-1 takes every byte, but has no letter at 0x80 to 0x9F."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "try --encoding utf-16"
+    if not any(byte in content for byte in map(bytes.__call__, ([code] for code in range(0x80, 0xA0)))):
+        return "try --encoding latin-1, or save the file as UTF-8"
+    try:
+        content.decode("cp1252")
+    except UnicodeDecodeError:
+        return "it is neither UTF-8 nor cp1252; give its --encoding, or save the file as UTF-8"
+    return "try --encoding cp1252, or save the file as UTF-8"
 
 
-def _json_records(path: Path, encoding: str) -> Iterator[Record]:
-    with path.open(encoding=encoding) as file:
-        first = next((line for line in file if line.strip()), "")
-        if first.lstrip().startswith("["):
-            numbered: Iterable[tuple[int, Any]] = enumerate(_parse_json(first + file.read(), path, 1), 1)
+def _json_records(path: Path, reading: Reading) -> Iterator[Record]:
+    with path.open(encoding=reading.codec) as file:
+        beginning = file.read(1024)
+        while beginning and beginning.isspace():
+            beginning = file.read(1024)
+        file.seek(0)
+        numbered: Iterable[tuple[int, Any]]
+        if beginning.lstrip().startswith("["):
+            if (size := path.stat().st_size) > MAX_WHOLE:
+                fail(path, 1, f"a list of {size:,} bytes; expected at most {MAX_WHOLE:,}, or JSON lines")
+            numbered = enumerate(_parse_json(file.read(), path, 1), 1)
         else:
-            file.seek(0)
-            lines = ((number, line.rstrip()) for number, line in enumerate(file, 1))
+            lines = ((number, line.strip()) for number, line in enumerate(bounded_lines(file, path), 1))
             numbered = ((number, _parse_json(line, path, number)) for number, line in lines if line)
         for number, value in numbered:
             if not isinstance(value, dict):
-                _fail(path, number, 'not a JSON object; expected one like {"text": "...", "label": "..."}')
+                fail(path, number, 'not a JSON object; expected one like {"text": "...", "label": "..."}')
             yield number, value
 
 
@@ -129,12 +125,14 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text, parse_constant=reject)
     except json.JSONDecodeError as error:
-        _fail(path, first_line + error.lineno - 1, f"not valid JSON: {error.msg} (column {error.colno})")
+        fail(path, first_line + error.lineno - 1, f"not valid JSON: {error.msg} (column {error.colno})")
+    except RecursionError:
+        fail(path, first_line, "not usable JSON: nested too deeply")
     except ValueError as error:
-        _fail(path, first_line, f"not valid JSON: {error}")
+        fail(path, first_line, f"not valid JSON: {error}")
 
 
-def _parquet_records(path: Path, encoding: str) -> Iterator[Record]:
+def _parquet_records(path: Path, reading: Reading) -> Iterator[Record]:
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
@@ -144,32 +142,70 @@ def _parquet_records(path: Path, encoding: str) -> Iterator[Record]:
         yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
 
 
-def _line_records(path: Path, encoding: str) -> Iterator[Record]:
-    with path.open(encoding=encoding) as file:
-        yield from _text_per_line(file)
+def _excel_records(path: Path, reading: Reading) -> Iterator[Record]:
+    """The rows of the only sheet, below a row of names; cells keep their types, empty ones are empty texts."""
+    options: Any = {"sheet_name": None, "dtype": object, "keep_default_na": False, "engine": "openpyxl"}
+    try:
+        with ZipFile(path) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+        if size > MAX_WHOLE:
+            raise ValueError(f"{size:,} bytes unpacked; expected at most {MAX_WHOLE:,}")
+        found = pandas.read_excel(path, na_values=[""], **options)
+    except ImportError:
+        raise ValueError(f"{path}: Excel files need openpyxl; pip install 'hf-lora[excel]'") from None
+    except (BadZipFile, ValueError, KeyError, OSError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an Excel file: {str(error).partition(chr(10))[0]}"
+        ) from error
+    sheets = {name: table for name, table in found.items() if len(table)}
+    if len(sheets) > 1:
+        raise ValueError(
+            f"{path} has {len(sheets)} sheets with rows: {', '.join(sheets)}; expected one; save it alone"
+        )
+    for table in sheets.values():
+        names = [str(name) for name in table.columns]
+        values = table.astype(object).where(table.notna(), "").itertuples(index=False, name=None)
+        yield from ((line, dict(zip(names, row, strict=True))) for line, row in enumerate(values, 2))
 
 
-def _text_per_line(lines: Iterable[str]) -> Iterator[Record]:
-    return ((number, {"text": line.rstrip("\r\n")}) for number, line in enumerate(lines, 1))
+def _line_records(path: Path, reading: Reading) -> Iterator[Record]:
+    with path.open(encoding=reading.codec) as file:
+        yield from _text_per_line(file, path)
+
+
+def _text_per_line(file: TextIO, source: Path | str) -> Iterator[Record]:
+    return (
+        (number, {"text": line.rstrip("\r\n")}) for number, line in enumerate(bounded_lines(file, source), 1)
+    )
 
 
 class FileFormat(NamedTuple):
-    """How one kind of file is read: record by record, or whole by a builder of `datasets`."""
+    """How one kind of file is read, record by record."""
 
-    records: Callable[[Path, str], Iterator[Record]]
-    builder: str | None = None
-    """None: the format has no place for labels."""
+    records: Callable[[Path, Reading], Iterator[Record]]
+    has_labels: bool = True
     delimiter: str | None = None
+    """Of CSV and TSV: what separates the fields where nothing else is asked for."""
 
 
 FORMATS: dict[str, FileFormat] = {
-    ".csv": FileFormat(partial(_csv_records, delimiter=","), "csv", ","),
-    ".tsv": FileFormat(partial(_csv_records, delimiter="\t"), "csv", "\t"),
-    ".json": FileFormat(_json_records, "json"),
-    ".jsonl": FileFormat(_json_records, "json"),
-    ".parquet": FileFormat(_parquet_records, "parquet"),
-    ".txt": FileFormat(_line_records),
+    ".csv": FileFormat(partial(delimited_records, delimiter=","), delimiter=","),
+    ".tsv": FileFormat(partial(delimited_records, delimiter="\t"), delimiter="\t"),
+    ".json": FileFormat(_json_records),
+    ".jsonl": FileFormat(_json_records),
+    ".parquet": FileFormat(_parquet_records),
+    ".xlsx": FileFormat(_excel_records),
+    ".txt": FileFormat(_line_records, has_labels=False),
 }
+
+
+def check_delimited(reading: Reading, sources: Iterable[Any]) -> None:
+    """Raise ValueError for a delimiter or quoting where no source is a CSV or TSV file."""
+    kinds = [Path(source).suffix.lower() for source in sources if isinstance(source, str | Path)]
+    for name in ("delimiter", "quoting"):
+        value = getattr(reading, name)
+        if value is not None and not any(kind in FORMATS and FORMATS[kind].delimiter for kind in kinds):
+            raise ValueError(f"{name} is of CSV and TSV files; got {value!r} and no such file; leave it out")
 
 
 def format_of(path: Path) -> FileFormat:
@@ -177,7 +213,3 @@ def format_of(path: Path) -> FileFormat:
     if suffix not in FORMATS:
         raise ValueError(f"{path} has the unknown suffix {suffix!r}; expected one of {', '.join(FORMATS)}")
     return FORMATS[suffix]
-
-
-def _fail(source: str | Path, line: int, problem: str) -> NoReturn:
-    raise ValueError(f"{source}, line {line}: {problem}")

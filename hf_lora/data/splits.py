@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 
 from hf_lora.data.config import DataConfig
-from hf_lora.data.files import read_path
-from hf_lora.data.tables import read_table
+from hf_lora.data.files import read_path, read_table
+from hf_lora.data.records import check_delimited
 from hf_lora.tasks.labels import LabelScheme, are_hidden
 
 ENCODED = "__labels__"  # the column of encoded labels, while the raw label column is still there
@@ -43,30 +43,37 @@ def without_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-@without_progress_bars()
 def load_splits(config: DataConfig, tables: Mapping[str, Any] | None = None) -> datasets.DatasetDict:
-    """Return the raw splits that the data has, under the names "train", "validation" and "test".
+    """Return the raw splits that the data has, as `read_splits`."""
+    return read_splits(config, tables)[0]
+
+
+@without_progress_bars()
+def read_splits(
+    config: DataConfig, tables: Mapping[str, Any] | None = None
+) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
+    """Return the raw splits under the names "train", "validation" and "test", and how each file was understood.
 
     tables: by those names, data in memory or paths, in place of the configuration's files. A DatasetDict under
     "train" brings all its splits; those that are given by themselves replace them.
     Raises ValueError: a file, table or data set cannot be read, has no examples or no split of the expected name.
     """
-    sources = _sources(config, tables or {})
+    sources, told = _sources(config, tables or {}), list[str]()
     if config.dataset_name:
         found = _load_from_hub(config)
     elif "train" in sources:
-        found = _read(sources.pop("train"), "train", config)
+        found = _read(sources.pop("train"), "train", config, told)
     elif "test" in sources:
         found = datasets.DatasetDict()
     else:
         raise ValueError("no data given; expected a dataset_name, a train_file or a test_file")
     splits = _known_splits(found) if isinstance(found, dict) else datasets.DatasetDict(train=found)
     for split, source in sources.items():
-        splits[split] = _one_split(_read(source, split, config), split, source)
+        splits[split] = _one_split(_read(source, split, config, told), split, source)
     for split, dataset in splits.items():
         if len(dataset) == 0:
             raise ValueError(f"the {split} split is empty; expected at least one example")
-    return splits
+    return splits, tuple(told)
 
 
 def _sources(config: DataConfig, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +89,7 @@ def _sources(config: DataConfig, tables: Mapping[str, Any]) -> dict[str, Any]:
                 f"two sources of the {split} data; got {other!r} and a {type(table).__name__}; expected one"
             )
         sources[split] = table
+    check_delimited(config.reading, [source for source in sources.values() if isinstance(source, str | Path)])
     return sources
 
 
@@ -99,10 +107,14 @@ def _load_from_hub(config: DataConfig) -> datasets.DatasetDict:
         raise ValueError(f"cannot load the dataset {config.dataset_name!r}: {reason}") from error
 
 
-def _read(source: Any, split: str, config: DataConfig) -> datasets.Dataset | datasets.DatasetDict:
-    if isinstance(source, str | Path):
-        return read_path(str(source), encoding=config.encoding, cache_dir=config.cache_dir)
-    return read_table(source, split)
+def _read(
+    source: Any, split: str, config: DataConfig, told: list[str]
+) -> datasets.Dataset | datasets.DatasetDict:
+    if not isinstance(source, str | Path):
+        return read_table(source, split)
+    found, words = read_path(str(source), config.reading, cache_dir=config.cache_dir)
+    told.append(words)
+    return found
 
 
 def _known_splits(found: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:

@@ -181,6 +181,8 @@ class Finetuning:
                 pooling=pooling.pooling,
                 max_length=self.data.max_length,
                 text_columns=self.data.text_columns,
+                label_columns=self.data.label_columns,
+                label_layout=self.data.label_layout,
                 dtype=precision.dtype,
                 **model.place,
             )

@@ -82,7 +82,10 @@ def data_facts(data: ClassificationData) -> Iterator[tuple[str, str]]:
     labels = f"; labels {', '.join(f'{name} {count:,}' for name, count in counts.items())}" if counts else ""
     if len(counts) > _MANY:
         labels = f"; {len(counts)} labels of {min(counts.values()):,} to {max(counts.values()):,} examples"
-    yield "task", f"{data.task.words} of {columns}{labels}"
+    for words in data.files:
+        yield "file", words
+    pair = "pairs of " * (len(data.text_columns) > 1)
+    yield "task", f"{data.task.words} of {pair}{columns}{data.why and f', {data.why}'}{labels}"
     splits = [f"{split} {examples:,}" for split, examples in report.examples.items()]
     yield "examples", ", ".join(splits) + "; validation is held out of train" * data.held_out
     longest, cut = max(report.longest.values()), sum(report.truncated.values())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_lora.tasks.calibration import Calibration
 from hf_lora.tasks.labels import bad_label, in_order, label_id, label_name, require_labels
+from hf_lora.tasks.layouts import split_names
 from hf_lora.tasks.probe import Fit, Layer, Problem
 from hf_lora.tasks.task import MULTI, Task
 
@@ -108,12 +109,10 @@ class MultiLabel(Task):
 
 
 def _name_lists(values: Sequence[Any], split: str) -> list[list[str]]:
-    """The label names of each row; strings are split on "|", or on "," where no row has a "|"."""
+    """The label names of each row; texts are understood by `split_names`."""
     require_labels(values, split, lambda value: value is None)
-    separator = "|" if any("|" in value for value in values if isinstance(value, str)) else ","
     rows = []
-    for row, value in enumerate(values, 1):
-        parts = [part.strip() for part in value.split(separator)] if isinstance(value, str) else value
+    for row, (value, parts) in enumerate(zip(values, split_names(values, split)[0], strict=True), 1):
         if not isinstance(parts, list | tuple):
             raise bad_label(value, split, row, "expected a list of labels for a multi-label problem")
         names = [label_name(part, split, row) for part in parts if part != ""]

@@ -40,11 +40,12 @@ class SingleLabel(Task):
     def learn(self, values: Sequence[Any], column: str, declared: tuple[str, ...]) -> tuple[str, ...]:
         require_labels(values, "train", is_missing)
         seen = {label_name(value, "train", row) for row, value in enumerate(values, 1)}
-        if len(seen) < 2:
+        names = declared or in_order(seen)
+        if len(seen) < 2 or len(names) < 2:
             raise ValueError(
                 f"the train split has one label only in {column!r}: {min(seen)!r}; expected two or more"
             )
-        return declared or in_order(seen)
+        return names
 
     def encode(self, values: Sequence[Any], names: Sequence[str], split: str) -> list[int]:
         require_labels(values, split, is_missing)

@@ -134,7 +134,7 @@ class TestLabels:
             ),
             ([["x"], None], None, {}, r"1 of 2 examples of the train split have no label"),
             ([["x"], []], None, {}, r"the train split has 1 labels in 'label'; expected two or more"),
-            ([[0, 1, 0], [1, 0, 0]], None, {}, r"row 1: it has a label twice; .* not a vector of 0 and 1"),
+            ([[0, 1, 0], [1, 0]], None, {}, r"row 1: it has a label twice; .* not a vector of 0 and 1"),
             (
                 [1, 2],
                 None,

@@ -30,7 +30,7 @@ class TestIterTexts:
         class Lines(io.StringIO):
             given = 0
 
-            def __next__(self) -> str:
+            def readline(self, size: int = -1) -> str:
                 self.given += 1
                 return f"line {self.given}\n"
 

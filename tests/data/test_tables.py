@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from conftest import tiny_tokenizer
 
 from hf_lora.data import ClassificationData, DataConfig, load_splits, prepare_data, prepare_test
-from hf_lora.data.tables import read_table
+from hf_lora.data.files import read_table
 
 FORMS = ["dataset", "dataset_dict", "frame", "rows"]
 TEXTS = ["the film was good", "a dull book", "", "007", "NA", 'it was "fine", really', "very\nbad", "é"] * 5
@@ -187,3 +188,85 @@ def test_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     prepare_data(DataConfig(max_length=32), tiny_tokenizer(), tables={"train": rows})
     assert capfd.readouterr().err == ""
     assert not datasets.are_progress_bars_disabled()
+
+
+BITS = [[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 0]] * 3
+LISTS = [["a", "b"], ["b"], [], ["a"]] * 3
+WRITTEN = [
+    *("it's a day", "2024-01-01", 'the "best"', "007", "NA", "", 'a "quote', "é, ü; |", "1e5", "None"),
+    *("[x]", "last"),
+]
+# Labels in memory, as text in a file of text, the label columns, and what they are: problem type, names, encoded.
+STANDING: dict[str, tuple[dict[str, list[Any]], Any, str, tuple[str, ...], list[Any]]] = {
+    "text": ({"label": ["x", "NA", "x", "007"] * 3}, str, "single", ("007", "NA", "x"), [2, 1, 2, 0] * 3),
+    "integers": ({"label": [10, 9, 2, 9] * 3}, str, "single", ("2", "9", "10"), [2, 1, 0, 1] * 3),
+    "booleans": ({"label": [True, False] * 6}, json.dumps, "single", ("false", "true"), [1, 0] * 6),
+    "numbers": ({"label": [0.5, 2.0, -1.25, 3.0] * 3}, str, "regression", ("label",), [0.5, 2, -1.25, 3] * 3),
+    "lists": ({"label": LISTS}, str, "multi", ("a", "b"), [[1, 1], [0, 1], [0, 0], [1, 0]] * 3),
+    "lists as JSON": ({"label": LISTS}, json.dumps, "multi", ("a", "b"), [[1, 1], [0, 1], [0, 0], [1, 0]] * 3),
+    "ids": (
+        {"label": [[2], [0, 1], [], [1]] * 3}, str, "multi", ("0", "1", "2"),
+        [[0, 0, 1], [1, 1, 0], [0, 0, 0], [0, 1, 0]] * 3,
+    ),
+    "vectors": ({"label": BITS}, str, "multi", ("0", "1", "2"), BITS),
+    "vectors of two": ({"label": [[1, 0], [0, 1]] * 6}, str, "multi", ("0", "1"), [[1, 0], [0, 1]] * 6),
+    "columns": (
+        {name: [row[at] for row in BITS] for at, name in enumerate("cab")}, str, "multi", ("c", "a", "b"), BITS,
+    ),
+}  # fmt: skip
+NAMED = {"single": "single_label_classification", "multi": "multi_label_classification"}
+
+
+def written_as(form: str, folder: Path, labels: dict[str, list[Any]], as_text: Any) -> Any:
+    """The texts and labels in one of the forms that are read: a path, or a table."""
+    columns = {"text": WRITTEN, **labels}
+    texts = {
+        name: values if name == "text" else list(map(as_text, values)) for name, values in columns.items()
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    path = folder / f"data.{form}"
+    if form == "rows":
+        return rows
+    if form == "frame":
+        return pandas.DataFrame(columns)
+    if form == "dataset":
+        return datasets.Dataset.from_dict(columns)
+    if form == "csv":
+        return in_csv(path, texts)
+    if form == "tsv":
+        lines = ["\t".join(texts), *("\t".join(row) for row in zip(*texts.values(), strict=True))]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    elif form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif form == "json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif form == "parquet":
+        datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    else:
+        pytest.importorskip("openpyxl")
+        scalars = {
+            name: texts[name] if isinstance(values[0], list) else values for name, values in columns.items()
+        }
+        pandas.DataFrame(scalars).to_excel(path, index=False)
+    return str(path)
+
+
+@pytest.mark.parametrize("standing", STANDING)
+@pytest.mark.parametrize(
+    "form", ["csv", "tsv", "jsonl", "json", "parquet", "xlsx", "frame", "rows", "dataset"]
+)
+def test_every_format_gives_the_same_for_every_layout(form: str, standing: str, tmp_path: Path) -> None:
+    labels, as_text, kind, names, encoded = STANDING[standing]
+    table = written_as(form, tmp_path, labels, as_text)
+    options = {"max_length": 16, "label_column": tuple(labels)}
+    tables = {"train": table, "validation": table}
+    data = prepare_data(DataConfig(**options), tiny_tokenizer(), tables=tables)
+    assert (data.problem_type, data.labels) == (NAMED.get(kind, kind), names)
+    assert data.splits["train"]["labels"][:] == data.splits["validation"]["labels"][:] == encoded
+    assert data.texts["train"]["text"][:] == WRITTEN
+    # And once more for a classifier that was saved, from what it remembers.
+    known = {"label_columns": data.label_columns, "label_layout": data.label_layout}
+    again = prepare_test(
+        DataConfig(max_length=16), tiny_tokenizer(), names, data.problem_type, tables={"test": table}, **known
+    )
+    assert again.splits["test"]["labels"][:] == encoded
