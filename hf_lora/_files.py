@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import regex
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -129,8 +128,6 @@ def _fsync(path: Path) -> None:
 
 MAX_JSON_BYTES = 8 << 20
 MAX_HEADER_BYTES = 16 << 20
-MAX_PATTERN_LENGTH = 1000
-PATTERN_SECONDS = 1.0  # for matching one pattern with one name
 FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
@@ -226,31 +223,6 @@ def shortened(value: Any, limit: int = 80) -> str:
     """`repr` of a value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def check_pattern(what: str, pattern: Any) -> None:
-    """Raise ValueError for what is no regular expression of reasonable length."""
-    expected = "expected a regular expression"
-    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_LENGTH:
-        expected += f" of at most {MAX_PATTERN_LENGTH} characters"
-        raise ValueError(f"{what} has an unusable pattern; got {shortened(pattern)}; {expected}")
-    try:
-        regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise ValueError(
-            f"{what} has an invalid pattern; got {shortened(pattern)}; {expected} ({error})"
-        ) from None
-
-
-def full_match(pattern: str, name: str) -> bool:
-    """Whether a regular expression matches the whole of a name. Raises ValueError if that takes more than a second."""
-    try:
-        return regex.fullmatch(pattern, name, timeout=PATTERN_SECONDS) is not None
-    except TimeoutError:
-        raise ValueError(
-            f"a pattern takes too long to match; got {shortened(pattern)} for {name!r}; expected an answer within "
-            f"{PATTERN_SECONDS:g} s; use one without nested repetitions"
-        ) from None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lora._files import check_types, shortened
+from hf_lora._text import dotted_ends
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to
 from hf_lora.lora.inject import injection, lora_layers, trained_biases
@@ -142,7 +143,8 @@ def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
     if not names:
         raise ValueError("the adapter has no LoRA tensors; expected keys that end in .lora_A.weight")
     if isinstance(declared, list):
-        stray = [name for name in names if not any(has_suffix(name, str(suffix)) for suffix in declared)]
+        suffixes = set(declared)
+        stray = [name for name in names if suffixes.isdisjoint(dotted_ends(name))]
         if stray:
             raise ValueError(
                 f"the adapter's tensors and its target_modules disagree; got {shortened(stray[0])}; "

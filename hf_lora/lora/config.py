@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 from hf_lora._choices import Registry, option
-from hf_lora._files import check_pattern, full_match, is_number, shortened
+from hf_lora._files import is_number, shortened
+from hf_lora._text import Budget, Pattern, PatternTable
 from hf_lora.lora.architectures import ROLES
 
 FACTORS = ("lora_A", "lora_B", "lora_magnitude")
@@ -95,6 +97,7 @@ class LoRAConfig:
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         _check_patterns("rank_pattern", self.rank_pattern, _check_rank)
         _check_patterns("alpha_pattern", self.alpha_pattern, _check_alpha)
+        assert self._patterns  # parsed, which finds those that cannot be used
         for what, value, known in (("bias mode", self.bias, BIAS_MODES), ("form", self.form, FORMS)):
             _expect(value in known, f"unknown {what}", value, f"one of {', '.join(known)}")
         if self.init not in INITS:
@@ -103,13 +106,20 @@ class LoRAConfig:
         VARIANTS.get(self.variant)
         SCALINGS.get(self.scaling)
 
+    @cached_property
+    def _patterns(self) -> tuple[PatternTable, PatternTable]:
+        budget = Budget()
+        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        ranks, alphas = (PatternTable(what, values, budget) for what, values in tables.items())
+        return ranks, alphas
+
     def rank_of(self, name: str) -> int:
         """The rank for the module called `name`."""
-        return int(_first_match(self.rank_pattern, name, self.rank))
+        return int(self._patterns[0].get(name, self.rank))
 
     def alpha_of(self, name: str) -> float:
         """The alpha for the module called `name`."""
-        return float(_first_match(self.alpha_pattern, name, self.alpha))
+        return float(self._patterns[1].get(name, self.alpha))
 
     def scaling_of(self, name: str) -> float:
         """What multiplies B A of the module called `name`: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
@@ -131,11 +141,7 @@ class LoRAConfig:
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a PEFT pattern key applies to a module: the pattern must match the end of its dotted name."""
-    return full_match(rf"(.*\.)?({pattern})", name)
-
-
-def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
+    return Pattern("the key", pattern).matches(name, end=True)
 
 
 def _expect(usable: bool, what: str, got: object, expected: str) -> None:
@@ -155,7 +161,6 @@ def _check_alpha(what: str, alpha: Any) -> None:
 def _check_patterns(what: str, patterns: Mapping[str, Any], check: Callable[[str, object], None]) -> None:
     _expect(isinstance(patterns, Mapping), f"{what} is no mapping", patterns, "{pattern: number}")
     for pattern, value in patterns.items():
-        check_pattern(what, pattern)
         check(f"{what}[{shortened(pattern)}]", value)
 
 
@@ -169,7 +174,7 @@ def _checked_projections(projections: str) -> str:
 
 def _checked_targets(targets: Sequence[str] | str | None) -> tuple[str, ...] | str | None:
     if isinstance(targets, str):
-        check_pattern("target_modules", targets)
+        Pattern("target_modules", targets)
     if targets is None or isinstance(targets, str):
         return targets
     names = tuple(targets) if isinstance(targets, Sequence | set | frozenset) else ()

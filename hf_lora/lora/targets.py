@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora._files import full_match
+from hf_lora._text import Pattern, dotted_ends
 from hf_lora.lora.architectures import ARCHITECTURES, ROLE_NAMES, ROW_LAYOUTS, Architecture, Projection
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import base_prefix, belongs_to
@@ -142,19 +142,21 @@ def _by_name(
         return [name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
     everything = [*names, *bare]
     if isinstance(wanted, str):
-        if found := [name for name in everything if full_match(wanted, name)]:
+        expression = Pattern("target_modules", wanted)
+        if found := [name for name in everything if expression.matches(name)]:
             return found
         raise ValueError(
             f"target_modules matches nothing; got the expression {wanted!r}, which must match a whole name; "
             f"candidates: {_candidates(model, names)}"
         )
+    ends, chosen = {end for name in everything for end in dotted_ends(name)}, set(wanted)
     for suffix in wanted:
-        if not any(has_suffix(name, suffix) for name in everything):
+        if suffix not in ends:
             raise ValueError(
                 f"target_modules names a module that {type(model).__name__} does not have; got {suffix!r}; "
                 f"candidates: {_candidates(model, names)}"
             )
-    return [name for name in everything if any(has_suffix(name, suffix) for suffix in wanted)]
+    return [name for name in everything if not chosen.isdisjoint(dotted_ends(name))]
 
 
 def _in_layers(targets: list[Target], layers: tuple[int, ...] | None) -> list[Target]:
