@@ -127,14 +127,18 @@ def _fsync(path: Path) -> None:
 
 
 MAX_JSON_BYTES = 8 << 20
+# Of a tokenizer; those of large vocabularies have 35 MB.
+MAX_FILE_BYTES = 64 << 20
+MAX_TENSORS_BYTES = 4 << 30
 MAX_HEADER_BYTES = 16 << 20
 FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
 
-def read_bytes(directory: Path, name: str, *, limit: int | None = None) -> bytes:
-    """The contents of a regular file in a directory.
+def read_bytes(directory: Path, name: str, *, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The contents of a regular file in a directory; whatever an adapter brings is read here.
 
-    Raises ValueError for a link out of it (but into the store of a Hub cache) and for more bytes than `limit`.
+    Raises ValueError for a link out of it (but into the store of a Hub cache), for what is no file, such as a device,
+    and for more bytes than `limit`.
     """
     path = directory / name
     real, root = path.resolve(), directory.resolve()
@@ -144,8 +148,10 @@ def read_bytes(directory: Path, name: str, *, limit: int | None = None) -> bytes
     what = f"{name} in {str(directory)!r}"
     if not real.is_relative_to(root) and real.parent not in stores:
         raise ValueError(f"{what} is a link to another place; got {str(real)!r}; expected a file")
+    if not real.is_file():
+        raise ValueError(f"{what} is no regular file; expected a file")
     size = real.stat().st_size
-    if limit is not None and size > limit:
+    if size > limit:
         raise ValueError(f"{what} is too large; got {size:,} bytes; expected at most {limit:,}")
     with real.open("rb") as stream:
         content = stream.read(size + 1)

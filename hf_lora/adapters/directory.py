@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_lora._files import MAX_JSON_BYTES, parse_object, parse_tensors, read_bytes, replacing
+from hf_lora._files import (
+    MAX_JSON_BYTES,
+    MAX_TENSORS_BYTES,
+    parse_object,
+    parse_tensors,
+    read_bytes,
+    replacing,
+)
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
 from hf_lora.adapters.loading import load_tensors
@@ -25,26 +32,28 @@ from hf_lora.lora.inject import base_parameters, inject_lora, injection, remove_
 from hf_lora.lora.targets import find_targets
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.pooling import NATIVE, pooling_of
+from hf_lora.models.tokenizer_files import read_tokenizer
 from hf_lora.tasks import task_of
 from hf_lora.version import __version__
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-# The files with a digest in `hf_lora.json`, and the most bytes that they may have.
-_DIGESTED = {TENSORS: None, CONFIG: MAX_JSON_BYTES}
+# The files that every adapter has, and the most bytes that they may have.
+_REQUIRED = {TENSORS: MAX_TENSORS_BYTES, CONFIG: MAX_JSON_BYTES}
 # Up to this rank tensors may be made before the file's shapes are compared.
 _SMALL_RANK = 1024
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The contents of an adapter directory, not yet compared with a model."""
+    """The contents of an adapter directory, not yet compared with a model. tokenizer: its files by name."""
 
     directory: Path
     config: LoRAConfig
     peft_config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     info: AdapterInfo | None
+    tokenizer: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def base_name(self) -> str | None:
@@ -121,7 +130,8 @@ def write_files(
         for name, content in files.items():
             (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         if info is not None:
-            digests = {name: sha256((folder / name).read_bytes()).hexdigest() for name in _DIGESTED}
+            written = {name: (folder / name).read_bytes() for name in _REQUIRED} | read_tokenizer(folder)
+            digests = {name: sha256(content).hexdigest() for name, content in written.items()}
             (folder / FILE).write_text(replace(info, sha256=digests).to_json(), encoding="utf-8")
     return directory
 
@@ -186,23 +196,27 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     """Read a directory and compare its files with each other. Raises ValueError naming what is wrong."""
     directory = Path(directory)
     place, info = str(directory), None
-    for name in _DIGESTED:
+    for name in _REQUIRED:
         if not (directory / name).is_file():
             found = (
                 sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no directory"
             )
             raise ValueError(f"not an adapter directory; {name} is missing in {place!r}; got {found}")
     # Each file is read once, so that the bytes that are checked are those that are used.
-    contents = {name: read_bytes(directory, name, limit=limit) for name, limit in _DIGESTED.items()}
+    contents = {name: read_bytes(directory, name, limit=limit) for name, limit in _REQUIRED.items()}
+    contents |= (tokenizer := read_tokenizer(directory))
     if (directory / FILE).is_file():
         text = read_bytes(directory, FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
         info = AdapterInfo.from_json(text, str(directory / FILE))
     for name, digest in info.sha256.items() if info else ():
-        if name in _DIGESTED and sha256(contents[name]).hexdigest() != digest:
+        if name in contents and sha256(contents[name]).hexdigest() != digest:
             raise ValueError(
                 f"{name} in {place!r} was changed after it was written; its sha256 is not the one in "
                 f"{FILE}; restore it, or delete {FILE} to load the files as a bare PEFT adapter"
             )
+    if info and tokenizer.keys() & info.sha256.keys():
+        # What was added later is left out: it would change the tokens.
+        tokenizer = {name: content for name, content in tokenizer.items() if name in info.sha256}
     peft_config = parse_object(contents[CONFIG], str(directory / CONFIG))
     tensors = peft_format.as_today(parse_tensors(contents[TENSORS], str(directory / TENSORS)))
     if info and info.base_model.encoder:
@@ -216,7 +230,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
         )
     lora = info.lora if info else None
     config = peft_format.from_peft(peft_config, tensors) if lora is None else LoRAConfig.from_dict(lora)
-    return AdapterFiles(directory, config, peft_config, tensors, info)
+    return AdapterFiles(directory, config, peft_config, tensors, info, tokenizer)
 
 
 def adapter_info(model: nn.Module) -> AdapterInfo:

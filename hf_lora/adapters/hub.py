@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -15,22 +14,20 @@ import huggingface_hub
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.utils import validate_repo_id
 
-from hf_lora._files import read_bytes
-from hf_lora.adapters.directory import read_adapter
+from hf_lora._files import MAX_JSON_BYTES, MAX_TENSORS_BYTES, read_bytes
+from hf_lora.adapters.directory import TENSORS, read_adapter
+from hf_lora.models.tokenizer_files import TOKENIZER_FILES, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
 # The files of an adapter directory; nothing else of a repository is fetched.
 _OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "hf_lora.json", "README.md")
-_TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "entity_vocab.json"),
-    *("merges.txt", "bpe.codes", "spiece.model", "sentencepiece*", "*.model"),
-)
-ADAPTER_FILES = _OWN_FILES + _TOKENIZER_FILES
-_TOKENIZER_ENDINGS = (".json", ".txt", ".model", ".codes")
-_PICTURE = re.compile(
-    r"""!\[[^\]]*\]\(<?(?:\./)?([\w.-]+\.png)>?|<img[^>]+src=["'](?:\./)?([\w.-]+\.png)["']"""
-)
+ADAPTER_FILES = _OWN_FILES + TOKENIZER_FILES
+# What opens a picture on the card, and what follows it. Each is looked for once, up to the next one.
+_PICTURES = {
+    "![": re.compile(r"[^\]]*\]\(<?(?:\./)?([\w.-]+\.png)>?"),
+    "<img": re.compile(r"""[^>]+?src=["'](?:\./)?([\w.-]+\.png)["']"""),
+}
 
 # A failed connection, or an answer that is not the Hub's.
 _CONNECTION_ERRORS = (errors.HTTPError, ConnectionError, JSONDecodeError)
@@ -135,13 +132,13 @@ def checked_contents(directory: str | Path) -> dict[str, bytes]:
 def adapter_contents(directory: Path) -> dict[str, bytes]:
     """The files of an adapter directory that belong on the Hub, by name."""
     names = {path.name for path in directory.iterdir() if path.is_file()}
-    # A pattern such as `tokenizer*` fits files of any kind.
-    usual = {name for name in names if name.endswith(_TOKENIZER_ENDINGS)}
-    chosen = {name for pattern in _TOKENIZER_FILES for name in fnmatch.filter(usual, pattern)}
-    chosen |= names.intersection(_OWN_FILES)
-    contents = {name: read_bytes(directory, name) for name in sorted(chosen)}
+    contents = read_tokenizer(directory)
+    for name in sorted(names.intersection(_OWN_FILES)):
+        limit = MAX_TENSORS_BYTES if name == TENSORS else MAX_JSON_BYTES
+        contents[name] = read_bytes(directory, name, limit=limit)
     card = contents.get("README.md", b"").decode("utf-8", "replace")
-    shown = {first or second for first, second in _PICTURE.findall(card)}
+    pieces = ((kind, piece) for opening, kind in _PICTURES.items() for piece in card.split(opening)[1:])
+    shown = {match[1] for kind, piece in pieces if (match := kind.match(piece))}
     return contents | {name: read_bytes(directory, name) for name in sorted(shown & names)}
 
 

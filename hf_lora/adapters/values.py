@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, nextafter
 from pathlib import Path
@@ -131,13 +131,11 @@ class Adapter:
         return peft_format.by_pattern(ranks, alphas, anchor="^")
 
 
-def write_adapter(
-    directory: str | Path, adapter: Adapter, sources: Sequence[AdapterFiles], *, copies: Iterable[Path] = ()
-) -> Path:
+def write_adapter(directory: str | Path, adapter: Adapter, sources: Sequence[AdapterFiles]) -> Path:
     """Write the directory of an adapter that was computed from those in `sources`, which fit each other.
 
-    Labels, task and base model are taken over. Metrics are not: they were measured with another adapter.
-    copies: more files, as of the tokenizer. All files appear or none. Returns the directory's path.
+    Labels, task, base model and the first one's tokenizer are taken over. Metrics are not: they were measured with
+    another adapter. All files appear or none. Returns the directory's path.
     """
     first = sources[0]
     saved = {name for files in sources for name in files.peft_config.get("modules_to_save") or ()}
@@ -152,8 +150,7 @@ def write_adapter(
     if set(Adapter.from_files(first).factors) != set(adapter.factors):
         config |= {**peft_format.NO_OTHER_TARGETS, "target_modules": sorted(adapter.factors)}
     info = _info([files.info for files in sources if files.info])
-    more = {path.name: path.read_bytes() for path in copies}
-    return write_files(directory, adapter.tensors(), config, info, files=more)
+    return write_files(directory, adapter.tensors(), config, info, files=first.tokenizer)
 
 
 def _info(infos: Sequence[AdapterInfo]) -> AdapterInfo | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from math import hypot
 from pathlib import Path
@@ -16,7 +16,6 @@ from hf_lora.cli.shared import ADAPTER, add_command, new_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_lora.adapters.directory import AdapterFiles
     from hf_lora.adapters.extract import Change, Extraction
     from hf_lora.adapters.values import Adapter
 
@@ -78,7 +77,7 @@ def resize(options: Namespace) -> None:
     files = directory.read_adapter(hub.adapter_directory(options.adapter, revision=options.revision))
     old = values.Adapter.from_files(files)
     new, cost = arithmetic.resize(old, options.rank, options.energy)
-    _write(output, new, [files])
+    values.write_adapter(output, new, [files])
     modules = {name: asdict(entry) for name, entry in cost.items()}
     report = {**_sizes(output, new), "old_lora_parameters": old.lora_parameters, "modules": modules}
     if options.json:
@@ -109,7 +108,7 @@ def add(options: Namespace) -> None:
         new, cost = arithmetic.resize(new, options.rank, options.energy)
         modules = {name: asdict(entry) for name, entry in cost.items()}
         title, names = "their sum at a lower rank", list(_COST)
-    _write(output, new, sources)
+    values.write_adapter(output, new, sources)
     shares = arithmetic.head_shares(weights) if new.whole or options.average else []
     report = {
         **_sizes(output, new),
@@ -181,17 +180,6 @@ def extract(options: Namespace) -> None:
         print("without --projections the other linear layers are extracted too")
     print(f"{100 * report['kept_energy']:.1f}% of all changes outside the head are in the adapter")
     print(_sizes_in_words(report))
-
-
-def _write(output: Path, new: Adapter, sources: Sequence[AdapterFiles]) -> None:
-    """Write a computed adapter, beside copies of the first source's other files, such as the tokenizer."""
-    from hf_lora.adapters import directory, hub, info, values
-
-    # Written anew; and the card has the metrics of the adapter that was read.
-    own = (directory.CONFIG, directory.TENSORS, info.FILE, "README.md")
-    folder, patterns = sources[0].directory, set(hub.ADAPTER_FILES) - set(own)
-    copies = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    values.write_adapter(output, new, sources, copies=sorted(copies))
 
 
 def _sizes(output: Path, adapter: Adapter) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lora._files import shortened
 from hf_lora.adapters.directory import AdapterFiles, check_task, load_files, read_adapter
@@ -31,6 +31,7 @@ from hf_lora.models.loading import (
     load_tokenizer,
     meta_classifier,
 )
+from hf_lora.models.tokenizer_files import load_tokenizer_files
 
 Text = str | Sequence[str] | Mapping[str, str]
 """A text; for models of text pairs (first, second); or either as a dictionary with the adapter's `text_columns`."""
@@ -264,11 +265,8 @@ def load_trained(
             f"first {random[0]!r}; they would be random"
         )
     injection(model).info = info
-    if (Path(directory) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    else:
-        tokenizer = load_tokenizer(base, **hub)
-    return model.eval(), tokenizer, info
+    own = load_tokenizer_files(files.tokenizer, str(directory))
+    return model.eval(), load_tokenizer(base, **hub) if own is None else own, info
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_lora._files import MAX_JSON_BYTES, read_bytes
 from hf_lora.adapters.info import FILE, AdapterInfo
+from hf_lora.models.tokenizer_files import load_tokenizer_files, read_tokenizer
 from hf_lora.serving.classifier import TextClassifier
 
 MODEL, MODEL_INT8 = "model.onnx", "model_int8.onnx"
@@ -79,5 +80,7 @@ def load_onnx(directory: str | Path, *, file: str = MODEL) -> OnnxClassifier:
             )
     text = read_bytes(directory, FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
     info = AdapterInfo.from_json(text, str(directory / FILE))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer_files(read_tokenizer(directory), str(directory))
+    if tokenizer is None:
+        raise ValueError(f"not an exported classifier; got {str(directory)!r} without a tokenizer")
     return OnnxClassifier(directory / file, AutoConfig.from_pretrained(directory), tokenizer, info)

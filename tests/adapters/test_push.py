@@ -256,11 +256,8 @@ def test_a_bad_card_is_one_line(large_hub: FakeHub, adapter: Path):
 
 
 def test_the_token_itself_never_travels(large_hub: FakeHub, adapter: Path):
-    config = adapter / "tokenizer_config.json"
-    config.write_text(config.read_text().replace("{", '{"auth": "hf_me", ', 1))
-    with pytest.raises(
-        ValueError, match=r"nothing is pushed, since tokenizer_config.json holds the access token"
-    ):
+    (adapter / "vocab.txt").write_text("auth hf_me")
+    with pytest.raises(ValueError, match=r"nothing is pushed, since vocab.txt holds the access token"):
         push_adapter(adapter, "me/x")
     assert large_hub.requests == []
 
