@@ -265,8 +265,8 @@ def load_trained(
             f"first {random[0]!r}; they would be random"
         )
     injection(model).info = info
-    own = load_tokenizer_files(files.tokenizer, str(directory))
-    return model.eval(), load_tokenizer(base, **hub) if own is None else own, info
+    tokenizer = load_tokenizer_files(files.tokenizer, str(directory))
+    return model.eval(), load_tokenizer(base, **hub) if tokenizer is None else tokenizer, info
 
 
 @contextmanager
