@@ -27,7 +27,7 @@ from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
 from hf_lora.adapters.loading import load_tensors
 from hf_lora.adapters.pooled_format import of_classifier, of_encoder
 from hf_lora.lora.config import LoRAConfig
-from hf_lora.lora.head import base_prefix, belongs_to, find_head, parts_without
+from hf_lora.lora.head import base_prefix, belongs_to, find_head, parts_without, unwrapped
 from hf_lora.lora.inject import base_parameters, inject_lora, injection, remove_lora
 from hf_lora.lora.targets import find_targets
 from hf_lora.models.fingerprint import fingerprint
@@ -90,6 +90,7 @@ def save_adapter(
     files: more files by name, such as the model card under "README.md".
     All files appear or none. Raises ValueError for NaN or infinity, before writing.
     """
+    model = unwrapped(model)
     tensors = peft_format.adapter_tensors(model)
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -147,7 +148,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, check_base: bool = 
 
 def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True) -> LoRAConfig:
     """Put an adapter that was read into a plain model; `load_adapter` after `read_adapter`."""
-    place, info = str(files.directory), files.info
+    model, place, info = unwrapped(model), str(files.directory), files.info
     if info is not None and info.pooling != pooling_of(model):
         raise ValueError(
             f"the adapter in {place!r} has a head with pooling={info.pooling!r}; got a model with "
@@ -235,7 +236,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
 
 def adapter_info(model: nn.Module) -> AdapterInfo:
     """The contents of `hf_lora.json` for an injected model: as loaded or declared, else from `model.config`."""
-    state, config = injection(model), getattr(model, "config", None)
+    state, config = injection(model), getattr(unwrapped(model), "config", None)
     labels = getattr(config, "id2label", None) or {}
     info = state.info or AdapterInfo(
         labels=tuple(str(labels[index]) for index in sorted(labels)),

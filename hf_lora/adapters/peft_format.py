@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_lora._files import check_types, shortened
 from hf_lora._text import dotted_ends
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
-from hf_lora.lora.head import belongs_to
+from hf_lora.lora.head import belongs_to, unwrapped
 from hf_lora.lora.inject import injection, lora_layers, trained_biases
 from hf_lora.lora.layer import MAGNITUDE
 from hf_lora.lora.targets import has_suffix
@@ -251,7 +251,7 @@ def as_saved(tensor: Tensor) -> Tensor:
 
 def own_tensors(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """A model's tensors by PEFT's keys: the factors by adapted module; and the head and the trained biases."""
-    own, state, layers = model.state_dict(), injection(model), lora_layers(model)
+    own, state, layers = unwrapped(model).state_dict(), injection(model), lora_layers(model)
     factors: dict[str, dict[str, Tensor]] = {}
     for placement in state.placements:
         name = placement.target.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib import import_module
@@ -124,6 +124,18 @@ class LoRAConfig:
     def scaling_of(self, name: str) -> float:
         """What multiplies B A of the module called `name`: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return SCALINGS.get(self.scaling)(self.rank_of(name), self.alpha_of(name))
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise ValueError for a pattern of ranks or alphas that decides about none of the adapted modules `names`."""
+        names = list(names)
+        for what, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            table = PatternTable(what, {pattern: pattern for pattern in patterns}, Budget())
+            deciding = {table.get(name, None) for name in names}
+            if unused := [pattern for pattern in patterns if pattern not in deciding]:
+                raise ValueError(
+                    f"{what} has a pattern without effect; got {shortened(unused[0])}; expected the end of an adapted "
+                    f"module's name, such as {names[0]!r}, that no pattern before it matches"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `LoRAConfig.from_dict` is the inverse."""

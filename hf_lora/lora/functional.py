@@ -11,6 +11,7 @@ Shapes: W `(out, in)`, A `(rank, in)`, B `(out, rank)`, m `(out,)`, x `(..., in)
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -58,9 +59,32 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, products are in the types of their factors, whatever autocast is on around it."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
     """`weight + delta`, added in the precision of `delta` and rounded once to the type of `weight`."""
     return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def block_indices(parts: tuple[tuple[int, ...], ...], rank: int) -> tuple[Tensor, Tensor]:
+    """The row and column, in B of the whole weight, of every entry of the parts' rows `(rows, rank)`."""
+    rows = torch.tensor([row for part in parts for row in part])
+    block = torch.tensor([index for index, part in enumerate(parts) for _ in part])
+    columns = block[:, None] * rank + torch.arange(rank)
+    return rows[:, None].expand_as(columns), columns
+
+
+def block_diagonal(lora_A: Tensor, groups: int) -> Tensor:
+    """A of a grouped convolution, `(rank, in / groups, *kernel)`, as PEFT's: `(groups * rank, in, *kernel)`."""
+    rank, inputs, *kernel = lora_A.shape
+    whole = lora_A.new_zeros(groups, rank, groups, inputs, *kernel)
+    for group in range(groups):
+        whole[group, :, group] = lora_A
+    return whole.reshape(groups * rank, groups * inputs, *kernel)
 
 
 # Words hashed at a time: with its temporary a block stays in the second-level caches.
@@ -186,7 +210,7 @@ def lora_linear(
         bias = None if bias is None else bias.to(dtype)
     # In rows, since an output that is a view made inside a function could not be changed in place by the model.
     y = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling, dropout)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 class _LoRALinear(torch.autograd.Function):

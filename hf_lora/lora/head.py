@@ -6,7 +6,8 @@ modules inside it for which the checkpoint had no weights. It is trained and sav
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,34 @@ from torch import Tensor, nn
 MAX_FRESH_SHARE = 0.2
 
 
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters are trained, of how many; shared parameters count once."""
+
+    trainable: int
+    total: int
+    lora: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"trainable: {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f}%)"
+
+
 def base_prefix(model: nn.Module) -> str:
     """The dotted name of `model.base_model` inside `model`; "" for a bare encoder or any other module."""
     base = getattr(model, "base_model", model)
     return next((name for name, module in model.named_modules() if module is base), "")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of what `torch.compile` and data parallelism put around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif (compiled := model._modules.get("_orig_mod")) is not None:
+            model = compiled
+        else:
+            return model
 
 
 def find_head(model: nn.Module) -> tuple[str, ...]:
@@ -49,6 +74,28 @@ def parts_without(model: nn.Module, names: Iterable[str], excluded: Iterable[str
 def belongs_to(name: str, modules: Iterable[str]) -> bool:
     """Whether the dotted `name` is one of `modules` or lies inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def shared(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Of the parameters in `names`, those in whose memory another is, with its name; both as `names` calls them."""
+    held = [
+        (f"{name}.{which}".lstrip("."), parameter)
+        for name, module in model.named_modules()
+        for which, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    wanted = [(name, parameter) for name, parameter in held if name in names]
+    pairs = ((name, other, one, two) for name, one in wanted for other, two in held if other != name)
+    return {names[name]: names.get(other, other) for name, other, one, two in pairs if _overlap(one, two)}
+
+
+def _overlap(left: nn.Parameter, right: nn.Parameter) -> bool:
+    if left is right:
+        return True
+    # Of other types and on the meta device there is no address to compare.
+    if type(left) is not nn.Parameter or type(right) is not nn.Parameter or left.device != right.device:
+        return False
+    (first, size), (second, other) = ((p.data_ptr(), p.numel() * p.element_size()) for p in (left, right))
+    return bool(first and second) and first < second + other and second < first + size
 
 
 def fresh_modules(model: nn.Module, missing_keys: Iterable[str]) -> tuple[str, ...]:

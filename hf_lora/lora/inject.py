@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hf_lora.lora import initializers
-from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
-from hf_lora.lora.head import belongs_to, find_head
-from hf_lora.lora.initializers import INITIALIZERS
-from hf_lora.lora.layer import LoRALayer, UpdateSpec
-from hf_lora.lora.linear import LoRAParametrization
-from hf_lora.lora.quantized import layer_type_of, prepare_quantized
-from hf_lora.lora.targets import Target, find_targets
+from hf_lora.lora.config import FACTORS, LoRAConfig
+from hf_lora.lora.head import ParameterCount as ParameterCount
+from hf_lora.lora.head import belongs_to, find_head, shared, unwrapped
+from hf_lora.lora.layer import LoRALayer
+from hf_lora.lora.linear import check_loaded
+from hf_lora.lora.quantized import prepare_quantized
+from hf_lora.lora.targets import Placement, Target, attach, find_targets
 
 _STATE = "_hf_lora"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an adapted weight's parts are: dotted names in the model as it is now."""
-
-    target: Target
-    layer: str
-    weight: str
+_SAVE = "save_pretrained"
 
 
 @dataclass
@@ -40,29 +33,15 @@ class Injection:
     placements: tuple[Placement, ...]
     head: tuple[str, ...]
     required_grad: dict[str, bool]
+    hook: RemovableHandle
     frozen_biases: dict[str, Tensor] = field(default_factory=dict)  # the pretrained values of trained biases
     info: Any = None  # kept for whoever put it there, never read here
-    fresh: frozenset[str] | None = (
-        None  # parameters that the checkpoint lacked, where `load_classifier` looked
-    )
+    fresh: frozenset[str] | None = None  # parameters the checkpoint lacked, where `load_classifier` looked
 
     @property
     def targets(self) -> tuple[Target, ...]:
         """The adapted weights, in the model's order."""
         return tuple(placement.target for placement in self.placements)
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """How many parameters are trained, of how many; shared parameters count once."""
-
-    trainable: int
-    total: int
-    lora: int
-    head: int
-
-    def __str__(self) -> str:
-        return f"trainable: {self.trainable:,} of {self.total:,} ({100 * self.trainable / self.total:.2f}%)"
 
 
 def inject_lora(
@@ -73,24 +52,36 @@ def inject_lora(
     head: dotted names of the head's modules; None: what `find_head` finds, without modules inside the encoder.
     blank: leave the factors zero, since `load_adapter` is about to fill them.
     Returns the dotted names of the adapted modules. Raises ValueError, with the model unchanged, if it is adapted
-    already, or if the config selects nothing or something that cannot be adapted.
+    already, or if anything in the config selects nothing or something that cannot be adapted.
     """
+    model = unwrapped(model)
     if is_injected(model):
         raise ValueError("the model has LoRA layers already; call remove_lora(model) first")
+    if adapted := [name for name, part in model.named_modules() if isinstance(part, LoRALayer)]:
+        raise ValueError(
+            f"a part of the model has LoRA layers already; got {len(adapted)}, first {adapted[0]!r}; expected a plain "
+            "model; call remove_lora on the part or the other model that they were put into"
+        )
     head = find_head(model) if head is None else tuple(head)
     targets = find_targets(model, config, head)
+    if not blank:  # patterns of a file may be for more modules than it has
+        config.check_patterns(target.name for target in targets)
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     prepare_quantized(model, head if config.train_head else ())
     placements: list[Placement] = []
     try:
         for target in targets:
-            placements.append(_attach(model.get_submodule(target.module), target, config, blank=blank))
+            placements.append(attach(model.get_submodule(target.module), target, config, blank=blank))
     except BaseException:
         for placement in placements:
             cast(LoRALayer, model.get_submodule(placement.layer)).detach()
         raise
-    state = Injection(config, tuple(placements), head, required_grad)
+    hook = model.register_load_state_dict_pre_hook(_check_loaded)
+    state = Injection(config, tuple(placements), head, required_grad, hook)
     setattr(model, _STATE, state)
+    if hasattr(model, _SAVE):
+        # A partial, which is copied and pickled with the model that it saves.
+        setattr(model, _SAVE, partial(_save_plain, model))
     lora = {id(p) for layer in lora_layers(model).values() for p in layer.trained_factors().values()}
     biases = trained_biases(model, state)
     for name, parameter in model.named_parameters():
@@ -103,11 +94,12 @@ def inject_lora(
 
 def is_injected(model: nn.Module) -> bool:
     """Whether `inject_lora` or `load_adapter` was applied to the model."""
-    return hasattr(model, _STATE)
+    return hasattr(unwrapped(model), _STATE)
 
 
 def injection(model: nn.Module) -> Injection:
     """What was injected. Raises ValueError for a model without LoRA."""
+    model = unwrapped(model)
     if not is_injected(model):
         raise ValueError(
             f"the model has no LoRA layers; got a plain {type(model).__name__}; call inject_lora or load_adapter first"
@@ -117,11 +109,9 @@ def injection(model: nn.Module) -> Injection:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers by the dotted names of their modules. Raises ValueError for a model without LoRA."""
+    state, model = injection(model), unwrapped(model)
     # Loading asks for dozens of layers several times; `get_submodule` takes twice as long.
-    return {
-        p.target.name: cast(LoRALayer, attrgetter(p.layer)(model) if p.layer else model)
-        for p in injection(model).placements
-    }
+    return {p.target.name: attrgetter(p.layer)(model) for p in state.placements}
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -136,8 +126,8 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the classification head by their dotted names in the model."""
-    head = injection(model).head
-    return {name: parameter for name, parameter in model.named_parameters() if belongs_to(name, head)}
+    head, parameters = injection(model).head, unwrapped(model).named_parameters()
+    return {name: parameter for name, parameter in parameters if belongs_to(name, head)}
 
 
 def trainable_parameter_count(model: nn.Module) -> ParameterCount:
@@ -153,10 +143,10 @@ def trainable_parameter_count(model: nn.Module) -> ParameterCount:
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The pretrained tensors under the adapter, by name: merged weights and trained biases as they were."""
-    state = injection(model)
+    state, model = injection(model), unwrapped(model)
     layers = lora_layers(model)
     lora = {id(parameter) for parameter in lora_parameters(model).values()}
-    moved = {p.weight: f"{p.target.module}.{p.target.tensor}".lstrip(".") for p in state.placements}
+    moved = {p.weight: p.plain for p in state.placements}
     tensors: dict[str, Tensor] = {
         moved.get(name, name): parameter.detach()
         for name, parameter in model.named_parameters()
@@ -171,7 +161,8 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 def merge_lora(model: nn.Module) -> list[str]:
     """Add every update to its weight, in fp32; returns the names of the modules. `unmerge_lora` undoes it bit for bit.
 
-    Raises ValueError, and changes nothing, if the model is merged already or has quantized layers.
+    Raises ValueError, and changes nothing, if the model is merged already, has quantized layers, or shares an adapted
+    weight with another module.
     """
     layers = _checked_layers(model, merged=False)
     try:
@@ -188,9 +179,29 @@ def merge_lora(model: nn.Module) -> list[str]:
 def unmerge_lora(model: nn.Module) -> list[str]:
     """Undo `merge_lora`, bit for bit. Raises ValueError if the model is not merged."""
     layers = _checked_layers(model, merged=True)
-    for layer in layers.values():
+    for layer in reversed(layers.values()):
         layer.unmerge()
     return list(layers)
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """The adapted weights that another module uses too, with the name of its parameter: a merge would change both."""
+    return shared(unwrapped(model), {p.weight: p.plain for p in injection(model).placements})
+
+
+def plain_state(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The `state_dict` of the model with the updates in its weights, without LoRA; the model stays as it is.
+
+    state_dict: whole tensors of the model, where it is sharded. Raises ValueError where `merge_lora` does.
+    """
+    layers = _checked_layers(model, merged=any(layer.merged for layer in lora_layers(model).values()))
+    own = dict(unwrapped(model).state_dict() if state_dict is None else state_dict)
+    for placement in injection(model).placements:
+        layer = layers[placement.target.name]
+        state = {part: own.pop(key) for part, key in placement.parts.items() if key in own}
+        if state:
+            own[placement.plain] = state["weight"] if layer.merged else layer.effective_weight(state)
+    return own
 
 
 def remove_lora(model: nn.Module) -> list[str]:
@@ -199,7 +210,7 @@ def remove_lora(model: nn.Module) -> list[str]:
     A merged model keeps the merged weights and is then a plain fine-tuned model. Otherwise the encoder is
     again the pretrained one, bit for bit. The head stays as it is. `requires_grad` is as before injection.
     """
-    state = injection(model)
+    state, model = injection(model), unwrapped(model)
     layers = lora_layers(model)
     merged = any(layer.merged for layer in layers.values())
     for layer in layers.values():
@@ -207,9 +218,11 @@ def remove_lora(model: nn.Module) -> list[str]:
     parameters = dict(model.named_parameters())
     if not merged:
         _write(parameters, state.frozen_biases)
-    for name, required in state.required_grad.items():
-        parameters[name].requires_grad_(required)
+    for name in parameters.keys() & state.required_grad:
+        parameters[name].requires_grad_(state.required_grad[name])
     delattr(model, _STATE)
+    state.hook.remove()
+    vars(model).pop(_SAVE, None)
     return list(layers)
 
 
@@ -217,7 +230,7 @@ def remove_lora(model: nn.Module) -> list[str]:
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the encoder is the pretrained one, biases included; the head stays. Works on merged models too."""
     enabled = {layer: layer.enabled for layer in lora_layers(model).values()}
-    biases = injection(model).frozen_biases
+    biases, model = injection(model).frozen_biases, unwrapped(model)
     parameters = {name: p for name, p in model.named_parameters() if name in biases}
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
@@ -229,29 +242,6 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
         for layer, before in enabled.items():
             layer.enabled = before
         _write(parameters, trained)
-
-
-def _attach(module: nn.Module, target: Target, config: LoRAConfig, *, blank: bool) -> Placement:
-    initialization = INITIALIZERS.get(config.init)
-    if blank:
-        initialization = replace(initialization, make=initializers.blank)
-    spec = UpdateSpec(
-        rank=config.rank_of(target.name),
-        scaling=config.scaling_of(target.name),
-        dropout=config.dropout,
-        initialization=initialization,
-        variant=VARIANTS.get(config.variant),
-        parts=target.parts,
-        input_first=target.input_first,
-    )
-    inside = f"{target.module}." if target.module else ""
-    layer_type = layer_type_of(module) if target.tensor == "weight" else None
-    if config.form == "module" and not target.bypassed and layer_type is not None:
-        layer_type.attach(module, spec)
-        return Placement(target, layer=target.module, weight=f"{inside}{target.tensor}")
-    LoRAParametrization.attach(module, target.tensor, spec)
-    parametrizations = f"{inside}parametrizations.{target.tensor}"
-    return Placement(target, layer=f"{parametrizations}.0", weight=f"{parametrizations}.original")
 
 
 def trained_biases(model: nn.Module, state: Injection) -> set[str]:
@@ -270,7 +260,35 @@ def _checked_layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
         state = "not merged" if merged else "merged already"
         hint = "merge_lora does it" if merged else "unmerge_lora undoes it"
         raise ValueError(f"the model is {state}; got {len(wrong)} such layers, first {wrong[0]!r}; {hint}")
+    if not merged and (found := shared_weights(model)):
+        name, other = next(iter(found.items()))
+        raise ValueError(
+            f"cannot merge {name!r}, whose weight is {other!r} too; got {len(found)} such weights, whose merge would "
+            "change the other module; expected none; predict with the adapter unmerged, or adapt other modules"
+        )
     return layers
+
+
+def _check_loaded(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`: `check_loaded` for every adapted weight."""
+    layers = lora_layers(model)
+    for placement in injection(model).placements:
+        name = prefix + placement.plain
+        state = {part: state_dict.get(prefix + key) for part, key in placement.parts.items()}
+        state = {"weight": state_dict.get(name), **{part: t for part, t in state.items() if t is not None}}
+        check_loaded(layers[placement.target.name], state, name)
+
+
+def _save_plain(
+    model: nn.Module,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: Any = None,
+    **options: Any,
+) -> Any:
+    """transformers' `save_pretrained` of `plain_state`: `from_pretrained` gives a model with the same outputs."""
+    state_dict, save = plain_state(model, state_dict), cast(Any, type(model)).save_pretrained
+    return save(model, save_directory, is_main_process, state_dict, **options)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Layout:
     """How a module type's weight is read as a matrix `(out, in)`, and what PEFT calls its factors.
 
     transposed: the weight's first dimension is the input. rows_first: the first dimension counts the rows whose norms
-    DoRA learns (an embedding's row is a token, a Conv1D's is a column).
+    DoRA learns (of an embedding and a Conv1D they are the columns, as in PEFT).
     """
 
     transposed: bool = False
@@ -55,7 +56,9 @@ class Layout:
 
 # By the type of the module or the first of its bases that is here.
 LAYOUTS: dict[type[nn.Module], Layout] = {
-    nn.Embedding: Layout(transposed=True, peft_names=("lora_embedding_A", "lora_embedding_B")),
+    nn.Embedding: Layout(
+        transposed=True, rows_first=False, peft_names=("lora_embedding_A", "lora_embedding_B")
+    ),
     Conv1D: Layout(transposed=True, rows_first=False),
     nn.Module: Layout(),
 }
@@ -120,12 +123,13 @@ class LoRALayer(nn.Module):
         if not weight.is_floating_point() or weight.dtype.itemsize < 4:
             matrix = matrix.float()
         pieces = [matrix] if spec.parts is None else [matrix[list(rows)] for rows in spec.parts]
-        made = [spec.initialization.make(piece, spec.rank, spec.scaling) for piece in pieces]
+        with functional.without_autocast(matrix.device):
+            made = [spec.initialization.make(piece, spec.rank, spec.scaling) for piece in pieces]
         lora_A, lora_B = map(torch.cat, zip(*made, strict=True)) if len(made) > 1 else made[0]
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.rank, self.scaling, self.lora_dropout = spec.rank, spec.scaling, spec.dropout
         self.variant, self.parts = spec.variant, spec.parts
-        self._blocks = None if spec.parts is None else _blocks(spec.parts, spec.rank)
+        self._blocks = None if spec.parts is None else functional.block_indices(spec.parts, spec.rank)
         self.layout, self.weight_shape, self.groups = layout, shape, groups
         self.start = None
         if spec.initialization.corrected:
@@ -153,21 +157,28 @@ class LoRALayer(nn.Module):
         return self._whole(self.lora_A, self.lora_B)
 
     def delta_weight(self) -> Tensor:
-        """scaling * B A in the weight's own shape, in fp32 at least."""
-        delta = functional.delta_weight(*self.factors(), self.scaling)
+        """scaling * B A in the weight's own shape, in fp32 at least, inside autocast too."""
+        with functional.without_autocast(self.lora_A.device):
+            delta = functional.delta_weight(*self.factors(), self.scaling)
         return self.layout.to_weight(delta, self.weight_shape)
 
-    def adapted(self, weight: Tensor, delta: Tensor) -> Tensor:
+    def adapted(self, weight: Tensor, delta: Tensor, magnitude: Tensor | None) -> Tensor:
         """W' for the frozen W and the update: W + delta, or with DoRA its rows scaled to the learned norms."""
-        if self.lora_magnitude is None:
+        delta = self.layout.to_weight(delta, self.weight_shape)
+        if magnitude is None:
             return functional.merged_weight(weight, delta)
         moved = weight.to(delta.dtype) + delta
-        scale = self.lora_magnitude / self.layout.row_norms(moved).detach()
+        scale = magnitude / self.layout.row_norms(moved).detach()
         return self.layout.scale_rows(moved, scale).to(weight.dtype)
 
-    def effective_weight(self) -> Tensor:
-        """W' in the type of W."""
-        return self.adapted(self.base_weight, self.delta_weight())
+    def effective_weight(self, state: Mapping[str, Any] | None = None) -> Tensor:
+        """W' in the type of W, in fp32 at least until then; state: other values of W, as "weight", and the factors."""
+        if state is None:
+            state = {"weight": self.base_weight, **{name: getattr(self, name) for name in FACTORS}}
+        lora_A, lora_B = self._whole(state["lora_A"], state["lora_B"])
+        with functional.without_autocast(lora_A.device):
+            delta = functional.delta_weight(lora_A, lora_B, self.scaling)
+        return self.adapted(state["weight"], delta, state.get("lora_magnitude"))
 
     @property
     def merged(self) -> bool:
@@ -194,6 +205,20 @@ class LoRALayer(nn.Module):
         assert self._unmerged_weight is not None
         self.frozen_weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged and prefix[:-1] in (metadata := getattr(destination, "_metadata", {})):
+            metadata[prefix[:-1]]["lora_merged"] = True
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
+        merged = self.merged or metadata.get("lora_merged", False)
+        if merged and any(prefix + name in state for name in (*FACTORS, "weight")):
+            raise ValueError(
+                f"cannot load weights {'into' if self.merged else 'of'} a merged model; got {prefix[:-1]!r}; expected "
+                "unmerged ones; call unmerge_lora before state_dict and before load_state_dict"
+            )
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def _whole(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
         lora_B = self._in_blocks(lora_B)
@@ -223,7 +248,7 @@ class LoRALayer(nn.Module):
             lora_A = lora_A.reshape(lora_A.shape[0], self.weight_shape[1], *kernel)
             lora_B = lora_B.reshape(*lora_B.shape, *(1 for _ in kernel))
         if self.groups > 1:
-            lora_A = _block_diagonal(lora_A, self.groups)
+            lora_A = functional.block_diagonal(lora_A, self.groups)
         tensors = dict(zip(self.layout.peft_names, (lora_A, lora_B), strict=True))
         if self.lora_magnitude is not None:
             shape = (1, -1, *(1 for _ in kernel)) if kernel else (-1,)
@@ -233,10 +258,11 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def load_peft(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy PEFT's tensors into the factors. Raises ValueError if this layer cannot represent them."""
-        A, B = (tensors[name].to(self.lora_A) for name in self.layout.peft_names)
+        A, B = (tensors[name].to(self.lora_A).flatten(1) for name in self.layout.peft_names)
+        # Of a grouped convolution the first group's: A is block-diagonal.
+        A, B = A[: B.shape[1], : self.lora_A.shape[1]], B[:, : self.peft_rank // self.groups]
         count = len(self.lora_A)
-        lora_A = A[:count].reshape(count, -1)[:, : self.lora_A.shape[1]]
-        lora_B = self._from_blocks(B.reshape(len(B), -1)[:, : self.peft_rank // self.groups])
+        lora_A, lora_B = A[:count], self._from_blocks(B[:, :count])
         if self.start is not None:
             self.start = (A[count:].clone(), -self._from_blocks(B[:, count:]))
         self.lora_A.copy_(lora_A)
@@ -259,20 +285,3 @@ class LoRALayer(nn.Module):
         return torch.cat(
             [whole[list(rows), i * self.rank : (i + 1) * self.rank] for i, rows in enumerate(self.parts)]
         )
-
-
-def _blocks(parts: tuple[tuple[int, ...], ...], rank: int) -> tuple[Tensor, Tensor]:
-    """The row and column, in B of the whole weight, of every entry of the parts' rows `(rows, rank)`."""
-    rows = torch.tensor([row for part in parts for row in part])
-    block = torch.tensor([index for index, part in enumerate(parts) for _ in part])
-    columns = block[:, None] * rank + torch.arange(rank)
-    return rows[:, None].expand_as(columns), columns
-
-
-def _block_diagonal(lora_A: Tensor, groups: int) -> Tensor:
-    """A of a grouped convolution, `(rank, in / groups, *kernel)`, as PEFT's: `(groups * rank, in, *kernel)`."""
-    rank, inputs, *kernel = lora_A.shape
-    whole = lora_A.new_zeros(groups, rank, groups, inputs, *kernel)
-    for group in range(groups):
-        whole[group, :, group] = lora_A
-    return whole.reshape(groups * rank, groups * inputs, *kernel)

@@ -7,6 +7,7 @@ back exactly the layer that was. Everything else, such as a convolution or a bar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeGuard, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lora._choices import Registry
 from hf_lora.lora import functional
+from hf_lora.lora.config import FACTORS
 from hf_lora.lora.layer import Layout, LoRALayer, UpdateSpec, layout_of
 
 
@@ -151,7 +153,11 @@ class LoRAParametrization(LoRALayer):
         return parametrization
 
     def detach(self) -> None:
-        parametrize.remove_parametrizations(self._owner[0], self.tensor, leave_parametrized=False)
+        module = self._owner[0]
+        # Copies of a module share the class that torch made for it, and lose its property with the original.
+        made = type(module)
+        module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
+        parametrize.remove_parametrizations(module, self.tensor, leave_parametrized=False)
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -168,10 +174,42 @@ class LoRAParametrization(LoRALayer):
         if self.training and self.lora_dropout > 0.0:
             lora_A = lora_A * F.dropout(torch.ones_like(lora_A[0]), self.lora_dropout)
         delta = functional.delta_weight(lora_A, lora_B, self.scaling)
-        return self.adapted(weight, self.layout.to_weight(delta, self.weight_shape))
+        return self.adapted(weight, delta, self.lora_magnitude)
 
     def extra_repr(self) -> str:
         return f"{self.tensor}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+@torch.no_grad()
+def check_loaded(layer: LoRALayer, state: Mapping[str, Tensor | None], name: str) -> None:
+    """Refuse values for the "weight" and the factors of a layer that hold its update in the weight.
+
+    Raises ValueError for the weight W' that the given factors make of the layer's own, and for another weight than the
+    layer's own without factors: a merged one, or that of another model.
+    """
+    weight, base = state.get("weight"), layer.base_weight
+    if weight is None or weight.shape != base.shape or type(layer.frozen_weight) is not nn.Parameter:
+        return
+    weight = weight.to(base)
+    if torch.equal(weight, base):
+        return
+    factors = {
+        factor: tensor.to(base.device) for factor in FACTORS if (tensor := state.get(factor)) is not None
+    }
+    if not factors:
+        raise ValueError(
+            f"cannot load a plain model's weights under an adapter for others; got another {name!r}; load what "
+            "save_pretrained or a stock Trainer wrote with from_pretrained, and resume with LoRATrainer"
+        )
+    if any(tensor.shape != getattr(layer, factor).shape for factor, tensor in factors.items()):
+        return  # torch names the shapes
+    own = {factor: getattr(layer, factor) for factor in FACTORS}
+    merged = layer.effective_weight({"weight": base, **own, **factors})
+    if torch.dist(weight, merged) < 0.01 * torch.dist(weight, base):
+        raise ValueError(
+            f"cannot load weights of a merged model; got {name!r} with its update in it; expected unmerged ones; call "
+            "unmerge_lora before state_dict"
+        )
 
 
 def is_adaptable(weight: object) -> TypeGuard[nn.Parameter]:

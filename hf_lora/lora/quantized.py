@@ -9,7 +9,7 @@ of bitsandbytes, and an `nn.Linear` whose weight torchao quantized ("weight only
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -39,7 +39,7 @@ class QuantizedLoRA(LoRALinear):
         """The pretrained weight as the layer has it, dequantized: a copy, `(out, in)`."""
         return dequantized(self)
 
-    def merge(self) -> None:
+    def effective_weight(self, state: Mapping[str, Any] | None = None) -> Tensor:
         """Raises ValueError: a quantized weight cannot take the update exactly."""
         raise ValueError(
             f"cannot merge into a quantized {self.base_type.__name__}, which would round the update away; "

@@ -1,23 +1,26 @@
-"""The weights of a model that a config selects, and a guess where its architecture is unknown. Changes nothing."""
+"""The weights of a model that a config selects, a guess where its architecture is unknown, and adapting one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora._text import Pattern, dotted_ends
+from hf_lora.lora import initializers
 from hf_lora.lora.architectures import ARCHITECTURES, ROLE_NAMES, ROW_LAYOUTS, Architecture, Projection
-from hf_lora.lora.config import LoRAConfig
+from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import base_prefix, belongs_to
-from hf_lora.lora.layer import layout_of
-from hf_lora.lora.linear import LAYER_TYPES, is_adaptable
+from hf_lora.lora.layer import UpdateSpec, layout_of
+from hf_lora.lora.linear import LAYER_TYPES, LoRAParametrization, is_adaptable
 from hf_lora.lora.quantized import layer_type_of
 
 ALL_LINEAR = "all-linear"
+# In a dotted name the number of a block.
+_BLOCK = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,24 @@ class Target:
     def name(self) -> str:
         """The dotted name users see: the module's, or for a bare parameter its own."""
         return self.module if self.tensor == "weight" else f"{self.module}.{self.tensor}".lstrip(".")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an adapted weight's parts are: dotted names in the model as it is now; `plain`: in that without LoRA."""
+
+    target: Target
+    layer: str
+    weight: str
+
+    @property
+    def plain(self) -> str:
+        return f"{self.target.module}.{self.target.tensor}".lstrip(".")
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The names in a `state_dict` of the weight and of its factors."""
+        return {"weight": self.weight, **{factor: f"{self.layer}.{factor}" for factor in FACTORS}}
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -74,10 +95,34 @@ def find_targets(model: nn.Module, config: LoRAConfig, head: Iterable[str] = ())
         bare = _bare_parameters(model, head)
         found = _by_name(model, names, bare, config.target_modules)
         targets = [bare.get(name, Target(name)) for name in found]
-    targets = _in_layers(targets, config.layers)
+    targets = _in_layers(targets, config, names)
     for target in targets:
         _check_type(target, modules[target.module])
     return targets
+
+
+def attach(module: nn.Module, target: Target, config: LoRAConfig, *, blank: bool) -> Placement:
+    """Adapt one weight of a module in place. blank: with factors of zeros."""
+    initialization = initializers.INITIALIZERS.get(config.init)
+    if blank:
+        initialization = replace(initialization, make=initializers.blank)
+    spec = UpdateSpec(
+        rank=config.rank_of(target.name),
+        scaling=config.scaling_of(target.name),
+        dropout=config.dropout,
+        initialization=initialization,
+        variant=VARIANTS.get(config.variant),
+        parts=target.parts,
+        input_first=target.input_first,
+    )
+    inside = f"{target.module}." if target.module else ""
+    layer_type = layer_type_of(module) if target.tensor == "weight" else None
+    if config.form == "module" and not target.bypassed and layer_type is not None:
+        layer_type.attach(module, spec)
+        return Placement(target, layer=target.module, weight=f"{inside}{target.tensor}")
+    LoRAParametrization.attach(module, target.tensor, spec)
+    parametrizations = f"{inside}parametrizations.{target.tensor}"
+    return Placement(target, layer=f"{parametrizations}.0", weight=f"{parametrizations}.original")
 
 
 def block_of(name: str) -> int | None:
@@ -159,21 +204,38 @@ def _by_name(
     return [name for name in everything if not chosen.isdisjoint(dotted_ends(name))]
 
 
-def _in_layers(targets: list[Target], layers: tuple[int, ...] | None) -> list[Target]:
-    if layers is None:
+def _in_layers(targets: list[Target], config: LoRAConfig, names: Iterable[str]) -> list[Target]:
+    """The targets in the config's blocks, each of which has to hold one; nothing that is asked for goes without."""
+    if config.layers is None:
         return targets
     blocks = {target.name: block_of(target.name) for target in targets}
-    count = 1 + max((block for block in blocks.values() if block is not None), default=-1)
+    lists = {_BLOCK.split(name, maxsplit=1)[0] for name, block in blocks.items() if block is not None}
+    numbered = (name for name in names if _BLOCK.split(name, maxsplit=1)[0] in lists)
+    count = 1 + max((block for name in numbered if (block := block_of(name)) is not None), default=-1)
+    given = f"layers={list(config.layers)}"
     if not count:
-        raise ValueError(
-            f"layers={list(layers)} cannot be used; the adapted modules lie in no numbered block"
-        )
-    if outside := [layer for layer in layers if not -count <= layer < count]:
+        raise ValueError(f"{given} cannot be used; the adapted modules lie in no numbered block")
+    if outside := [layer for layer in config.layers if not -count <= layer < count]:
         raise ValueError(
             f"layers names blocks that are not there; got {outside}; expected {-count} to {count - 1}"
         )
-    wanted = {layer % count for layer in layers}
-    return [target for target in targets if blocks[target.name] in wanted]
+    wanted = {layer % count for layer in config.layers}
+    there = {block for block in blocks.values() if block is not None}
+    if not wanted <= there:
+        raise ValueError(
+            f"layers names blocks without a module to adapt; got {sorted(wanted - there)}; expected some of "
+            f"{sorted(there)}"
+        )
+    kept = [target for target in targets if blocks[target.name] in wanted]
+    by_role = config.target_modules is None
+    for what in config.projections if by_role else config.target_modules or ():
+        among = (what in (t.role or "") if by_role else has_suffix(t.name, what) for t in kept)
+        if not isinstance(config.target_modules, str) and not any(among):
+            raise ValueError(
+                f"{given} leaves out all of {what!r}, which is to be adapted; expected blocks that have it; leave out "
+                "layers, or select with one regular expression in target_modules"
+            )
+    return kept
 
 
 def _check_type(target: Target, module: nn.Module) -> None:

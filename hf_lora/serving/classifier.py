@@ -20,7 +20,7 @@ from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.adapters.peft_format import PREFIX
 from hf_lora.data.collation import filled_places, padded
-from hf_lora.lora.inject import injection, is_injected, lora_layers, merge_lora
+from hf_lora.lora.inject import injection, is_injected, lora_layers, merge_lora, shared_weights
 from hf_lora.lora.quantized import is_quantized
 from hf_lora.models.bundled import resolve_base
 from hf_lora.models.loading import (
@@ -72,7 +72,8 @@ class TextClassifier:
 
         base: another place of the base model. check_base: refuse one with other weights than trained on.
         device: default: the GPU where there is one.
-        merge: put the updates into the weights, in fp32, for a plain model's speed; `lora_disabled` still works.
+        merge: put the updates into the weights, in fp32, for a plain model's speed; `lora_disabled` still works. Where
+            another module shares an adapted weight, they stay beside it, which gives the same outputs.
         precision: of the encoder, "fp32", "bf16", or "auto": bf16 where the device multiplies it natively; None: the
             types the base is stored in. The head is fp32. A quantized base is neither merged nor cast.
         Raises ValueError if there is no such adapter or anything in it does not fit.
@@ -92,7 +93,7 @@ class TextClassifier:
         if chosen is not None:
             # Merging rounds to the type of the weights, which may be another one than they are to have.
             cast_frozen(model, torch.float32)
-        if merge:
+        if merge and not shared_weights(model):
             merge_lora(model)
         if chosen is not None:
             cast_frozen(model, chosen.dtype)

@@ -1,22 +1,30 @@
 import copy
+import pickle
+from functools import partial
 
 import peft
 import pytest
 import torch
 from conftest import MODEL_TYPES, randomize, tiny_batch, tiny_classifier
+from safetensors.torch import load_file
+from tiny_models import tiny_inputs, tiny_model
+from torch import nn
 
 from hf_lora import (
     LoRAConfig,
     head_parameters,
     inject_lora,
+    load_adapter,
     lora_disabled,
     lora_layers,
     lora_parameters,
     merge_lora,
     remove_lora,
+    save_adapter,
     trainable_parameter_count,
     unmerge_lora,
 )
+from hf_lora.lora.inject import base_parameters, injection, is_injected
 
 
 @pytest.fixture
@@ -273,3 +281,198 @@ def test_dropout_of_lora_is_off_in_evaluation(batch):
     assert torch.equal(model(**batch).logits, model(**batch).logits)
     model.train()
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+def tied(kind):
+    """A model whose adapted weight is another module's too, and inputs."""
+    if kind == "t5":
+        return tiny_model("t5"), tiny_inputs("t5"), ["embed_tokens", "q"]
+    if kind == "bart":
+        return tiny_model("bart"), tiny_inputs("bart"), ["encoder.embed_tokens", "q_proj"]
+    model = tiny_classifier()
+    query, key = (
+        model.bert.encoder.layer[0].attention.self.query,
+        model.bert.encoder.layer[0].attention.self.key,
+    )
+    if kind == "parameter":
+        key.weight = query.weight
+    elif kind == "memory":
+        key.weight.data = query.weight.data
+    else:
+        both = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+        query.weight.data, key.weight.data = both[:40][:32], both[31:][:32]
+    return model, tiny_batch(), ["layer.0.attention.self.query", "value"]
+
+
+@pytest.mark.parametrize("form", ["module", "parametrization"])
+@pytest.mark.parametrize("kind", ["t5", "bart", "parameter", "memory", "part of the memory"])
+def test_a_weight_that_is_another_modules_too_is_not_merged(kind, form, tmp_path):
+    model, batch, names = tied(kind)
+    inject_lora(model, LoRAConfig(target_modules=names, form=form))
+    randomize(model)
+    before, logits = weights(model), model(**batch).logits
+    for change in (merge_lora, lambda model: model.save_pretrained(tmp_path / "m")):
+        with pytest.raises(ValueError, match=r"cannot merge '.*', whose weight is '.*' too") as error:
+            change(model)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "m").exists() and not any(layer.merged for layer in lora_layers(model).values())
+    assert_same(weights(model), before)
+    assert torch.equal(model(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("model_type", ["albert", "twice"])
+def test_a_module_that_is_used_repeatedly_is_merged(model_type, batch):
+    model = tiny_classifier("albert" if model_type == "albert" else "bert", num_hidden_layers=3)
+    if model_type == "twice":
+        model.bert.encoder.layer[2] = model.bert.encoder.layer[0]
+    inject_lora(model, LoRAConfig())
+    randomize(model)
+    before, logits = weights(model), model(**batch).logits
+    merge_lora(model)
+    torch.testing.assert_close(model(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    unmerge_lora(model)
+    assert_same(weights(model), before)
+
+
+def test_weights_are_unmerged_in_reverse_order(monkeypatch):
+    model, order = injected(), []
+    merge_lora(model)
+    for name, layer in lora_layers(model).items():
+        monkeypatch.setattr(layer, "unmerge", partial(order.append, name))
+    unmerge_lora(model)
+    assert order == list(lora_layers(model))[::-1]
+
+
+@pytest.mark.parametrize("form", ["module", "parametrization"])
+def test_a_part_that_is_adapted_already_is_not_adapted_again(form):
+    config = LoRAConfig(form=form)
+    model = tiny_classifier()
+    inject_lora(model.bert, config)
+    other = tiny_classifier()
+    other.bert = model.bert
+    for outer in (model, other, model.bert.encoder):
+        with pytest.raises(
+            ValueError, match=r"a part of the model has LoRA layers already; got 8, first '.*query"
+        ):
+            inject_lora(outer, config)
+    remove_lora(model.bert)
+    inject_lora(model, config)
+    with pytest.raises(ValueError, match="has LoRA layers already"):
+        inject_lora(model.bert, config)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["state_dict", "copied"])
+@pytest.mark.parametrize("part", ["", "bert"])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("form", ["module", "parametrization"])
+def test_a_merged_state_is_not_loaded_into_an_adapted_model(form, strict, part, copied):
+    model, merged = injected(form=form), injected(form=form)
+    merge_lora(merged)
+    state = merged.get_submodule(part).state_dict()
+    if copied and part:
+        return  # a bare mapping says nothing of itself, and only the whole model knows its base
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"cannot load weights of a merged model; got '.*query"):
+        model.get_submodule(part).load_state_dict(dict(state) if copied else state, strict=strict)
+    if not part:
+        assert_same(weights(model), before)
+    with pytest.raises(ValueError, match=r"cannot load weights into a merged model; got '.*query"):
+        merged.load_state_dict(before, strict=strict)
+
+
+@pytest.mark.parametrize("form", ["module", "parametrization"])
+def test_a_state_of_the_unmerged_model_is_loaded_as_torch_does(form, batch, tmp_path):
+    model = injected(form=form)
+    other = tiny_classifier()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    inject_lora(other, LoRAConfig(rank=4, alpha=6, form=form))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(other(**batch).logits, model(**batch).logits)
+    plain = tiny_classifier()
+    assert other.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    plain.bert.load_state_dict({n: 2 * t for n, t in plain.bert.state_dict().items()})
+    with pytest.raises(ValueError, match="cannot load a plain model's weights under an adapter"):
+        other.load_state_dict(plain.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"form": "parametrization", "bias": "all"}, {"variant": "dora"}, {"init": "pissa"}],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "deberta-v2", "gpt2"])
+def test_save_pretrained_writes_the_fine_tuned_model(model_type, options, merged, batch, tmp_path):
+    model = tiny_model("gpt2") if model_type == "gpt2" else tiny_classifier(model_type)
+    plain_keys = set(model.state_dict())
+    inject_lora(model, LoRAConfig(rank=4, alpha=6, **options))
+    randomize(model)
+    with torch.no_grad():
+        for name in injection(model).frozen_biases:
+            model.get_parameter(name).add_(0.1)
+    logits = model(**batch).logits
+    if merged:
+        merge_lora(model)
+    before = weights(model)
+    model.save_pretrained(tmp_path / "m")
+    assert_same(weights(model), before)
+    plain = type(model).from_pretrained(tmp_path / "m").eval()
+    assert set(load_file(tmp_path / "m" / "model.safetensors")) <= plain_keys
+    torch.testing.assert_close(plain(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    remove_lora(model)
+    assert "save_pretrained" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_saves_its_own_weights(copy_of, batch, tmp_path):
+    model = injected()
+    twin = copy_of(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    logits = twin(**batch).logits
+    twin.save_pretrained(tmp_path / "m", state_dict=twin.state_dict())
+    plain = type(model).from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(plain(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    remove_lora(twin)
+    twin.load_state_dict(plain.state_dict())
+
+
+def test_what_is_around_a_model_makes_no_difference(batch, tmp_path):
+    expected = save_adapter(injected(), tmp_path / "plain")
+    wrappers = {
+        "compiled": torch.compile,
+        "parallel": nn.DataParallel,
+        "both": lambda m: nn.DataParallel(torch.compile(m)),
+    }
+    for name, wrapped in wrappers.items():
+        model = injected()
+        outer = wrapped(model)
+        assert (
+            load_file(save_adapter(outer, tmp_path / name) / "adapter_model.safetensors").keys()
+            == load_file(expected / "adapter_model.safetensors").keys()
+        )
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                load_file(tmp_path / name / "adapter_model.safetensors").values(),
+                load_file(expected / "adapter_model.safetensors").values(),
+                strict=True,
+            )
+        )
+        for file in ("adapter_config.json", "hf_lora.json"):
+            assert (tmp_path / name / file).read_bytes() == (expected / file).read_bytes()
+        assert head_parameters(outer).keys() == head_parameters(model).keys()
+        assert base_parameters(outer).keys() == base_parameters(model).keys()
+        assert trainable_parameter_count(outer) == trainable_parameter_count(model)
+        with lora_disabled(outer):
+            disabled = model(**batch).logits
+        assert remove_lora(outer) and not is_injected(outer)
+        assert torch.equal(model(**batch).logits, disabled)
+        load_adapter(outer, expected)
+        assert torch.equal(model(**batch).logits, injected()(**batch).logits)

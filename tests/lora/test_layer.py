@@ -4,6 +4,8 @@ import peft
 import pytest
 import torch
 from conftest import randomize, tiny_batch, tiny_classifier
+from safetensors.torch import load_file
+from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -300,3 +302,75 @@ def test_adapters_that_peft_writes_load_with_the_same_logits(options, tmp_path):
     torch.testing.assert_close(
         again(**tiny_batch()).logits, model(**tiny_batch()).logits, atol=1e-5, rtol=1e-5
     )
+
+
+CONVOLUTIONS = {
+    "squeezebert": {"projections": "qkvo"},
+    "vit": {"target_modules": ["patch_embeddings.projection", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("init", CORRECTED)
+@pytest.mark.parametrize("model_type", CONVOLUTIONS)
+def test_a_corrected_start_of_a_convolution_reloads_equal_here_and_in_peft(
+    model_type, init, variant, tmp_path
+):
+    model, inputs = tiny_model(model_type), tiny_inputs(model_type)
+    config = LoRAConfig(rank=4, alpha=6, init=init, variant=variant, **CONVOLUTIONS[model_type])
+    inject_lora(model, config)
+    perturb(model)
+    directory, logits = save_adapter(model, tmp_path / "a"), model(**inputs).logits
+    twin = tiny_model(model_type)
+    load_adapter(twin, directory)
+    assert torch.equal(twin(**inputs).logits, logits)
+    for name, layer in lora_layers(model).items():
+        loaded = lora_layers(twin)[name]
+        for own, other in zip(
+            (*layer.factors(), *layer.start), (*loaded.factors(), *loaded.start), strict=True
+        ):
+            assert torch.equal(own, other)
+    tensors = load_file(save_adapter(twin, tmp_path / "b") / "adapter_model.safetensors")
+    assert all(
+        torch.equal(tensors[key], t) for key, t in load_file(directory / "adapter_model.safetensors").items()
+    )
+    theirs = peft.PeftModel.from_pretrained(tiny_model(model_type), directory).eval()
+    torch.testing.assert_close(theirs(**inputs).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_dora_on_embeddings_is_pefts_in_both_directions(tmp_path):
+    options = {"target_modules": ["word_embeddings", "query"]}
+    model = injected(variant="dora", **options)
+    logits = model(**tiny_batch()).logits
+    table = lora_layers(model)["bert.embeddings.word_embeddings"]
+    moved = table.base_weight + table.delta_weight()
+    expected = table.lora_magnitude / moved.norm(dim=0) * moved
+    torch.testing.assert_close(table.effective_weight(), expected)
+    theirs = peft.PeftModel.from_pretrained(tiny_classifier(), save_adapter(model, tmp_path / "a")).eval()
+    torch.testing.assert_close(theirs(**tiny_batch()).logits, logits, atol=1e-5, rtol=1e-5)
+    made = peft.LoraConfig(r=2, lora_alpha=3, task_type="SEQ_CLS", use_dora=True, **options)
+    theirs = peft.get_peft_model(tiny_classifier(), made).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    twin = tiny_classifier()
+    load_adapter(twin, tmp_path / "theirs")
+    torch.testing.assert_close(
+        twin(**tiny_batch()).logits, theirs(**tiny_batch()).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("init", ["kaiming", "orthogonal", *CORRECTED])
+def test_autocast_around_injection_and_merge_changes_no_bit(init, variant, form):
+    merged = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model = injected(init=init, variant=variant, form=form)
+            merge_lora(model)
+        merged.append(model.state_dict())
+    for name, tensor in merged[0].items():
+        assert torch.equal(merged[1][name], tensor) and merged[1][name].dtype == torch.float32, name

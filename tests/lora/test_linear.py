@@ -5,6 +5,8 @@ import torch
 from conftest import randomize, tiny_batch, tiny_classifier
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 from hf_lora import (
     LoRAConfig,
@@ -138,6 +140,58 @@ def test_factors_are_fp32_at_least(dtype):
     layer = adapted(nn.Linear(6, 4, dtype=dtype))
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert layer.lora_A.dtype == layer.lora_B.dtype == expected
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (0, 3, 6), (6,)], ids=str)
+@pytest.mark.parametrize(
+    "base", [nn.Linear(6, 4), Conv1D(4, 6), FalconLinear(6, 4)], ids=lambda b: type(b).__name__
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dropout": 0.5},
+        {"variant": "dora"},
+        {"variant": "dora", "dropout": 0.5},
+        {"form": "parametrization"},
+    ],
+    ids=str,
+)
+def test_inputs_without_rows_give_what_the_plain_layer_does(base, options, shape):
+    model = nn.Sequential(copy.deepcopy(base))
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["0"], **options))
+    randomize(model)
+    for model.training in (True, False):
+        x = torch.ones(shape, requires_grad=True)
+        output = model.train(model.training)(x)
+        expected = nn.functional.linear(x, torch.ones(4, 6))  # Conv1D itself refuses them
+        assert output.shape == expected.shape and output.dtype == expected.dtype
+        output.sum().backward()
+        assert x.grad is not None and x.grad.shape == shape
+
+
+@pytest.mark.parametrize("ids", [(0, 4), (2, 0)], ids=str)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_an_embedding_without_tokens_gives_what_the_plain_one_does(ids, variant):
+    model = nn.Sequential(nn.Embedding(10, 6))
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["0"], variant=variant))
+    assert model(torch.zeros(ids, dtype=torch.long)).shape == (*ids, 6)
+
+
+@pytest.mark.parametrize("base", [nn.Conv1d(6, 4, 3), nn.Conv2d(6, 4, 3)], ids=lambda b: type(b).__name__)
+def test_a_convolution_without_examples_gives_what_the_plain_one_does(base):
+    x = torch.zeros(0, 6, *[5] * (base.weight.ndim - 2))
+    expected, model = base(x), nn.Sequential(copy.deepcopy(base))
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["0"]))
+    assert model(x).shape == expected.shape
+
+
+@pytest.mark.parametrize("parts_of", ["qv", "qkv"])
+def test_a_fused_layer_without_tokens_gives_what_the_plain_one_does(parts_of):
+    model = tiny_classifier("gpt2", n_embd=32, n_layer=1, n_head=4, pad_token_id=0)
+    inject_lora(model, LoRAConfig(projections=parts_of))
+    layer = next(iter(lora_layers(model).values()))
+    assert layer(torch.zeros(2, 0, 32)).shape == (2, 0, 96)
 
 
 def test_every_layer_type_is_a_subclass_of_the_layer_it_adapts():
@@ -368,3 +422,22 @@ def test_multi_head_attention_is_adapted_although_it_goes_around_the_forward_of_
         layer.lora_B.grad = None
     model["attention"](x, x, x)[0].sum().backward()
     assert all(layer.lora_B.grad.abs().max() > 0 for layer in layers.values())
+
+
+@pytest.mark.parametrize("first", ["copy", "original"])
+def test_a_copy_and_its_original_are_removed_independently(first):
+    model = mixed()
+    twin = copy.deepcopy(model)
+    adapted = model(IDS)
+    gone, left = (twin, model) if first == "copy" else (model, twin)
+    remove_lora(gone)
+    assert_plain(gone)
+    assert torch.equal(left(IDS), adapted)
+    merge_lora(left)
+    torch.testing.assert_close(left(IDS), adapted, atol=1e-5, rtol=1e-5)
+    unmerge_lora(left)
+    remove_lora(left)
+    assert_plain(left)
+    assert all(
+        type(module) is type(plain) for module, plain in zip(left.modules(), Mixed().modules(), strict=True)
+    )

@@ -136,3 +136,53 @@ def test_a_users_own_entry_works_like_any_other():
 
 def test_nothing_that_looks_like_attention_says_so():
     assert "nothing in it looks like an attention" in guess(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"target_modules": ["layer.1.attention.self.query"], "layers": [0]},
+            "without a module to adapt; got \\[0\\]",
+        ),
+        (
+            {"target_modules": ["layer.0.attention.self.query"], "layers": [0, 1]},
+            "got \\[1\\]; expected some of \\[0\\]",
+        ),
+        ({"target_modules": r".*layer\.0.*query", "layers": [-1]}, "without a module to adapt; got \\[1\\]"),
+        ({"target_modules": ["query", "pooler.dense"], "layers": [0]}, "leaves out all of 'pooler.dense'"),
+        (
+            {"target_modules": ["query", "layer.1.attention.self.key"], "layers": [0]},
+            "all of 'layer.1.attention.self.key'",
+        ),
+        ({"target_modules": ["pooler.dense"], "layers": [0]}, "lie in no numbered block"),
+        ({"target_modules": ["query"], "layers": [7]}, "got \\[7\\]; expected -2 to 1"),
+        ({"target_modules": ["query"], "layers": [0, -3]}, "got \\[-3\\]; expected -2 to 1"),
+    ],
+    ids=str,
+)
+def test_blocks_that_leave_out_what_is_asked_for_are_refused(bert, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        names(bert, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_negative_blocks_count_from_the_models_last_one():
+    four = tiny_classifier("bert", num_hidden_layers=4)
+    expression = r".*layer\.[123]\..*query"
+    assert names(four, target_modules=expression, layers=[-3]) == [f"{layer(1)}.self.query"]
+    # A set of modules may lie partly outside the blocks: `pooler.dense` does.
+    assert all(".layer.3." in name for name in names(four, target_modules="all-linear", layers=[-1]))
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    "patterns", [{"layer.7.*": 2}, {"query": 2, "value": 4, "uery": 2}, {".*": 2, "query": 4}]
+)
+def test_a_pattern_that_decides_nothing_is_refused_and_nothing_changes(pattern, patterns):
+    model = tiny_classifier("bert")
+    with pytest.raises(
+        ValueError, match=f"{pattern} has a pattern without effect; got '{list(patterns)[-1][:3]}"
+    ):
+        inject_lora(model, LoRAConfig(**{pattern: patterns}))
+    inject_lora(model, LoRAConfig(**{pattern: {"query": 2}}))
