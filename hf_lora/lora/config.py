@@ -125,17 +125,15 @@ class LoRAConfig:
         """What multiplies B A of the module called `name`: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return SCALINGS.get(self.scaling)(self.rank_of(name), self.alpha_of(name))
 
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise ValueError for a pattern of ranks or alphas that decides about none of the adapted modules `names`."""
+    def unused_patterns(self, names: Iterable[str]) -> list[str]:
+        """The patterns of ranks and alphas that decide about none of the adapted modules `names`."""
         names = list(names)
-        for what, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            table = PatternTable(what, {pattern: pattern for pattern in patterns}, Budget())
+        unused = []
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            table = PatternTable("a pattern", {pattern: pattern for pattern in patterns}, Budget())
             deciding = {table.get(name, None) for name in names}
-            if unused := [pattern for pattern in patterns if pattern not in deciding]:
-                raise ValueError(
-                    f"{what} has a pattern without effect; got {shortened(unused[0])}; expected the end of an adapted "
-                    f"module's name, such as {names[0]!r}, that no pattern before it matches"
-                )
+            unused += [pattern for pattern in patterns if pattern not in deciding]
+        return unused
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `LoRAConfig.from_dict` is the inverse."""

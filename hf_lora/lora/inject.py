@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_lora._files import shortened
 from hf_lora.lora.config import FACTORS, LoRAConfig
 from hf_lora.lora.head import ParameterCount as ParameterCount
 from hf_lora.lora.head import belongs_to, find_head, shared, unwrapped
@@ -20,6 +22,8 @@ from hf_lora.lora.layer import LoRALayer
 from hf_lora.lora.linear import check_loaded
 from hf_lora.lora.quantized import prepare_quantized
 from hf_lora.lora.targets import Placement, Target, attach, find_targets
+
+logger = logging.getLogger(__name__)
 
 _STATE = "_hf_lora"
 _SAVE = "save_pretrained"
@@ -52,7 +56,7 @@ def inject_lora(
     head: dotted names of the head's modules; None: what `find_head` finds, without modules inside the encoder.
     blank: leave the factors zero, since `load_adapter` is about to fill them.
     Returns the dotted names of the adapted modules. Raises ValueError, with the model unchanged, if it is adapted
-    already, or if anything in the config selects nothing or something that cannot be adapted.
+    already, or if the config selects nothing or something that cannot be adapted.
     """
     model = unwrapped(model)
     if is_injected(model):
@@ -64,8 +68,11 @@ def inject_lora(
         )
     head = find_head(model) if head is None else tuple(head)
     targets = find_targets(model, config, head)
-    if not blank:  # patterns of a file may be for more modules than it has
-        config.check_patterns(target.name for target in targets)
+    # Those of a file may be for more modules than it has.
+    if not blank and (unused := config.unused_patterns(target.name for target in targets)):
+        logger.warning(
+            "patterns of ranks or alphas that decide about no adapted module: %s", shortened(unused)
+        )
     required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     prepare_quantized(model, head if config.train_head else ())
     placements: list[Placement] = []
@@ -279,16 +286,10 @@ def _check_loaded(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: st
         check_loaded(layers[placement.target.name], state, name)
 
 
-def _save_plain(
-    model: nn.Module,
-    save_directory: Any,
-    is_main_process: bool = True,
-    state_dict: Any = None,
-    **options: Any,
-) -> Any:
+def _save_plain(model: nn.Module, *places: Any, state_dict: Any = None, **options: Any) -> Any:
     """transformers' `save_pretrained` of `plain_state`: `from_pretrained` gives a model with the same outputs."""
-    state_dict, save = plain_state(model, state_dict), cast(Any, type(model)).save_pretrained
-    return save(model, save_directory, is_main_process, state_dict, **options)
+    plain, own = plain_state(model, state_dict), cast(Any, type(model)).save_pretrained
+    return own(model, *places, state_dict=plain, **options)
 
 
 @torch.no_grad()

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import LABELS, tiny_tokenizer
+from conftest import LABELS, randomize, tiny_tokenizer
 from helpers_cli import read_texts
 from helpers_commands import Captured, call, mistake, rows, run, table
 from helpers_serving import TEXTS, make_adapter, peft_logits, plain_logits
+from tiny_models import tiny_model
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lora import TextClassifier
+from hf_lora import LoRAConfig, TextClassifier, load_classifier, save_adapter
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.serving import export
 from hf_lora.serving.export import PROBES, Export
@@ -189,3 +190,43 @@ def test_a_classifier_of_pairs_is_merged_and_compared_on_pairs(
     assert report["texts"] == len(PROBES)
     report = json.loads(run(capsys, "merge", *given, tmp_path / "merged", "good film", "bad film"))
     assert report["texts"] == 1
+
+
+@pytest.fixture(scope="module")
+def shared_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of a table of embeddings that encoder and decoder share."""
+    directory = tmp_path_factory.mktemp("shared")
+    tiny_model("t5", eos_token_id=3, pad_token_id=0, decoder_start_token_id=0).save_pretrained(
+        directory / "base"
+    )
+    tiny_tokenizer().save_pretrained(directory / "base")
+    config = LoRAConfig(rank=2, target_modules=["encoder.embed_tokens", "q", "v"])
+    model, tokenizer = load_classifier(str(directory / "base"), LABELS, config)
+    randomize(model)
+    return save_adapter(model, directory / "adapter", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", None])
+def test_a_classifier_whose_weights_are_shared_stays_unmerged(shared_adapter: Path, precision: Any) -> None:
+    merged = TextClassifier.from_pretrained(shared_adapter, precision=precision)
+    beside = TextClassifier.from_pretrained(shared_adapter, precision=precision, merge=False)
+    assert not merged.merged and "the adapter beside the weights" in merged.setting
+    texts = [text for text in TEXTS if text]
+    assert torch.equal(merged.logits(texts), beside.logits(texts))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("merge",), ("export", "--format", "safetensors-merged"), ("export", "--format", "onnx")],
+    ids=" ".join,
+)
+def test_commands_that_merge_refuse_shared_weights_in_one_line(
+    capsys: Captured, shared_adapter: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    if "onnx" in command:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package, reason="the packages of hf-lora[export] are not installed")
+    output = tmp_path / "out"
+    said = mistake(capsys, *command, "--adapter", shared_adapter, "--output_dir", output)
+    assert "cannot merge 'transformer.encoder.embed_tokens.weight', whose weight is" in said
+    assert not output.exists()

@@ -9,6 +9,7 @@ from conftest import MODEL_TYPES, randomize, tiny_batch, tiny_classifier
 from safetensors.torch import load_file
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_lora import (
     LoRAConfig,
@@ -476,3 +477,33 @@ def test_what_is_around_a_model_makes_no_difference(batch, tmp_path):
         assert torch.equal(model(**batch).logits, disabled)
         load_adapter(outer, expected)
         assert torch.equal(model(**batch).logits, injected()(**batch).logits)
+
+
+@pytest.mark.parametrize("form", ["module", "parametrization"])
+def test_a_stock_trainer_writes_plain_models_and_resumes_none_of_them(form, batch, tmp_path):
+    rows = [{key: tensor[row] for key, tensor in batch.items()} for row in range(4)]
+    options = {"output_dir": str(tmp_path), "max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": []}
+    args = TrainingArguments(**options, learning_rate=0.1, disable_tqdm=True)
+    model = injected(form=form)
+    trainer = Trainer(model, args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "last"))
+    logits = model.eval()(**batch).logits
+    for directory in (tmp_path / "checkpoint-2", tmp_path / "last"):
+        assert set(load_file(directory / "model.safetensors")) == set(tiny_classifier().state_dict())
+        plain = type(model).from_pretrained(directory).eval()
+        torch.testing.assert_close(plain(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"cannot load a plain model's weights under an adapter.*LoRATrainer"
+    ):
+        Trainer(injected(form=form), args, train_dataset=rows).train(resume_from_checkpoint=True)
+    best = TrainingArguments(
+        **{**options, "output_dir": str(tmp_path / "best")},
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        disable_tqdm=True,
+    )
+    with pytest.raises(ValueError, match=r"cannot load a plain model's weights under an adapter"):
+        Trainer(injected(form=form), best, train_dataset=rows, eval_dataset=rows).train()
+    assert (tmp_path / "best" / "checkpoint-2" / "model.safetensors").is_file()
