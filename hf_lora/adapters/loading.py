@@ -19,6 +19,7 @@ from hf_lora.models._transformers_private import commit_of
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.loading import load_base, load_tokenizer
 from hf_lora.models.pooling import NATIVE
+from hf_lora.models.reconcile import check_max_length
 
 
 def load_classifier(
@@ -51,6 +52,7 @@ def load_classifier(
     model, missing = load_base(
         base, labels, problem_type=problem_type, pooling=pooling, revision=revision, dtype=dtype, **hub
     )
+    check_max_length(max_length, model)
     head = (*find_head(model), *fresh_modules(model, missing))
     inject_lora(model, config or LoRAConfig(), head=head)
     injection(model).fresh = frozenset(missing)
@@ -64,7 +66,7 @@ def load_classifier(
         label_layout=label_layout,
         base_model=BaseModel(base, revision or commit_of(model.config), fingerprint(base_parameters(model))),
     )
-    return model, load_tokenizer(base, revision=revision, **hub)
+    return model, load_tokenizer(base, model=model, revision=revision, **hub)
 
 
 @torch.no_grad()

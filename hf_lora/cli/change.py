@@ -201,14 +201,11 @@ def _rows(modules: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _finetuned(options: Namespace) -> tuple[PreTrainedModel, list[str], str]:
     """The fine-tuned classifier, its labels in order, and its problem type."""
-    from transformers import AutoConfig
-
-    from hf_lora.models.bundled import resolve_base
-    from hf_lora.models.loading import load_base
+    from hf_lora.models.loading import load_base, load_config
     from hf_lora.tasks import task_of
 
     revision = options.finetuned_revision
-    config = AutoConfig.from_pretrained(resolve_base(options.finetuned, revision=revision), revision=revision)
+    config = load_config(options.finetuned, revision=revision)
     labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
     problem_type = task_of(config.problem_type, len(labels)).name
     model, missing = load_base(options.finetuned, labels, problem_type=problem_type, revision=revision)

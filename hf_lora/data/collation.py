@@ -58,6 +58,27 @@ def quick_collator(collator: Any) -> Any:
     return QuickPadding(tokenizer) if is_usual and tokenizer.pad_token_id is not None else collator
 
 
+def fill_empty(tokenizer: PreTrainedTokenizerBase, outputs: dict[str, Any]) -> None:
+    """Give one token to each row of a tokenizer's outputs that has none: an empty text, read as a blank.
+
+    Raises ValueError where the tokenizer has no token for that which is not its padding.
+    """
+    empty = [row for row, ids in enumerate(outputs["input_ids"]) if not ids]
+    if not empty:
+        return
+    names = ("bos", "eos", "unk", "cls", "sep")
+    tokens = [*tokenizer(" ")["input_ids"], *(getattr(tokenizer, f"{name}_token_id") for name in names)]
+    token = next((token for token in tokens if token not in (None, tokenizer.pad_token_id)), None)
+    if token is None:
+        raise ValueError(
+            f"a text has no token; got {len(empty)} such texts, and a tokenizer that adds none; expected a word in "
+            "each; leave out the empty ones"
+        )
+    for name, rows in outputs.items():
+        for row in empty:
+            rows[row] = [{"input_ids": token, "attention_mask": 1}.get(name, 0)]
+
+
 def filled_places(lengths: np.ndarray, width: int, side: str) -> np.ndarray:
     """Which places `(batch, width)` rows of these lengths take, with padding on the `side` "left" or "right"."""
     places = np.arange(width)

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hf_lora.data.collation import fill_empty
 from hf_lora.data.columns import Columns, LabelLayout, choose_columns, require_column, with_string_texts
 from hf_lora.data.config import MAX_TEXT, DataConfig
 from hf_lora.data.few_shot import few_shot
@@ -251,6 +252,7 @@ def _tokenize_batch(
             *(column[part] for column in texts), truncation=False, verbose=False
         ).items():
             outputs.setdefault(name, []).extend(values)
+    fill_empty(tokenizer, outputs)
     lengths = [len(ids) for ids in outputs["input_ids"]]
     long = [row for row, length in enumerate(lengths) if length > max_length]
     if long:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,14 @@ def optional_file(source: str, name: str, **hub: Any) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if path is None else Path(path)
+
+
+def forget_tokens(tokenizer: Any, token: str, first: int) -> None:
+    """Take an added token, if its id is `first` or more, out of a fast tokenizer; texts then do not give it."""
+    backend: Any = getattr(tokenizer, "_tokenizer", None)
+    if not hasattr(backend, "to_str") or token == tokenizer.pad_token:
+        return
+    state = json.loads(backend.to_str())
+    kept = [added for added in state["added_tokens"] if added["id"] < first or added["content"] != token]
+    if len(kept) < len(state["added_tokens"]):
+        tokenizer._tokenizer = type(backend).from_str(json.dumps({**state, "added_tokens": kept}))

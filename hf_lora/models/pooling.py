@@ -20,7 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_lora._choices import Registry
 from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes
 from hf_lora.models._transformers_private import AnyAttention, optional_file
-from hf_lora.models.bundled import resolve_base
+from hf_lora.models.bundled import is_known_absent, readable, resolve_base, warn_once
 
 NATIVE = "native"
 HEAD = "pooled_head"
@@ -245,11 +245,17 @@ def choose_pooling(
     # Once: it may ask whether the Hub answers.
     source = resolve_base(base, **hub)
     if labels is not None:
-        config = AutoConfig.from_pretrained(source, **hub)
+        with readable(f"the base model {base!r}", source, **hub):
+            config = AutoConfig.from_pretrained(source, **hub)
         classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         if classifies and config.num_labels == labels:
             return PoolingChoice(NATIVE, f"the checkpoint has a trained head for {labels} labels")
     declared = declared_pooling(source, **hub)
+    if declared is None and not is_known_absent(source, _FILE, **hub):
+        warn_once(
+            f"whether {base!r} is a sentence encoder is not known, since the Hub cannot be reached and its cache has "
+            f"no {_FILE}; taken for none; --pooling mean is right if it is one"
+        )
     if declared is None:
         return PoolingChoice(NATIVE, "the model's own head; its files name no pooling")
     named = f"by the {_FILE} of this sentence encoder"

@@ -19,6 +19,7 @@ from hf_lora.tasks import task_of
 
 LENGTH = 8
 _B_STD = 0.02
+_CHARACTERS = 0xD800
 # The second probe of a suspect looks for gradients that fp16 rounded to zero.
 _STRONGER = 4096.0
 
@@ -233,7 +234,9 @@ def _tokens(config: Any, tokenizer: Any) -> dict[str, Tensor]:
                 named[name] = int(value[0] if isinstance(value, list | tuple) else value)
     special = {*named.values(), *getattr(tokenizer, "all_special_ids", ())}
     # All tokens differ: among equal keys and values, attention does not depend on the queries.
-    usable = [index for index in range(config.get_text_config().vocab_size) if index not in special]
+    # CANINE has no table of tokens, and takes any character.
+    size = getattr(config.get_text_config(), "vocab_size", _CHARACTERS)
+    usable = [index for index in range(size) if index not in special]
     step = max(1, len(usable) // (2 * LENGTH))
     ids = torch.tensor([usable[index * step % len(usable)] for index in range(2 * LENGTH)]).reshape(2, LENGTH)
     first, last = named.get("cls", named.get("bos")), named.get("eos", named.get("sep"))

@@ -22,6 +22,7 @@ from hf_lora.lora.inject import trainable_parameter_count
 from hf_lora.models.cpu import set_threads
 from hf_lora.models.loading import choose_precision, load_tokenizer
 from hf_lora.models.pooling import AUTO, check_pooling, choose_pooling
+from hf_lora.models.reconcile import check_known
 from hf_lora.models.verify import probe_batch, verify_injection
 from hf_lora.recipe.compare import Snapshot, baseline_logits, keep_the_better, refit, refit_probe, watched
 from hf_lora.recipe.head_start import start_head
@@ -142,6 +143,7 @@ class Finetuning:
         if not hasattr(self, "data"):
             with self.args.main_process_first(desc="preparing the data"):
                 self.data = prepare_data(self.recipe.data, self.tokenizer, tables=self.recipe.tables)
+        check_known(self.tokenizer, self.data.splits["train"]["input_ids"][:1000])
         for topic, text in data_facts(self.data):
             self.progress.fact(topic, text)
 

@@ -19,7 +19,7 @@ from hf_lora.adapters.directory import AdapterFiles, check_task, load_files, rea
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.adapters.peft_format import PREFIX
-from hf_lora.data.collation import filled_places, padded
+from hf_lora.data.collation import fill_empty, filled_places, padded
 from hf_lora.lora.inject import injection, is_injected, lora_layers, merge_lora, shared_weights
 from hf_lora.lora.quantized import is_quantized
 from hf_lora.models.bundled import resolve_base
@@ -188,7 +188,9 @@ class TextClassifier:
                 f"{kinds[len(known)]} ({', '.join(known)})"
             )
         columns = map(list, zip(*parts, strict=True))
-        return dict(self.tokenizer(*columns, truncation=True, max_length=self._max_length()))
+        encoded = dict(self.tokenizer(*columns, truncation=True, max_length=self._max_length()))
+        fill_empty(self.tokenizer, encoded)
+        return encoded
 
     def _max_length(self) -> int:
         # Tokenizers without a limit report a huge number; the position embeddings are the limit then.
@@ -266,8 +268,8 @@ def load_trained(
             f"first {random[0]!r}; they would be random"
         )
     injection(model).info = info
-    tokenizer = load_tokenizer_files(files.tokenizer, str(directory))
-    return model.eval(), load_tokenizer(base, **hub) if tokenizer is None else tokenizer, info
+    kept = load_tokenizer_files(files.tokenizer, str(directory))
+    return model.eval(), load_tokenizer(base, model=model, kept=kept, **hub), info
 
 
 @contextmanager

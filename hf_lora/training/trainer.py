@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
@@ -23,6 +23,7 @@ from hf_lora.lora.inject import base_parameters, injection
 from hf_lora.models.cpu import fast_training
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.first_token import first_token_only
+from hf_lora.models.reconcile import reconcile
 from hf_lora.prefix.cache import PrefixCache, open_prefix_cache
 from hf_lora.training import _trainer_hooks as hooks
 from hf_lora.training import batching, distributed
@@ -58,6 +59,8 @@ class LoRATrainer(CheckpointingTrainer):
             super().__init__(model=model, args=args, **kwargs)
         distributed.check_met()
         injection(self.model)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            reconcile(self.model, self.processing_class)
         # Trainer concludes from the **kwargs of `forward` that the loss is divided by `num_items_in_batch`;
         # classification heads ignore it, and the loss would be counted once per step.
         self.model_accepts_loss_kwargs = False

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,10 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(BUNDLED, "_entries", dict(BUNDLED.items()))
     bundled_folder.cache_clear()
-    bundled._warn_once.cache_clear()
+    bundled.warn_once.cache_clear()
     yield
     bundled_folder.cache_clear()
-    bundled._warn_once.cache_clear()
+    bundled.warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -105,22 +105,77 @@ def test_other_revision_and_unlisted_name_are_left_to_the_hub(package: Path) -> 
     assert resolve_base("org/other") == "org/other"
 
 
-def test_local_directory_comes_first(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_base(str(tmp_path)) == str(tmp_path)
-    (tmp_path / "cwd" / NAME).mkdir(parents=True)
+def test_local_directory_comes_first_and_is_named_where_the_name_could_be_the_hubs(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cwd" / NAME
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path / "cwd")
+    assert resolve_base(str(folder)) == str(folder)
+    assert resolve_base(f"./{NAME}") == f"./{NAME}"
+    assert caplog.records == []
     assert resolve_base(NAME) == NAME
+    assert len(caplog.records) == 1 and f"is the directory {str(folder)!r}, not {NAME!r}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", NAME])
+def test_a_directory_that_is_no_model_does_not_answer_to_a_hub_id(
+    name: str, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        resolve_base(name)
+    expected = (repr(str(tmp_path / name)), "without config.json", f"hides the Hub's {name!r}")
+    assert [words for words in expected if words not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["{}/nowhere", "./nowhere", "../no/where", "runs/no/where", "~/nowhere", "{}/file"]
+)
+def test_a_path_that_is_no_directory_is_not_asked_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(bundled, "hub_answers", lambda: pytest.fail("the Hub was asked"))
+    with pytest.raises(
+        ValueError, match=r"no such base model; got '.*', which is (not there|a file); expected"
+    ):
+        resolve_base(name.format(tmp_path))
+
+
+def test_an_adapter_in_the_place_of_a_base_names_its_base(adapter_dir: Path, tiny_bert_dir: Path) -> None:
+    with pytest.raises(ValueError, match="which is an adapter; expected its base model, ") as error:
+        resolve_base(str(adapter_dir))
+    assert repr(str(tiny_bert_dir)) in str(error.value)
+
+
+FILES = ("weights.bin", "config.json", "tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json")
+
+
+def write_cache(cache: Path, files: Sequence[str]) -> None:
+    """A snapshot of the model in a Hub cache with some of its files."""
+    snapshot = cache / "models--org--fake-encoder" / "snapshots" / CACHE_COMMIT
+    for name in files:
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).write_bytes(WEIGHTS)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(CACHE_COMMIT)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
 def test_cached_model_comes_before_the_package(package: Path, tmp_path: Path, explicit: bool) -> None:
     cache = tmp_path / ("elsewhere" if explicit else "hub")
-    repository = cache / "models--org--fake-encoder"
-    (repository / "snapshots" / CACHE_COMMIT).mkdir(parents=True)
-    (repository / "snapshots" / CACHE_COMMIT / "weights.bin").write_bytes(WEIGHTS)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(CACHE_COMMIT)
+    write_cache(cache, FILES)
     assert resolve_base(NAME, cache_dir=str(cache) if explicit else None) == NAME
+
+
+@pytest.mark.parametrize("absent", FILES)
+def test_an_incomplete_snapshot_is_none(package: Path, tmp_path: Path, absent: str) -> None:
+    write_cache(tmp_path / "hub", [name for name in FILES if name != absent])
+    assert resolve_base(NAME) == str(package / "model")
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
