@@ -6,12 +6,14 @@ start with (Ren et al. 2023, arXiv:2302.05779): from the best probe they hardly 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,15 @@ from hf_lora.tasks import task_of
 from hf_lora.tasks.metrics import first_output
 from hf_lora.tasks.probe import Probe, fit_probe
 from hf_lora.training.distributed import on_first
+from hf_lora.training.examples import is_stream, label_column, some_of
 from hf_lora.training.trainer import LoRATrainer
+
+logger = logging.getLogger(__name__)
 
 HEAD_INITS = ("auto", "probe", "random")
 # A linear layer that has seen so many examples changes little with more of them.
 MAX_EXAMPLES = 50_000
-_SEED = 0
+_NEEDS, _EXPECTED = "a linear probe needs examples with labels", "expected a column 'labels' or 'label'"
 
 
 @dataclass(frozen=True)
@@ -83,23 +88,28 @@ def features_as_logits(layer: nn.Linear) -> Iterator[None]:
         hook.remove()
 
 
-def frozen_features(trainer: LoRATrainer, dataset: Any, *, training: bool = False) -> np.ndarray:
-    """The features `(n, width)` of a data set: one pass of the network as it is, in evaluation, without autograd.
+def frozen_features(trainer: LoRATrainer, dataset: Any) -> np.ndarray:
+    """The features `(n, width)` of a data set: one pass of the network as it is, in evaluation, without autograd."""
+    with features_as_logits(output_layer(trainer.model)), trainer.predicting_unlabelled():
+        return np.asarray(first_output(trainer.predict(dataset).predictions), np.float32)
+
+
+def labelled_features(
+    trainer: LoRATrainer, dataset: Any, *, training: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The features `(n, width)` and labels of a data set of any kind that Trainer takes, in its order.
 
     training: whether they are training examples, whose frozen prefix training need not run again if it is cached.
+    Raises ValueError for a data set without labels.
     """
-    measure, trainer.compute_metrics = trainer.compute_metrics, None
-    filling = trainer.filling_prefix() if training else nullcontext()
-    # Without labels no loss is computed of what are no logits.
-    unlabelled = dataset.remove_columns("labels")
-    try:
-        with features_as_logits(output_layer(trainer.model)), filling:
-            features = first_output(trainer.predict(unlabelled).predictions)
-    finally:
-        trainer.compute_metrics = measure
-        # Trainer would show it among the metrics of every evaluation that follows.
-        trainer.__dict__.pop("model_preparation_time", None)
-    return np.asarray(features, np.float32)
+    examples = some_of(dataset, MAX_EXAMPLES) if training or is_stream(dataset) else dataset
+    with features_as_logits(output_layer(trainer.model)), trainer.predicting_unlabelled(training):
+        found = trainer.predict(examples)
+    column = label_column(examples)
+    labels = found.label_ids if column is None else np.asarray(column)
+    if labels is None:
+        raise ValueError(f"{_NEEDS}; got a data set without; {_EXPECTED}")
+    return np.asarray(first_output(found.predictions), np.float32), labels
 
 
 def fit_warm_start(
@@ -118,13 +128,9 @@ def fit_warm_start(
     Raises ValueError where the logits are not a linear function of what the last layer of the head gets.
     """
     _check_linear(trainer)
-    train: Any = trainer.train_dataset
-    if len(train) > MAX_EXAMPLES:
-        rows = np.random.default_rng(_SEED).choice(len(train), MAX_EXAMPLES, replace=False)
-        train = train.select(np.sort(rows))
-    features = frozen_features(trainer, train, training=True)
-    held_out: Any = trainer.eval_dataset
-    validation = None if held_out is None else frozen_features(trainer, held_out)
+    features, labels = labelled_features(trainer, trainer.train_dataset, training=True)
+    held = _held_out(trainer)
+    validation = None if held is None else held[0]
     model: Any = trainer.model
     weights = trainer.class_weights
     fit = partial(
@@ -134,14 +140,12 @@ def fit_warm_start(
         class_weights=None if weights is None else weights.tolist(),
         intercept=output_layer(model).bias is not None,
     )
-    labels = np.asarray(train["labels"])
     parts = [slice(None)]
     several = isinstance(model, PooledClassifier) and len(model.layers) > 1 and model.pool.of_last
     if choose_layers and several and validation is not None and len(validation):
         parts.append(slice(-model.config.hidden_size, None))
 
     def fitted() -> tuple[int, tuple[Probe, Probe], tuple[Probe, Probe] | None]:
-        held = None if validation is None else (validation, np.asarray(held_out["labels"]))
         probes = [fit(features[:, part], labels, held and (held[0][:, part], held[1])) for part in parts]
         chosen = min(range(len(parts)), key=lambda number: probes[number].loss or 0.0)
         part, strength = parts[chosen], probes[chosen].strength
@@ -192,25 +196,29 @@ def start_head(
     """Before training: fit a probe and, unless `head_init` or the checkpoint say otherwise, start the head from it.
 
     head_init: "probe", "random", or "auto": the probe, but for a head that the checkpoint brings trained, and where
-    the model allows none. penalty: the head is fitted with so many times the penalty of the probe; 1: it is the probe.
-    choose_layers, on_all: as for `fit_warm_start`. Raises ValueError for another name, a penalty that is not above 0,
-    and where a probe was asked for that cannot be had.
+    the model allows none, which a warning says. penalty: the head is fitted with so many times the penalty of the
+    probe; 1: it is the probe. choose_layers, on_all: as for `fit_warm_start`. A trainer that makes its model anew
+    (`model_init`) starts that one's head in the same way. Raises ValueError for another name, a penalty that is not
+    above 0, training data without labels, and where a probe was asked for that cannot be had.
     """
     if head_init not in HEAD_INITS:
         raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
     if not (penalty > 0 and math.isfinite(penalty)):
         raise ValueError(f"head_penalty is not usable; got {penalty!r}; expected a number above 0")
     start = time.perf_counter()
+    options: dict[str, bool] = {"choose_layers": choose_layers, "on_all": on_all}
     kind, reason, warm = head_init, "as asked for", None
     keeps_own = head_init == "auto" and not _is_fresh(trainer.model)
+    # A head that does not start from the regression needs the probe alone, to be compared with.
+    unused = head_init == "random" or keeps_own
+    if not unused:
+        _check_data(trainer)
     try:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
                 "no probe is fitted where the weights are sharded; got FSDP or DeepSpeed; use DDP"
             )
-        # A head that does not start from the regression needs the probe alone, to be compared with.
-        unused = head_init == "random" or keeps_own
-        warm = fit_warm_start(trainer, 1.0 if unused else penalty, choose_layers=choose_layers, on_all=on_all)
+        warm = fit_warm_start(trainer, 1.0 if unused else penalty, **options)
         if head_init == "auto":
             kind = "probe"
             reason = f"{task_of(trainer.model.config.problem_type).probe} on the frozen features"
@@ -221,8 +229,11 @@ def start_head(
             kind, reason = "random", str(error)
     if keeps_own:
         kind, reason = "checkpoint", "the checkpoint has a trained head for these labels"
+    if kind == "random" and head_init == "auto":
+        logger.warning("the head starts at random: %s", reason)
     if kind == "probe" and warm is not None:
         install(trainer.model, warm.start)
+    trainer.starts["head"] = partial(start_head, trainer, head_init, penalty=penalty, **options)
     return HeadStart(kind, reason, warm, time.perf_counter() - start)
 
 
@@ -247,13 +258,32 @@ def install(model: nn.Module, probe: Probe) -> None:
         layer.bias.copy_(torch.from_numpy(probe.bias))
 
 
+def _held_out(trainer: LoRATrainer) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features and labels of the evaluation set, or of all of them in turn."""
+    data: Any = trainer.eval_dataset
+    if data is None:
+        return None
+    parts = data.values() if isinstance(data, dict) else [data]
+    features, labels = zip(*(labelled_features(trainer, part) for part in parts), strict=True)
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def _check_data(trainer: LoRATrainer) -> None:
+    """Raise ValueError for a trainer without examples that have labels."""
+    data: Any = trainer.train_dataset
+    rows = [] if data is None else list(islice(data, 4))
+    if not rows:
+        raise ValueError(f"{_NEEDS}; got no training data; {_EXPECTED}")
+    if "labels" not in trainer.collated(rows):
+        got = ", ".join(rows[0]) if isinstance(rows[0], Mapping) else type(rows[0]).__name__
+        raise ValueError(f"{_NEEDS}; got {got}; {_EXPECTED}")
+
+
 @torch.no_grad()
 def _check_linear(trainer: LoRATrainer) -> None:
     model: Any = trainer.model
     layer = output_layer(model)
-    train: Any = trainer.train_dataset
-    rows = [train[row] for row in range(min(4, len(train)))]
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    batch = trainer.collated(list(islice(trainer.train_dataset, 4)))
     batch.pop("labels", None)
     with evaluating(model):
         logits = model(**batch).logits.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,21 @@ from transformers import TrainingArguments
 from hf_lora.lora.inject import head_parameters, injection
 from hf_lora.tasks import Task, task_of
 from hf_lora.training.distributed import meets_over_cpus
+from hf_lora.training.examples import labels_of
 from hf_lora.training.options import CACHE_MODES, LoRATrainingOptions
 from hf_lora.training.resuming import parse_allowed
 
 
-def class_weights(text: str | None, dataset: Any, count: int, problem_type: str | None) -> Tensor | None:
+def class_weights(
+    text: str | None,
+    dataset: Any,
+    count: int,
+    problem_type: str | None,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> Tensor | None:
     """The weights `(count,)` that `text` asks for: "balanced", or one number for each label; None: none.
+
+    collate: from examples to a batch with labels; read are the labels of a data set without a column of them.
 
     The training loss is the mean over the examples of weight times loss, as with scikit-learn's class weights.
     Raises ValueError for a regression and for unusable numbers.
@@ -30,7 +39,7 @@ def class_weights(text: str | None, dataset: Any, count: int, problem_type: str 
     if not task_of(problem_type).has_classes:
         raise ValueError("class_weights cannot be used for regression, which has no classes")
     if text == "balanced":
-        return balanced_weights(dataset, count, task_of(problem_type))
+        return balanced_weights(labels_of(dataset, collate), count, task_of(problem_type))
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
@@ -43,9 +52,8 @@ def class_weights(text: str | None, dataset: Any, count: int, problem_type: str 
     return torch.tensor(weights)
 
 
-def balanced_weights(dataset: Any, count: int, task: Task) -> Tensor:
+def balanced_weights(labels: Any, count: int, task: Task) -> Tensor:
     """Inverse class frequencies, `(count,)`: n / (classes * n_class), where n_class examples carry the label."""
-    labels = dataset["labels"]
     counts = task.count(labels[:], count)
     absent = [index for index in range(count) if counts[index] == 0]
     if absent:

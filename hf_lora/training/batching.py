@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_lora.training._trainer_hooks import chosen_rows
+from hf_lora.training.examples import is_stream
 
 Step = list[list[int]]  # for each process the indices of its batch
 
@@ -170,7 +171,7 @@ class EpochBatches(Sampler[list[int]]):
 
 def token_lengths(dataset: Any) -> np.ndarray | None:
     """The number of `input_ids` of each example; None for data without them, of unknown size or empty."""
-    if not isinstance(dataset, Sized) or not len(dataset):
+    if is_stream(dataset) or not len(dataset):
         return None
     # A transform that runs at reading may change what the column holds.
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
@@ -253,13 +254,10 @@ def order_of(loader: DataLoader[Any]) -> np.ndarray | None:
 
 
 def restored(values: Any, order: np.ndarray) -> Any:
-    """Arrays (or nested tuples, lists and dicts of them) whose rows come in `order`, in the data set's order.
-
-    A data loader that drops its last batch leaves fewer rows than `order` has; the missing ones stay out.
-    """
+    """Arrays (or nested tuples, lists and dicts of them) whose rows come in `order`, in the data set's order."""
 
     def in_order(rows: np.ndarray) -> np.ndarray:
-        return rows[np.argsort(order[: len(rows)])]
+        return rows[np.argsort(order)]
 
     return recursively_apply(in_order, values, test_type=lambda value: isinstance(value, np.ndarray))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,16 +10,20 @@ from importlib import import_module
 from itertools import product
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.utils import DistributedType, patch_environment
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_lora.lora.inject import head_parameters, lora_parameters
+from hf_lora.lora.inject import base_parameters, head_parameters, lora_parameters
+from hf_lora.models.fingerprint import fingerprint
 from hf_lora.prefix.encoder import block_lists
 from hf_lora.training import _trainer_hooks as hooks
+from hf_lora.version import __version__
 
 T = TypeVar("T")
 _FAILURES = "hf_lora/failures"
@@ -106,6 +111,24 @@ def check_equal(facts: Mapping[str, str]) -> None:
                 f"process 0 ({everywhere[0][what]}); expected the same everywhere; give every machine the same files "
                 "and versions"
             )
+
+
+def check_processes(model: nn.Module, lengths: np.ndarray | None, sharded: bool) -> None:
+    """Raise ValueError unless every process starts from the same weights, data and versions.
+
+    lengths: of the examples, None where they are not known. sharded: whether each takes a part of its own weights;
+    otherwise DDP sends the first process's trained ones to all.
+    """
+    digest = "of unknown length" if lengths is None else hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+    facts = {
+        "hf_lora, torch or transformers": f"{__version__}, {torch.__version__}, {transformers.__version__}",
+        "base model": fingerprint(base_parameters(model)),
+        "training set": digest,
+    }
+    if sharded:
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        facts["adapter and head at the start"] = fingerprint(trained)
+    check_equal(facts)
 
 
 def keep_frozen_local(model: nn.Module) -> None:

@@ -9,9 +9,11 @@ The gradient needs a trained head: `start_head` first.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from hf_lora.lora.inject import injection, lora_disabled, lora_layers
 from hf_lora.lora.layer import LoRALayer
 from hf_lora.lora.linear import is_adaptable
 from hf_lora.models.verify import evaluating
+from hf_lora.training.examples import is_stream
 
 if TYPE_CHECKING:
     from hf_lora.training.trainer import LoRATrainer
@@ -51,18 +54,20 @@ class LoRAStart:
 def start_lora(trainer: LoRATrainer, examples: int = EXAMPLES) -> LoRAStart:
     """Before training: turn the rows of every A to the first right singular vectors of its weight's gradient.
 
-    The gradient is of the trainer's loss over `examples` of its training set, with the model as it is.
+    The gradient is of the trainer's loss over `examples` of its training set, with the model as it is. A trainer that
+    makes its model anew (`model_init`) starts that one in the same way.
     A keeps its random rows where a weight has no gradient, and beyond the weight's smaller side. Every process
     has to call it; each takes its share of the examples. The model's LoRAConfig says init="gradient" afterwards.
     Raises ValueError for weights that are sharded, quantized or merged, another initialization than Kaiming's, trained
-    factors, a data set of unknown size, and a gradient that is not finite.
+    factors, no training data, and a gradient that is not finite.
     """
     began = time.perf_counter()
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     _check(trainer, model)
-    size = len(trainer.train_dataset)
-    rows = np.random.default_rng(_SEED).choice(size, min(examples, size), replace=False)
-    gradients = weight_gradients(trainer, rows.tolist())
+    data: Any = trainer.train_dataset
+    data = list(islice(data, examples)) if is_stream(data) else data
+    rows = np.random.default_rng(_SEED).choice(len(data), min(examples, len(data)), replace=False)
+    gradients = weight_gradients(trainer, [data[row] for row in rows.tolist()])
     for name, gradient in gradients.items():
         if not torch.isfinite(gradient).all():
             raise ValueError(
@@ -75,6 +80,7 @@ def start_lora(trainer: LoRATrainer, examples: int = EXAMPLES) -> LoRAStart:
     if turned < len(gradients):
         reason += f", without one: {len(gradients) - turned} of {len(gradients)} weights"
     trainer.lora_start = LoRAStart(INIT, reason, time.perf_counter() - began)
+    trainer.starts["lora"] = partial(start_lora, trainer, examples)
     return trainer.lora_start
 
 
@@ -104,19 +110,18 @@ def awaits_start(trainer: LoRATrainer) -> bool:
     return asked and not _is_trained(trainer.model)
 
 
-def weight_gradients(trainer: LoRATrainer, rows: Sequence[int]) -> dict[str, Tensor]:
-    """The gradient of the loss, summed over `rows` of the training set, for each adapted weight, in its shape and fp32.
+def weight_gradients(trainer: LoRATrainer, examples: Sequence[Any]) -> dict[str, Tensor]:
+    """The gradient of the loss, summed over the examples, for each adapted weight, in its shape and fp32.
 
     The adapter is disabled and dropout is off. No gradient is left on any parameter.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     weights = {name: layer.frozen_weight for name, layer in lora_layers(model).items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    own = rows[trainer.args.process_index :: trainer.args.world_size]
-    examples = [trainer.train_dataset[row] for row in own]
+    own = examples[trainer.args.process_index :: trainer.args.world_size]
     with lora_disabled(model), evaluating(model), _requiring_gradients(weights.values()):
-        for batch in _batches(examples, trainer.args):
-            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+        for batch in _batches(own, trainer.args):
+            inputs = trainer.collated(batch)
             loss = trainer.compute_loss(model, inputs) * len(batch)
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), found, strict=True):
@@ -148,9 +153,9 @@ def _turn(layer: LoRALayer, gradient: Tensor) -> bool:
     return bool(matrix.any())
 
 
-def _batches(examples: list[Any], args: Any) -> Iterator[list[Any]]:
+def _batches(examples: Sequence[Any], args: Any) -> Iterator[list[Any]]:
     """The examples by length, in batches that are no larger than those of training."""
-    lengths = [len(example.get("input_ids", ())) for example in examples]
+    lengths = [len(row.get("input_ids", ())) if isinstance(row, Mapping) else 0 for row in examples]
     size = args.train_batch_size
     if (budget := getattr(args, "max_tokens_per_batch", None)) is not None:
         size = max(1, min(size, budget // max(1, *lengths, 1)))
@@ -184,8 +189,7 @@ def _check(trainer: LoRATrainer, model: nn.Module) -> None:
         "a merged adapter": any(layer.merged for layer in layers),
         f"init={init!r}": init not in ("kaiming", INIT),
         "factors that have been trained": _is_trained(model),
-        "training data of unknown size": not isinstance(data, Sized),
-        "no training data": isinstance(data, Sized) and not len(data),
+        "no training data": data is None or (not is_stream(data) and not len(data)),
     }
     if problem := next((problem for problem, present in problems.items() if present), None):
         raise ValueError(

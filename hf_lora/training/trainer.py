@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 from hf_lora.adapters.card import RunSummary
 from hf_lora.adapters.directory import adapter_info
 from hf_lora.data.collation import quick_collator
-from hf_lora.lora.inject import base_parameters, injection
+from hf_lora.lora.inject import injection
 from hf_lora.models.cpu import fast_training
-from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.first_token import first_token_only
 from hf_lora.models.reconcile import reconcile
 from hf_lora.prefix.cache import PrefixCache, open_prefix_cache
@@ -31,7 +29,6 @@ from hf_lora.training.arguments import LoRATrainingArguments, class_weights, has
 from hf_lora.training.checkpointing import CheckpointingTrainer
 from hf_lora.training.checkpoints import saving_on_sigterm
 from hf_lora.training.gradient_init import LoRAStart, awaits_start, start_lora
-from hf_lora.version import __version__
 
 
 class LoRATrainer(CheckpointingTrainer):
@@ -43,6 +40,7 @@ class LoRATrainer(CheckpointingTrainer):
     TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer that misses a trained parameter.
 
     facts: what the card tells besides the training. lora_start: how A and B began, once `start_lora` has run.
+    starts: what `start_head` and `start_lora` do, once more for every model that `model_init` makes.
     prefix: the cache of the frozen blocks' output, while there is one.
     """
 
@@ -68,8 +66,9 @@ class LoRATrainer(CheckpointingTrainer):
             self.data_collator = quick_collator(self.data_collator)
         self.facts = RunSummary()
         self.lora_start: LoRAStart | None = None
+        self.starts: dict[str, Callable[[], Any]] = {}
         self.prefix: PrefixCache | None = None
-        self._filling_prefix = False
+        self._filling_prefix = self._unlabelled = False
         self._shares: dict[int, float] = {}
         self._share = 1.0
         if self.is_fsdp_enabled:
@@ -77,7 +76,7 @@ class LoRATrainer(CheckpointingTrainer):
             distributed.name_blocks(self.model)
         weights, config = getattr(self.args, "class_weights", None), self.model.config
         self.class_weights = class_weights(
-            weights, self.train_dataset, config.num_labels, config.problem_type
+            weights, self.train_dataset, config.num_labels, config.problem_type, self.collated
         )
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
@@ -85,6 +84,7 @@ class LoRATrainer(CheckpointingTrainer):
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
         *args: Any,
         allow_changed: str | Sequence[str] | None = None,
         **kwargs: Any,
@@ -92,14 +92,19 @@ class LoRATrainer(CheckpointingTrainer):
         """Trainer's own, faster on CPUs, without work for unread tokens, and with a cached prefix if asked for.
 
         resume_from_checkpoint: a directory, or True for the newest whole checkpoint in `args.output_dir`.
+        trial: of `hyperparameter_search`. A model of `model_init` is made anew, and starts as the one before it did.
         allow_changed: what may differ from its run, as the option of that name, which it adds to.
         SIGTERM saves a checkpoint and raises `hf_lora.training.checkpoints.Preempted`, which exits with 143.
         Raises ValueError for a checkpoint that is not whole or of another run, naming what differs, and where processes
         do not train the same.
         """
         resume = self.checkpoint_to_resume(resume_from_checkpoint)
+        if self.model_init is not None:
+            self._begin_anew(trial, started=resume is None)
         if distributed.process_count() > 1:
-            self._check_processes()
+            distributed.check_processes(
+                self.model, batching.token_lengths(self.train_dataset), self._is_sharded
+            )
             # The digest of the pretrained weights is taken while they are whole: sharded, no process has them all.
             injection(self.model).info = adapter_info(self.model)
             distributed.keep_frozen_local(self.model)
@@ -108,12 +113,24 @@ class LoRATrainer(CheckpointingTrainer):
             start_lora(self)
         if isinstance(self.args, LoRATrainingArguments):
             self.args.lora_settings = injection(self.model).config.to_dict()
-        if resume is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if resume is not None and self._is_sharded:
             # Before the model is sharded; otherwise Trainer does so itself.
             self._load_from_checkpoint(resume)
         faster = fast_training(self.model)
-        with faster, first_token_only(self.model), self._caching_prefix(), saving_on_sigterm(self):
-            return super().train(resume, *args, **kwargs)
+        # The model has been made: Trainer would make another one.
+        made = hooks.replaced(self, "model_init", None)
+        with made, faster, first_token_only(self.model), self._caching_prefix(), saving_on_sigterm(self):
+            return super().train(resume, trial, *args, **kwargs)
+
+    def _begin_anew(self, trial: Any, started: bool) -> None:
+        """A new model of `model_init`, as Trainer makes one for every training, and its start."""
+        set_seed(self.args.seed)
+        self.model = self.model_wrapped = self.call_model_init(trial)
+        self.optimizer = self.lr_scheduler = self.lora_start = self.prefix = None
+        if self.place_model_on_device:
+            self._move_model_to_device(self.model, self.args.device)
+        for start in self.starts.values() if started else ():
+            start()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Trainer's own; notes the share that each batch's mean loss has in the mean over the step's examples."""
@@ -134,8 +151,35 @@ class LoRATrainer(CheckpointingTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; inside `filling_prefix` the output of the frozen prefix is kept."""
         inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None) if self._unlabelled else None
         with self._replaying(inputs, self._filling_prefix):
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            loss, logits, given = super().prediction_step(model, inputs, *args, **kwargs)
+        return loss, logits, given if labels is None else labels
+
+    def collated(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Examples of any data set as a batch on the device, without the columns that Trainer leaves out."""
+        batch = self._get_collator_with_removed_columns(self.data_collator)(list(rows))
+        return self._prepare_inputs(batch)
+
+    @contextmanager
+    def predicting_unlabelled(self, training: bool = False) -> Iterator[None]:
+        """Inside, `predict` gives outputs and labels, whatever the arguments say; the model is not given the labels.
+
+        training: whether the examples are those of the training set, see `filling_prefix`.
+        """
+        args = copy.copy(self.args)
+        args.prediction_loss_only, args.eval_do_concat_batches, args.include_for_metrics = False, True, []
+        changes = {"args": args, "compute_metrics": None, "preprocess_logits_for_metrics": None}
+        with ExitStack() as stack:
+            for name, value in (changes | {"_unlabelled": True}).items():
+                stack.enter_context(hooks.replaced(self, name, value))
+            if training:
+                stack.enter_context(self.filling_prefix())
+            try:
+                yield
+            finally:
+                # Trainer would show it among the metrics of every evaluation that follows.
+                self.__dict__.pop("model_preparation_time", None)
 
     @contextmanager
     def filling_prefix(self) -> Iterator[None]:
@@ -168,6 +212,22 @@ class LoRATrainer(CheckpointingTrainer):
             self.train_dataset, "Training", self._train_batch_size, SequentialSampler, is_training=True
         )
         return hooks.with_batches(loader, batches)
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader[Any]:
+        """Trainer's own; batches are dropped in training alone: evaluations and predictions are of every example."""
+        dropping = is_training and self.args.dataloader_drop_last
+        with hooks.replaced(self.args, "dataloader_drop_last", dropping):
+            return super()._get_dataloader(
+                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+            )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         """The longest examples first, where batches are by length."""
@@ -229,30 +289,17 @@ class LoRATrainer(CheckpointingTrainer):
         # torch's own weight= divides by the weights in the batch: a rare example would rule the batch it is in.
         return (weights[labels] * losses).mean(), outputs
 
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _open_prefix(self) -> PrefixCache | None:
         lengths = batching.token_lengths(self.train_dataset)
         return open_prefix_cache(self, None if lengths is None else int(lengths.sum()))
 
-    def _check_processes(self) -> None:
-        """Every process must start from the same weights, data and versions."""
-        lengths = batching.token_lengths(self.train_dataset)
-        digest = (
-            "of unknown length" if lengths is None else hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
-        )
-        facts = {
-            "hf_lora, torch or transformers": f"{__version__}, {torch.__version__}, {transformers.__version__}",
-            "base model": fingerprint(base_parameters(self.model)),
-            "training set": digest,
-        }
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # Sharded, each process takes its part of its own; DDP sends the first process's to all.
-            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-            facts["adapter and head at the start"] = fingerprint(trained)
-        distributed.check_equal(facts)
-
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing trained may be missing from the optimizer: the head made after it is the classic case."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]

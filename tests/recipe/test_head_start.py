@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LABELS, tiny_batch, tiny_classifier
+from datasets import Dataset
 from helpers_recipe import prepared, regressions_loss
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -17,9 +20,12 @@ from hf_lora import (
     LoRAConfig,
     LoRATrainer,
     inject_lora,
+    load_classifier,
     save_adapter,
+    start_lora,
 )
 from hf_lora.adapters.directory import read_adapter
+from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.lora.inject import injection
 from hf_lora.models.loading import load_base
 from hf_lora.models.pooling import PooledClassifier
@@ -154,8 +160,11 @@ def test_the_validation_set_says_which_layers_the_probe_reads(
 
     known: dict[int, np.ndarray] = {}
     monkeypatch.setattr(
-        "hf_lora.recipe.head_start.frozen_features",
-        lambda trainer, dataset, **given: known.setdefault(len(dataset), made(trainer, dataset, **given)),
+        "hf_lora.recipe.head_start.labelled_features",
+        lambda trainer, dataset, **given: (
+            known.setdefault(len(dataset), made(trainer, dataset, **given)),
+            np.asarray(dataset["labels"]),
+        ),
     )
     start = start_head(trainer, "probe", choose_layers=True)
     assert start.warm is not None
@@ -253,3 +262,186 @@ def test_the_pass_for_the_features_fills_the_frozen_prefix(tmp_path: Path, tiny_
     plain, _ = prepared(tmp_path, tiny_bert_dir, "mean")
     expected = fit_warm_start(plain)
     np.testing.assert_allclose(warm.validation, expected.validation, rtol=1e-3, atol=1e-3)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows as a data set of torch's."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.rows[row]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows one after the other."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = list(rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+def _with_text(rows: Dataset) -> Dataset:
+    return rows.add_column("text", ["a text"] * len(rows))
+
+
+def _encoded_when_read(rows: Dataset) -> Dataset:
+    """Rows of other columns, from which a transform makes the examples."""
+    hidden = rows.rename_columns({name: f"{name}_kept" for name in rows.column_names})
+    names = rows.column_names
+    return hidden.with_transform(lambda batch: {name: batch[f"{name}_kept"] for name in names})
+
+
+# From the rows that the command line prepares to data sets as people make them.
+DATA_SETS: dict[str, Callable[[Dataset], Any]] = {
+    "column label": lambda rows: rows.rename_column("labels", "label"),
+    "text kept": _with_text,
+    "text kept, column label": lambda rows: _with_text(rows).rename_column("labels", "label"),
+    "list": list,
+    "list with texts": lambda rows: list(_with_text(rows)),
+    "torch": Rows,
+    "transform": _encoded_when_read,
+    "tensors": lambda rows: rows.with_format("numpy"),
+    "stream": lambda rows: rows.to_iterable_dataset(),
+    "stream of torch": Stream,
+}
+
+
+@pytest.mark.parametrize("kind", DATA_SETS)
+def test_the_start_takes_what_trainer_takes(kind: str, tmp_path: Path, tiny_bert_dir: Path) -> None:
+    """The same head and the same A as with prepared rows; then Trainer trains on the same data sets."""
+    starts, config = [], LoRAConfig(rank=2, init="gradient")
+    settings = {"remove_unused_columns": kind != "transform", "max_steps": 1}
+    for made in (lambda rows: rows, DATA_SETS[kind]):
+        trainer, data = prepared(tmp_path, tiny_bert_dir, config=config, **settings)
+        trainer.train_dataset, trainer.eval_dataset = map(made, data.splits.values())
+        start = start_head(trainer)
+        assert start.kind == "probe"
+        start_lora(trainer)
+        starts.append(
+            {name: value.detach().clone() for name, value in adapter_tensors(trainer.model).items()}
+        )
+        trainer.train()
+    assert starts[0].keys() == starts[1].keys()
+    for name, value in starts[0].items():
+        # A is turned by a random draw of examples in their order, which a stream does not have.
+        assert_close(starts[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_several_evaluation_sets_choose_the_penalty_together(run) -> None:
+    trainer, data = run
+    held = data.splits["validation"]
+    whole = fit_warm_start(trainer)
+    trainer.eval_dataset = {"first": held.select(range(5)), "rest": held.select(range(5, len(held)))}
+    parts = fit_warm_start(trainer)
+    np.testing.assert_allclose(parts.validation, whole.validation, rtol=1e-3, atol=1e-4)
+    assert parts.probe.strength == whole.probe.strength
+
+
+@pytest.mark.parametrize(
+    ("options", "function"),
+    [
+        ({"prediction_loss_only": True}, None),
+        ({"eval_do_concat_batches": False}, None),
+        ({"batch_eval_metrics": True}, None),
+        ({"include_for_metrics": ["inputs", "loss"]}, None),
+        ({"dataloader_drop_last": True, "per_device_eval_batch_size": 32}, None),
+        ({}, lambda logits, labels: logits.argmax(-1)),
+    ],
+)
+def test_how_a_user_evaluates_does_not_change_the_start(
+    options: dict[str, Any], function: Any, tmp_path: Path, tiny_bert_dir: Path
+) -> None:
+    heads = []
+    for settings, preprocess in (({}, None), (options, function)):
+        trainer, _ = prepared(tmp_path, tiny_bert_dir, **settings)
+        trainer.preprocess_logits_for_metrics = preprocess
+        assert start_head(trainer).kind == "probe"
+        heads.append(output_layer(trainer.model).weight.detach().clone())
+    assert torch.equal(*heads)
+
+
+@pytest.mark.parametrize("head_init", ["auto", "probe"])
+@pytest.mark.parametrize(
+    ("spoilt", "got"),
+    [
+        (lambda rows: rows.remove_columns("labels"), "got input_ids"),
+        (lambda rows: list(rows.remove_columns("labels")), "got input_ids"),
+        (lambda rows: rows.rename_column("labels", "sentiment"), "got .*sentiment"),
+        (lambda rows: None, "got no training data"),
+        (lambda rows: [], "got no training data"),
+    ],
+)
+def test_data_that_no_probe_fits_are_refused(run, head_init: str, spoilt: Any, got: str) -> None:
+    trainer, data = run
+    trainer.train_dataset = spoilt(data.splits["train"])
+    with pytest.raises(ValueError, match=f"a linear probe needs examples with labels; {got}"):
+        start_head(trainer, head_init)
+
+
+def test_a_random_head_in_the_place_of_a_probe_is_warned_of(run, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, _ = run
+    start_head(trainer, "random")
+    assert "the head starts at random" not in caplog.text
+    trainer.is_fsdp_enabled = True
+    assert start_head(trainer).kind == "random"
+    assert "the head starts at random: no probe is fitted where the weights are sharded" in caplog.text
+
+
+def test_balanced_weights_are_of_any_data_set(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    trainer, data = prepared(tmp_path, tiny_bert_dir, max_steps=1)
+    rows = data.splits["train"].select(range(9))
+    args = dataclasses.replace(trainer.args, class_weights="balanced")
+    for kind, made in DATA_SETS.items():
+        parts = {"model": trainer.model, "args": args, "processing_class": trainer.processing_class}
+        if "stream" in kind:
+            with pytest.raises(ValueError, match="class_weights='balanced' needs a data set of known size"):
+                LoRATrainer(**parts, train_dataset=made(rows))
+        else:
+            weights = LoRATrainer(**parts, train_dataset=made(rows)).class_weights
+            counts = np.bincount(rows["labels"])
+            assert_close(weights, torch.tensor(9 / (2 * counts), dtype=torch.float32))
+
+
+@pytest.fixture
+def remade(tmp_path: Path, tiny_bert_dir: Path) -> LoRATrainer:
+    """A trainer whose model is made anew for every training, with a learning rate that moves nothing."""
+    made, data = prepared(tmp_path, tiny_bert_dir, max_steps=1, learning_rate=1e-20)
+
+    def model_init() -> torch.nn.Module:
+        return load_classifier(str(tiny_bert_dir), LABELS, LoRAConfig(rank=2), pooling="mean")[0]
+
+    return LoRATrainer(
+        model_init=model_init,
+        args=made.args,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"],
+        processing_class=made.processing_class,
+    )
+
+
+def test_both_starts_act_on_the_model_that_is_trained(remade: LoRATrainer) -> None:
+    start_head(remade)
+    start_lora(remade)
+    before = remade.model
+    started = adapter_tensors(before)
+    for _ in range(2):
+        remade.train()
+        assert remade.model is not before
+        for name, value in adapter_tensors(remade.model).items():
+            assert_close(value, started[name], rtol=1e-4, atol=1e-6)
+        assert injection(remade.model).config.init == "gradient"
+        before = remade.model
+
+
+def test_without_a_start_the_card_claims_none(remade: LoRATrainer, tmp_path: Path) -> None:
+    remade.train()
+    remade.save_model(str(tmp_path / "saved"))
+    assert remade.lora_start is None
+    assert "| lora_init | kaiming |" in (tmp_path / "saved" / "README.md").read_text()

@@ -46,8 +46,12 @@ def test_silent_arguments_train_the_same_and_do_nothing_else(tmp_path: Path) -> 
 
 def test_balanced_weights_are_inverse_frequencies():
     data = Dataset.from_dict({"labels": [0, 0, 0, 1]})
-    torch.testing.assert_close(balanced_weights(data, 2, task_of(SINGLE)), torch.tensor([4 / 6, 4 / 2]))
+    torch.testing.assert_close(
+        balanced_weights(data["labels"], 2, task_of(SINGLE)), torch.tensor([4 / 6, 4 / 2])
+    )
     several = Dataset.from_dict({"labels": [[1.0, 0.0], [1.0, 1.0]]})
-    torch.testing.assert_close(balanced_weights(several, 2, task_of(MULTI)), torch.tensor([2 / 4, 2 / 2]))
+    torch.testing.assert_close(
+        balanced_weights(several["labels"], 2, task_of(MULTI)), torch.tensor([2 / 4, 2 / 2])
+    )
     with pytest.raises(ValueError, match="got none of label 2"):
-        balanced_weights(data, 3, task_of(SINGLE))
+        balanced_weights(data["labels"], 3, task_of(SINGLE))

@@ -354,11 +354,6 @@ def test_rows_come_back_in_the_order_of_the_data_set() -> None:
     assert nested["a"][1][1] is None and isinstance(nested["a"], tuple)
 
 
-def test_rows_that_the_loader_dropped_stay_out() -> None:
-    # Examples 0 and 4 came last.
-    np.testing.assert_array_equal(restored(np.array([10, 30, 20]), ORDER), [10, 20, 30])
-
-
 def test_metrics_see_the_order_of_the_data_set() -> None:
     seen = {}
 

@@ -72,7 +72,7 @@ def plain_gradients(plain: Any, data: Dataset, names: list[tuple[str, str]]) -> 
 def test_gradients_are_those_of_the_model_without_lora(model_type: str, tmp_path: Path) -> None:
     # Batches of 4, 4 and 2: the last one counts as much as its examples.
     trainer, plain = trainer_of(model_type, tmp_path, per_device_train_batch_size=4)
-    found = weight_gradients(trainer, range(10))
+    found = weight_gradients(trainer, list(trainer.train_dataset))
     places = [
         (placement.target.module, placement.target.tensor)
         for placement in injection(trainer.model).placements
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_model_without_lora(model_type: str, tmp_path
 @pytest.mark.parametrize("model_type", KINDS)
 def test_rows_are_the_gradients_first_right_singular_vectors(model_type: str, tmp_path: Path) -> None:
     trainer, _ = trainer_of(model_type, tmp_path, LoRAConfig(rank=3))
-    gradients = weight_gradients(trainer, range(10))
+    gradients = weight_gradients(trainer, list(trainer.train_dataset))
     start_lora(trainer)
     for name, layer in lora_layers(trainer.model).items():
         matrix = layer.layout.to_matrix(gradients[name]).double()
@@ -127,7 +127,7 @@ def test_the_model_computes_what_it_did_and_nothing_else_has_changed(tmp_path: P
 def test_the_first_step_moves_b_along_the_gradient(tmp_path: Path) -> None:
     """dL/dB = scaling * G A^T, caught whole where the rank is that of the gradient."""
     trainer, _ = trainer_of("bert", tmp_path, LoRAConfig(rank=32, alpha=64.0))
-    gradients = weight_gradients(trainer, range(10))
+    gradients = weight_gradients(trainer, list(trainer.train_dataset))
     start_lora(trainer)
     model: Any = trainer.model.eval()
     model(**default_data_collator(list(trainer.train_dataset))).loss.backward()
@@ -140,13 +140,15 @@ def test_the_first_step_moves_b_along_the_gradient(tmp_path: Path) -> None:
 
 def test_the_examples_are_shared_between_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, _ = trainer_of("bert", tmp_path)
-    whole = weight_gradients(trainer, range(9))
+    whole = weight_gradients(trainer, list(trainer.train_dataset)[:9])
     sums = [torch.zeros_like(gradient) for gradient in whole.values()]
     args = type(trainer.args)
     monkeypatch.setattr(args, "world_size", 2)
     for rank in range(2):
         monkeypatch.setattr(args, "process_index", rank)
-        for total, gradient in zip(sums, weight_gradients(trainer, range(9)).values(), strict=True):
+        for total, gradient in zip(
+            sums, weight_gradients(trainer, list(trainer.train_dataset)[:9]).values(), strict=True
+        ):
             total += gradient
     for total, gradient in zip(sums, whole.values(), strict=True):
         assert_close(total, gradient, rtol=1e-4, atol=1e-7)
@@ -164,7 +166,7 @@ def test_a_budget_of_tokens_bounds_these_batches_too(tmp_path: Path, monkeypatch
         return batch
 
     monkeypatch.setattr(trainer, "data_collator", watched)
-    weight_gradients(trainer, range(10))
+    weight_gradients(trainer, list(trainer.train_dataset))
     assert sum(shape[0] for shape in seen) == 10
     assert {shape[0] for shape in seen[:-1]} == {30 // width}
 
@@ -262,7 +264,7 @@ MISTAKES: dict[str, tuple[LoRAConfig, Callable[[LoRATrainer], Any], str]] = {
     "no data": (
         LoRAConfig(rank=2),
         lambda t: setattr(t, "train_dataset", None),
-        "training data of unknown size",
+        "no training data",
     ),
     "empty": (LoRAConfig(rank=2), lambda t: setattr(t, "train_dataset", []), "no training data"),
     "sharded": (LoRAConfig(rank=2), lambda t: setattr(t, "is_fsdp_enabled", True), "FSDP or DeepSpeed"),

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -11,6 +12,8 @@ from datasets import Dataset
 from helpers_training import arguments, assert_same_tensors, dataset, injected, trainer
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import trainer as trainer_module
+from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from hf_lora import (
     LoRAConfig,
@@ -429,7 +432,7 @@ def test_a_budget_needs_lengths_and_grouping_does_without(tmp_path):
 @pytest.mark.parametrize("options", BY_LENGTH.values(), ids=BY_LENGTH)
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_predictions_by_length_are_those_of_the_data_sets_order(drop_last, options, tmp_path):
-    """50 examples in batches of 16: the last has two, which `drop_last` leaves out."""
+    """50 examples in batches of 16: the last has two, which `drop_last` leaves out of training alone."""
     model = injected()
     randomize(model)
     data = ragged()
@@ -450,21 +453,10 @@ def test_predictions_by_length_are_those_of_the_data_sets_order(drop_last, optio
             np.testing.assert_array_equal(prediction.label_ids, output.label_ids)
         results.append(output)
     plain, sorted_ = results
-    rows = np.arange(50)
-    if drop_last:
-        rows = np.sort(np.argsort([-len(ids) for ids in data["input_ids"]], kind="stable")[:48])
-        plain = run_without_dropping(model, data, tmp_path)
     assert len(np.unique(plain.predictions[:, 0])) > 40
-    np.testing.assert_allclose(sorted_.predictions, plain.predictions[rows], atol=1e-5)
-    np.testing.assert_array_equal(sorted_.label_ids, np.array(data["labels"])[rows])
-    if not drop_last:
-        assert sorted_.metrics["test_loss"] == pytest.approx(plain.metrics["test_loss"], rel=1e-4)
-
-
-def run_without_dropping(model, data, directory):
-    return LoRATrainer(model=model, args=arguments(directory), processing_class=tiny_tokenizer()).predict(
-        data
-    )
+    np.testing.assert_allclose(sorted_.predictions, plain.predictions, atol=1e-5)
+    np.testing.assert_array_equal(sorted_.label_ids, np.array(data["labels"]))
+    assert sorted_.metrics["test_loss"] == pytest.approx(plain.metrics["test_loss"], rel=1e-4)
 
 
 def test_evaluation_by_length_reads_the_longest_first(tmp_path):
@@ -488,3 +480,50 @@ def test_the_users_own_collator_is_kept(tmp_path):
     own = DataCollatorWithPadding(tiny_tokenizer())
     run = LoRATrainer(model=injected(), args=arguments(tmp_path), data_collator=own, train_dataset=ragged())
     assert run.data_collator is own
+
+
+def test_a_search_over_hyperparameters_makes_and_trains_a_model_for_each_trial(tmp_path, monkeypatch):
+    """A stand-in for optuna: trials one after the other, each released before the next is made."""
+    seen = []
+
+    def search(run, n_trials, direction, **_):
+        for number in range(n_trials):
+            trial = SimpleNamespace(number=number, params={"learning_rate": 10.0**-number})
+            run.train(trial=trial)
+            seen.append((run.args.learning_rate, run.model, adapter_tensors(run.model)))
+            run.model_wrapped = run.model = None
+            run.accelerator.clear()
+        return BestRun("0", 0.0, {})
+
+    backend = SimpleNamespace(ensure_available=lambda: None, default_hp_space=lambda t: t.params, run=search)
+    monkeypatch.setitem(
+        trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, lambda: backend
+    )
+    run = LoRATrainer(
+        model_init=lambda: injected(),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=dataset(),
+        eval_dataset=dataset(),
+    )
+    run.hyperparameter_search(backend="optuna", n_trials=3)
+    assert [rate for rate, *_ in seen] == [1.0, 0.1, 0.01]
+    assert len({id(model) for _, model, _ in seen}) == 3
+    # Each is what a trainer of its own makes with that rate.
+    for rate, _, tensors in seen:
+        alone = trainer(tmp_path, max_steps=2, learning_rate=rate)
+        alone.train()
+        assert_same_tensors(tensors, adapter_tensors(alone.model))
+
+
+@pytest.mark.slow
+def test_optuna_searches(tmp_path):
+    pytest.importorskip("optuna")
+    run = LoRATrainer(
+        model_init=lambda trial: injected(rank=trial.suggest_int("rank", 1, 4) if trial else 2),
+        args=arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1),
+        train_dataset=dataset(),
+        eval_dataset=dataset(),
+    )
+    space = lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)}  # noqa: E731
+    best = run.hyperparameter_search(backend="optuna", n_trials=3, hp_space=space, direction="minimize")
+    assert set(best.hyperparameters) == {"rank", "learning_rate"} and best.objective > 0

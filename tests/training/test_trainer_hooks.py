@@ -22,6 +22,14 @@ from hf_lora.training.trainer import LoRATrainer
 
 OVERRIDDEN = {
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
+    "_get_dataloader": [
+        "dataset",
+        "description",
+        "batch_size",
+        "sampler_fn",
+        "is_training",
+        "dataloader_key",
+    ],
     "_get_eval_sampler": ["eval_dataset"],
     "_load_best_model": [],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
@@ -33,15 +41,9 @@ OVERRIDDEN = {
 }
 CALLED = {
     "_finish_current_push": [],
-    "_get_dataloader": [
-        "dataset",
-        "description",
-        "batch_size",
-        "sampler_fn",
-        "is_training",
-        "dataloader_key",
-    ],
+    "_get_collator_with_removed_columns": ["data_collator", "description"],
     "_get_output_dir": ["trial"],
+    "_move_model_to_device": ["model", "device"],
     "_prepare_inputs": ["inputs"],
     "_save_rng_state": ["output_dir"],
     "_save_scaler": ["output_dir"],
