@@ -48,6 +48,24 @@ def trainable_if_quantized(model: nn.Module | None) -> AbstractContextManager[No
     return replaced(model, "_hf_peft_config_loaded", True) if quantized else nullcontext()
 
 
+@contextmanager
+def keeping_rates(trainer: Any) -> Iterator[None]:
+    """Inside, the states of optimizer and schedule are loaded; then rate, decay and the like are this run's again."""
+    groups = trainer.optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    yield
+    for group, new in zip(trainer.optimizer.param_groups, own, strict=True):
+        # Where the schedule is now stays: the share of the initial rate.
+        share = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
+        group |= new
+        group["lr"] = share * group.get("initial_lr", group["lr"])
+    if hasattr(trainer.lr_scheduler, "base_lrs"):
+        trainer.lr_scheduler.base_lrs = [group["initial_lr"] for group in own]
+        trainer.lr_scheduler._last_lr = [
+            group["lr"] for group in trainer.optimizer.param_groups
+        ]  # what is logged
+
+
 def loading_without_frozen_weights() -> AbstractContextManager[None]:
     """Inside, Trainer takes a DeepSpeed checkpoint without the frozen weights, as for peft's own model class."""
     strict = trainer_module.deepspeed_load_checkpoint

@@ -265,7 +265,7 @@ class CheckpointingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's own; settings that were changed on purpose stay changed."""
-        with resuming.keeping_rates(self) if checkpoint and self._changed else nullcontext():
+        with hooks.keeping_rates(self) if checkpoint and self._changed else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

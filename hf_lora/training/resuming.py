@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -184,24 +183,6 @@ def tell(checkpoint: Path, found: Mapping[str, str] | None) -> None:
         )
     elif found:
         logger.warning("going on from %s with %s", checkpoint.name, "; ".join(found.values()))
-
-
-@contextmanager
-def keeping_rates(trainer: Any) -> Iterator[None]:
-    """Inside, the states of optimizer and schedule are loaded; then rate, decay and the like are this run's again."""
-    groups = trainer.optimizer.param_groups
-    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    yield
-    for group, new in zip(trainer.optimizer.param_groups, own, strict=True):
-        # Where the schedule is now stays: the share of the initial rate.
-        share = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
-        group |= new
-        group["lr"] = share * group.get("initial_lr", group["lr"])
-    if hasattr(trainer.lr_scheduler, "base_lrs"):
-        trainer.lr_scheduler.base_lrs = [group["initial_lr"] for group in own]
-        trainer.lr_scheduler._last_lr = [
-            group["lr"] for group in trainer.optimizer.param_groups
-        ]  # what is logged
 
 
 def _difference(name: str, was: Any, now: Any) -> Iterator[str]:

@@ -33,6 +33,7 @@ OVERRIDDEN = {
     "_get_eval_sampler": ["eval_dataset"],
     "_load_best_model": [],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_save": ["output_dir", "state_dict"],
@@ -54,6 +55,9 @@ OTHERS = {
     "_hf_deepspeed_config_weak_ref": lambda: deepspeed.__dict__["_hf_deepspeed_config_weak_ref"],
     "_hf_peft_config_loaded": lambda: transformers.PreTrainedModel._hf_peft_config_loaded,
     "_indices": lambda: datasets.Dataset.from_dict({"a": [1, 2]}).select([1, 0])._indices.column(0),
+    "_last_lr": lambda: torch.optim.lr_scheduler.LambdaLR(
+        torch.optim.SGD([nn.Parameter(torch.ones(1))]), lambda step: 1.0
+    )._last_lr[0],
     "_no_split_modules": lambda: transformers.PreTrainedModel._no_split_modules,
     "_non_blocking": lambda: DataLoaderShard([1])._non_blocking,
     "_parameters": lambda: nn.Linear(1, 1)._parameters["weight"],
