@@ -12,7 +12,9 @@ import peft
 import safetensors.torch
 import torch
 from tiny_models import TEXT, VISION, tiny_inputs, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora import LoRAConfig, inject_lora
@@ -74,7 +76,7 @@ class Case:
         for _ in range(50):
             model = self.plain()
             try:
-                inject_lora(model, LoRAConfig(**self._options(model)))
+                inject_lora(model, LoRAConfig(**self._options(model)), head=self._head(model))
             except ValueError as error:
                 assert "\n" not in str(error)
                 continue
@@ -87,10 +89,17 @@ class Case:
             model = self.plain()
             try:
                 wrapped = peft.get_peft_model(model, peft.LoraConfig(**self._peft_options(model)))
-            except (ValueError, TypeError, NotImplementedError):
+            except (AttributeError, NotImplementedError, TypeError, ValueError):
                 continue
             return self._trained(wrapped)
         raise AssertionError("no usable options in 50 tries")
+
+    def _head(self, model: nn.Module) -> list[str] | None:
+        """None for the usual head, or with a norm of the encoder too, which is then trained and saved whole."""
+        norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+        norms = [name for name in norms if not belongs_to(name, find_head(model))]
+        chosen = self.random.random() < 0.15 and norms
+        return [*find_head(model), self.random.choice(norms)] if chosen else None
 
     def _trained(self, model: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(self.seed)
@@ -174,7 +183,7 @@ class Case:
         return sorted({suffix[name] for name in chosen})
 
 
-_ADAPTED_BY_PEFT = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
+ADAPTED_BY_PEFT = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
 
 
 def _adaptable(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[str, nn.Module]]:
@@ -193,9 +202,24 @@ def _adaptable(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[str, n
     return [
         (name, module)
         for name, module in model.named_modules()
-        if type(module) in _ADAPTED_BY_PEFT and getattr(module, "groups", 1) == 1
+        if type(module) in ADAPTED_BY_PEFT and getattr(module, "groups", 1) == 1
         if id(module) in called and not belongs_to(name, find_head(model))
     ]
+
+
+def numbered_tokenizer() -> PreTrainedTokenizerFast:
+    """Words "5" to "63" to their numbers, with the special tokens that the tiny models have."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *map(str, range(5, 64))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [(token, vocabulary[token]) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    names = dict(
+        zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True)
+    )
+    inputs = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names)
 
 
 def in_older_form(directory: Path, form: str) -> None:
