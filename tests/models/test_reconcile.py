@@ -11,20 +11,25 @@ import torch
 from conftest import LABELS, tiny_tokenizer
 from datasets import Dataset
 from tiny_models import EOS, TEXT, tiny_model
-from transformers import PreTrainedTokenizerBase
+from tokenizers.processors import TemplateProcessing
+from transformers import BertTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from hf_lora import (
     LoRAConfig,
     LoRATrainer,
     LoRATrainingArguments,
     TextClassifier,
+    inject_lora,
     load_classifier,
     save_adapter,
 )
+from hf_lora.data import DataConfig, prepare_data
+from hf_lora.data.collation import fill_empty
 from hf_lora.models import bundled
-from hf_lora.models.loading import load_tokenizer
+from hf_lora.models.loading import load_base, load_tokenizer
 from hf_lora.models.pooling import choose_pooling
-from hf_lora.models.reconcile import check_known, most_tokens, reconcile, vocabulary_rows
+from hf_lora.models.reconcile import check_finite, check_known, most_tokens, reconcile, vocabulary_rows
+from hf_lora.models.verify import probe_batch, verify_injection
 
 TEXTS = [
     "good",
@@ -206,3 +211,213 @@ def test_texts_of_unknown_words_are_refused() -> None:
         ValueError, match=r"does not know most of the texts; got 67% of their tokens as '\[UNK\]'"
     ):
         check_known(tokenizer, tokenizer(["kein Wort davon", "", "gar good the"])["input_ids"])
+
+
+def beyond(*tokens: str, pad: str | None = None, rows: int = 44) -> Any:
+    """A tokenizer that was given tokens after the model's embeddings were made."""
+    tokenizer = tiny_tokenizer()
+    assert len(tokenizer) == rows
+    tokenizer.add_tokens(list(tokens))
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    return tokenizer
+
+
+def test_tokens_without_an_embedding_are_refused_before_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", "bert", beyond("<new>", "<newer>"), vocab_size=45)
+    message = "no embedding for; got 1, first '<newer>' with id 45; expected ids below 45"
+    with pytest.raises(ValueError, match=message):
+        load_classifier(base, LABELS)
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", None)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(base)
+
+
+def test_a_padding_token_without_an_embedding_has_another_in_its_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = write_base(tmp_path / "base", "gpt2", beyond(pad="<p>"), vocab_size=44, pad_token_id=None)
+    model, tokenizer = load_classifier(base, LABELS)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 3
+    [said] = warnings_of(caplog)
+    assert "the tokenizer's padding token '<p>' to '[SEP]'" in said
+    # The token is forgotten, so that a text that has it is read as any other.
+    assert max(tokenizer(["good <p>"])["input_ids"][0]) < 44
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(base, adapter=tmp_path / "again").pad_token == "[SEP]"
+
+
+def test_nothing_to_pad_with_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    for name in ("pad", "eos", "sep", "unk"):
+        setattr(tokenizer, f"{name}_token", None)
+    with pytest.raises(ValueError, match="there is no token to pad with; got pad_token None"):
+        reconcile(tiny_model("llama", pad_token_id=None), tokenizer)
+
+
+def test_token_types_without_a_row_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = BertTokenizer(vocab=tiny_tokenizer().get_vocab())
+    pairs = [("the film", "good"), ("a", "bad day")]
+    assert 1 in tokenizer(*pairs[0])["token_type_ids"]
+    base = write_base(tmp_path / "base", "roberta", tokenizer, type_vocab_size=1)
+    model, tokenizer = load_classifier(base, LABELS)
+    assert "without token_type_ids, since the model has one type" in " ".join(warnings_of(caplog))
+    assert set(tokenizer(*pairs[0])) == {"input_ids", "attention_mask"}
+    directory = save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    # RoBERTa takes the first row where it is given no types.
+    expected = [model.eval()(**tokenizer(*pair, return_tensors="pt")).logits for pair in pairs]
+    loaded = TextClassifier.from_pretrained(directory, precision="fp32")
+    torch.testing.assert_close(loaded.logits(pairs), torch.cat(expected).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_text_is_never_longer_than_the_models_positions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 512
+    base = write_base(tmp_path / "base", "roberta", tokenizer, pad_token_id=1)
+    with pytest.raises(ValueError, match="max_length is 64; the model has positions for 62 tokens"):
+        load_classifier(base, LABELS, max_length=64)
+    model, tokenizer = load_classifier(base, LABELS, max_length=62)
+    assert tokenizer.model_max_length == 62
+    assert any("longest text 512 to 62" in said for said in warnings_of(caplog))
+    long = "good film " * 100
+    directory = save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    # As written by a version that did not compare them.
+    sidecar = directory / "hf_lora.json"
+    content = json.loads(sidecar.read_text())
+    content["max_length"] = None
+    sidecar.write_text(json.dumps(content))
+    loaded = TextClassifier.from_pretrained(directory, check_base=False)
+    assert loaded.logits([long, "good"]).isfinite().all()
+
+
+@pytest.mark.slow  # reading its tokenizer alone takes seconds
+def test_canine_reads_any_character(tmp_path: Path) -> None:
+    """It has no table of tokens; its tokenizer has more than a million."""
+    base = write_base(tmp_path / "base", "canine", CanineTokenizer())
+    model, tokenizer = load_classifier(base, LABELS, LoRAConfig(rank=2))
+    verify_injection(model, probe_batch(model, tokenizer), allow_unused=True)
+    directory = save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    loaded = TextClassifier.from_pretrained(directory)
+    assert loaded.tokenizer.model_max_length == 64
+    assert loaded.logits(["", "a", "Ω" * 500]).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model("bert").to(dtype)
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 5] = value
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    with pytest.raises(ValueError, match=f"got NaN or infinity in 1 of 4,096 numbers of '{name}'"):
+        load_classifier(str(tmp_path), LABELS)
+
+
+def test_large_weights_whose_sum_overflows_are_finite() -> None:
+    model = tiny_model("bert")
+    model.classifier.weight.data.fill_(3e38)
+    check_finite(model, "base")
+
+
+def broken(base: Path, name: str, content: bytes) -> None:
+    if name == "pytorch_model.bin":
+        (base / "model.safetensors").unlink()
+    (base / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"not tensors at all"),
+        ("model.safetensors", b""),
+        ("pytorch_model.bin", b"neither a pickle"),
+        ("pytorch_model.bin", b"\x80\x02cos\nsystem\n."),
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"model_type": "nothing-known"}'),
+        ("config.json", b'{"model_type": "vit"}'),
+        ("config.json", b'{"model_type": "bert", "hidden_size": "wide"}'),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"["),
+    ],
+)
+def test_broken_files_of_a_base_are_told_in_one_line(name: str, content: bytes, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_base(base, "bert", tiny_tokenizer())
+    broken(base, name, content)
+    with pytest.raises((ValueError, OSError)) as error:
+        load_classifier(str(base), LABELS)
+    assert type(error.value) in (ValueError, OSError)
+    assert "\n" not in str(error.value) and str(base) in str(error.value) and len(str(error.value)) < 700
+
+
+def test_a_base_of_no_such_name_is_told_in_one_line() -> None:
+    with pytest.raises(OSError, match="the base model 'org/nowhere' cannot be loaded; got") as error:
+        load_base("org/nowhere", LABELS)
+    assert "\n" not in str(error.value)
+
+
+def adds_nothing() -> PreTrainedTokenizerBase:
+    """A tokenizer that gives an empty text no token, and has none to pad with."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1")
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    assert tokenizer("")["input_ids"] == []
+    return tokenizer
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_an_empty_text_is_one_token_in_training_and_prediction(model_type: str, tmp_path: Path) -> None:
+    """[UNK]: a blank gives no token either, and [SEP] is the padding."""
+    base = write_base(tmp_path / "base", model_type, adds_nothing(), pad_token_id=None, eos_token_id=3)
+    model, tokenizer = load_classifier(base, LABELS, LoRAConfig(rank=2))
+    rows = [
+        {"text": text, "label": label} for text, label in [("", "a"), ("good", "b"), ("a bad day", "a")] * 4
+    ]
+    data = prepare_data(DataConfig(max_length=16), tokenizer, tables={"train": rows})
+    texts = data.texts["train"]["text"][:]
+    assert data.splits["train"]["input_ids"][texts.index("")] == [1]
+    assert data.splits["train"]["attention_mask"][texts.index("")] == [1]
+    directory = save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    loaded = TextClassifier.from_pretrained(directory, precision="fp32")
+    given = ["", "good", "   ", *TEXTS]
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([[1]])).logits[0]
+    together = loaded.logits(given)
+    torch.testing.assert_close(
+        together, torch.cat([loaded.logits([text]) for text in given]), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(together[[0, 2]], expected.expand(2, -1), rtol=0, atol=1e-5)
+
+
+def test_an_empty_text_without_any_token_is_refused() -> None:
+    tokenizer = adds_nothing()
+    for name in ("unk", "cls"):
+        setattr(tokenizer, f"{name}_token", None)
+    tokenizer.pad_token = "[SEP]"
+    with pytest.raises(
+        ValueError, match="a text has no token; got 1 such texts, and a tokenizer that adds none"
+    ):
+        fill_empty(tokenizer, dict(tokenizer(["good", ""])))
+
+
+def test_an_adapted_table_of_tokens_has_its_rows(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["word_embeddings", "position_embeddings"]))
+    assert (vocabulary_rows(model), most_tokens(model)) == (64, 64)
+
+
+def test_a_trainer_compares_a_model_of_ones_own(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    inject_lora(model, LoRAConfig(rank=2))
+    args = LoRATrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(
+        ValueError, match="tokens that the model has no embedding for; got 1, first 'w20' with id 64"
+    ):
+        LoRATrainer(model=model, args=args, processing_class=beyond(*(f"w{index}" for index in range(21))))
