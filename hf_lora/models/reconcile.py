@@ -88,6 +88,17 @@ def check_max_length(max_length: int | None, model: PreTrainedModel) -> None:
         )
 
 
+def usable_length(max_length: int | None, model: PreTrainedModel) -> int | None:
+    """The longest text of an adapter, cut with a warning to what the model has positions for."""
+    limit = most_tokens(model)
+    if max_length is None or limit is None or max_length <= limit:
+        return max_length
+    warn_once(
+        f"the adapter's max_length is {max_length}; texts are cut to {limit} tokens, the model's positions"
+    )
+    return limit
+
+
 def check_known(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> None:
     """Raise ValueError if the tokenizer does not know most tokens of tokenized texts; rows: their ids."""
     unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)

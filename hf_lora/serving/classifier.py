@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lora._files import shortened
 from hf_lora.adapters.directory import AdapterFiles, check_task, load_files, read_adapter
@@ -22,15 +22,16 @@ from hf_lora.adapters.peft_format import PREFIX
 from hf_lora.data.collation import fill_empty, filled_places, padded
 from hf_lora.lora.inject import injection, is_injected, lora_layers, merge_lora, shared_weights
 from hf_lora.lora.quantized import is_quantized
-from hf_lora.models.bundled import resolve_base
 from hf_lora.models.loading import (
     Precision,
     cast_frozen,
     choose_precision,
     load_base,
+    load_config,
     load_tokenizer,
     meta_classifier,
 )
+from hf_lora.models.reconcile import usable_length
 from hf_lora.models.tokenizer_files import load_tokenizer_files
 
 Text = str | Sequence[str] | Mapping[str, str]
@@ -196,7 +197,7 @@ class TextClassifier:
         # Tokenizers without a limit report a huge number; the position embeddings are the limit then.
         limit = self.tokenizer.model_max_length
         positions = getattr(self.model.config, "max_position_embeddings", None) or limit
-        return self.info.max_length or min(limit, positions)
+        return self.info.max_length or min(limit, positions if positions > 0 else limit)
 
     def _padded(self, batch: Mapping[str, list[list[int]]]) -> Mapping[str, Tensor]:
         """What `tokenizer.pad` gives, in a tenth of its time: each `(rows, longest)`, the longest rounded up."""
@@ -267,6 +268,7 @@ def load_trained(
             f"neither the adapter in {str(directory)!r} nor its base {base!r} has weights for {len(random)} tensors, "
             f"first {random[0]!r}; they would be random"
         )
+    info = replace(info, max_length=usable_length(info.max_length, model))
     injection(model).info = info
     kept = load_tokenizer_files(files.tokenizer, str(directory))
     return model.eval(), load_tokenizer(base, model=model, kept=kept, **hub), info
@@ -296,7 +298,7 @@ def _labels_of(files: AdapterFiles, base: str, **hub: Any) -> tuple[str, ...]:
     sizes = [len(files.tensors[key]) for key in (PREFIX + name for name in outputs) if key in files.tensors]
     if sizes:
         return tuple(f"LABEL_{index}" for index in range(sizes[0]))
-    names = AutoConfig.from_pretrained(resolve_base(base, **hub), **hub).id2label
+    names = load_config(base, **hub).id2label
     return tuple(names[index] for index in sorted(names))
 
 

@@ -10,9 +10,16 @@ import pytest
 import torch
 from conftest import LABELS, tiny_tokenizer
 from datasets import Dataset
+from helpers_commands import call
 from tiny_models import EOS, TEXT, tiny_model
 from tokenizers.processors import TemplateProcessing
-from transformers import BertTokenizer, CanineTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizer,
+    CanineTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from hf_lora import (
     LoRAConfig,
@@ -139,6 +146,10 @@ def test_one_padding_token_in_training_and_after(
     one_by_one = torch.cat([loaded.logits([text]) for text in TEXTS])
     torch.testing.assert_close(loaded.logits(TEXTS), measured, rtol=0, atol=1e-5)
     torch.testing.assert_close(one_by_one, measured, rtol=0, atol=1e-5)
+    assert call("merge", "--adapter", directory, "--output_dir", tmp_path / "merged") == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    together = alone_and_together(merged, AutoTokenizer.from_pretrained(tmp_path / "merged"))[1]
+    torch.testing.assert_close(together, measured, rtol=0, atol=1e-5)
 
 
 def test_positions_that_follow_from_the_padding_token_are_kept() -> None:
@@ -246,7 +257,7 @@ def test_a_padding_token_without_an_embedding_has_another_in_its_place(
     # The token is forgotten, so that a text that has it is read as any other.
     assert max(tokenizer(["good <p>"])["input_ids"][0]) < 44
     tokenizer.save_pretrained(tmp_path / "again")
-    assert load_tokenizer(base, adapter=tmp_path / "again").pad_token == "[SEP]"
+    assert load_tokenizer(base, kept=AutoTokenizer.from_pretrained(tmp_path / "again")).pad_token == "[SEP]"
 
 
 def test_nothing_to_pad_with_is_refused(tmp_path: Path) -> None:
@@ -288,10 +299,12 @@ def test_a_text_is_never_longer_than_the_models_positions(
     # As written by a version that did not compare them.
     sidecar = directory / "hf_lora.json"
     content = json.loads(sidecar.read_text())
-    content["max_length"] = None
-    sidecar.write_text(json.dumps(content))
-    loaded = TextClassifier.from_pretrained(directory, check_base=False)
-    assert loaded.logits([long, "good"]).isfinite().all()
+    for written in (None, 512):
+        sidecar.write_text(json.dumps({**content, "max_length": written}))
+        loaded = TextClassifier.from_pretrained(directory, precision="fp32")
+        assert loaded.logits([long, "good"]).isfinite().all()
+        assert loaded.info.max_length == (62 if written else None)
+    assert "max_length is 512; texts are cut to 62 tokens" in warnings_of(caplog)[-1]
 
 
 @pytest.mark.slow  # reading its tokenizer alone takes seconds

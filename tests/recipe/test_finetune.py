@@ -19,6 +19,7 @@ import torch
 from conftest import BAD, GOOD, LABELS, WORDS, write_texts
 from datasets import Dataset, DatasetDict
 from helpers_cli import head_on_base, read_texts, scored
+from helpers_commands import Captured, mistake
 from helpers_recipe import command, run_training
 from helpers_serving import peft_logits, plain_logits
 from huggingface_hub import ModelCard
@@ -687,3 +688,48 @@ def test_a_mistake_is_one_line(
         finetune(str(tiny_bert_dir), **given)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            {"train_file": "unknown.csv"},
+            "does not know most of the texts; got 100% of their tokens as '[UNK]'",
+        ),
+        ({"max_seq_length": 65}, "max_length is 65; the tokenizer's model takes at most 64"),
+        (
+            {"model_name_or_path": "runs/my/base"},
+            "no such base model; got 'runs/my/base', which is not there",
+        ),
+        ({"model_name_or_path": "./base"}, "no such base model; got './base', which is not there"),
+        ({"model_name_or_path": "adapter"}, "which is an adapter; expected its base model, '"),
+        ({"model_name_or_path": "bert-base-uncased"}, "it hides the Hub's 'bert-base-uncased'"),
+        (
+            {"model_name_or_path": "unnamed"},
+            "the tokenizer is not that of the model; got 5 tokens for 64 embeddings",
+        ),
+    ],
+)
+def test_a_base_that_is_none_or_does_not_fit_is_refused_before_its_weights_are_read(
+    flags: dict[str, Any],
+    words: str,
+    tiny_bert_dir: Path,
+    adapter_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", None)
+    write_texts(tmp_path / "texts.csv", 40)
+    (tmp_path / "bert-base-uncased").mkdir()
+    shutil.copytree(adapter_dir, tmp_path / "adapter")
+    shutil.copytree(tiny_bert_dir, tmp_path / "unnamed", ignore=shutil.ignore_patterns("*token*"))
+    rows = [f"Wort{index} sagt nichts,{LABELS[index % 2]}" for index in range(40)]
+    (tmp_path / "unknown.csv").write_text("text,label\n" + "\n".join(rows))
+    argv = command(tiny_bert_dir, tmp_path / "out", "--train_file", tmp_path / "texts.csv")
+    line = mistake(
+        capsys, "train", *argv, *(word for name, value in flags.items() for word in (f"--{name}", value))
+    )
+    assert words in line and line.startswith("hf-lora: ")
