@@ -37,6 +37,7 @@ from hf_lora.models.tokenizer_files import load_tokenizer_files
 Text = str | Sequence[str] | Mapping[str, str]
 """A text; for models of text pairs (first, second); or either as a dictionary with the adapter's `text_columns`."""
 
+_NO_LIMIT = 1_000_000
 # Texts of a stream that are held, and sorted by length, at a time.
 WINDOW = 2048
 # Tokens of a batch, padding included. With more, activations grow and leave a CPU's caches.
@@ -194,8 +195,8 @@ class TextClassifier:
         return encoded
 
     def _max_length(self) -> int:
-        # Tokenizers without a limit report a huge number; the position embeddings are the limit then.
-        limit = self.tokenizer.model_max_length
+        # Tokenizers without a limit report a number that they cannot take themselves.
+        limit = int(min(self.tokenizer.model_max_length, _NO_LIMIT))
         positions = getattr(self.model.config, "max_position_embeddings", None) or limit
         return self.info.max_length or min(limit, positions if positions > 0 else limit)
 
