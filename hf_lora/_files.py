@@ -130,6 +130,7 @@ MAX_JSON_BYTES = 8 << 20
 # Of a tokenizer; those of large vocabularies have 35 MB.
 MAX_FILE_BYTES = 64 << 20
 MAX_TENSORS_BYTES = 4 << 30
+MAX_NAME = 500
 MAX_HEADER_BYTES = 16 << 20
 FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
@@ -189,8 +190,13 @@ def parse_tensors(content: bytes, source: str) -> dict[str, Tensor]:
     # Besides its own errors: types that torch does not have, and shapes that it cannot make.
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{source} cannot be read: {reason}") from None
+        raise ValueError(f"{source} cannot be read: {reason[:300]}") from None
     for name, tensor in tensors.items():
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(
+                f"{source} is damaged; a tensor has no usable name; got {shortened(name)}; expected at most "
+                f"{MAX_NAME} characters, all of them printable"
+            )
         if str(tensor.dtype) not in FLOATS:
             raise ValueError(
                 f"{source} is damaged; {name!r} holds something else than finite numbers; got {tensor.dtype}"

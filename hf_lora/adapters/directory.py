@@ -219,6 +219,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
         # What was added later is left out: it would change the tokens.
         tokenizer = {name: content for name, content in tokenizer.items() if name in info.sha256}
     peft_config = parse_object(contents[CONFIG], str(directory / CONFIG))
+    peft_format.check_values(peft_config)
     tensors = peft_format.as_today(parse_tensors(contents[TENSORS], str(directory / TENSORS)))
     if info and info.base_model.encoder:
         tensors, peft_config = of_classifier(tensors, peft_config, info.base_model.encoder)

@@ -69,6 +69,11 @@ class AdapterInfo:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        length = self.max_length
+        if length is not None and not 1 <= length < 1 << 31:
+            raise ValueError(
+                f"max_length is not usable; got {length}; expected a number of tokens, such as 128"
+            )
         self.task.check_calibration(self.calibration, len(self.labels))
 
     @property

@@ -111,7 +111,7 @@ def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
         raise ValueError(
             f"not a LoRA adapter; got peft_type={shortened(values.get('peft_type'))}; expected 'LORA'"
         )
-    check_types(values, _KINDS, "the adapter's PEFT configuration")
+    check_values(values)
     for key in _UNSUPPORTED:
         if values.get(key) not in (None, False, []):
             raise ValueError(
@@ -135,6 +135,11 @@ def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
         variant="dora" if given.get("use_dora") else "lora",
         scaling="rslora" if given.get("use_rslora") else "standard",
     )
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value of an `adapter_config.json` that is of another type than PEFT's."""
+    check_types(values, _KINDS, "the adapter's PEFT configuration")
 
 
 def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lora._files import shortened
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.directory import AdapterFiles, write_files
 from hf_lora.adapters.info import AdapterInfo
@@ -91,7 +92,8 @@ class Adapter:
         factors = {}
         for (module, embedding), pair in sides.items():
             rank = config.rank_of(module)
-            if len(pair) != 2 or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
+            check_pair(pair, module, source)
+            if not pair["A"].shape[0] == pair["B"].shape[1] == rank:
                 raise ValueError(
                     f"A and B of {module!r} in {source!r} are no low-rank product; got shapes "
                     f"{[tuple(tensor.shape) for tensor in pair.values()]}; expected rank {rank}; a grouped "
@@ -129,6 +131,21 @@ class Adapter:
             errors = [abs(value / entry.rank - entry.scaling) for value in near]
             alphas[module] = peft_format.int_if_whole(near[errors.index(min(errors))])
         return peft_format.by_pattern(ranks, alphas, anchor="^")
+
+
+def check_pair(pair: Mapping[str, Tensor], module: str, source: str) -> None:
+    """Raises ValueError unless the sides "A" and "B" of a module are there, and are factors of a product.
+
+    The A of a grouped convolution is there once for each group.
+    """
+    sizes = [tensor.shape for tensor in pair.values()]
+    usable = pair.keys() == {"A", "B"} and min(map(len, sizes)) >= 2 and min(map(min, sizes)) >= 1
+    if not usable or pair["A"].shape[0] % pair["B"].shape[1]:
+        shapes = {side: tuple(tensor.shape) for side, tensor in sorted(pair.items())}
+        raise ValueError(
+            f"A and B of {shortened(module)} in {source!r} are no low-rank product; got shapes {shapes}; expected "
+            "A (rank, in) and B (out, rank)"
+        )
 
 
 def write_adapter(directory: str | Path, adapter: Adapter, sources: Sequence[AdapterFiles]) -> Path:

@@ -13,6 +13,7 @@ from hf_lora._files import MAX_JSON_BYTES, is_number, parse_object, read_bytes
 from hf_lora._text import in_words
 from hf_lora.adapters.directory import TENSORS, AdapterFiles
 from hf_lora.adapters.peft_format import factor_place
+from hf_lora.adapters.values import check_pair
 from hf_lora.insight.inspect import Update, amplify, updates_of
 from hf_lora.lora.inject import trainable_parameter_count
 from hf_lora.tasks import Task, task_of
@@ -134,18 +135,28 @@ def describe(files: AdapterFiles) -> dict[str, Any]:
 
 
 def delta_norms(files: AdapterFiles) -> dict[str, float]:
-    """The Frobenius norm of scaling * B A by module: the root of trace((B'B)(AA')), for any PEFT adapter."""
+    """The Frobenius norm of scaling * B A by module: the root of trace((B'B)(AA')), for any PEFT adapter.
+
+    Raises ValueError for tensors that are no low-rank product.
+    """
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in files.tensors.items():
         if place := factor_place(key):
             module, side, _ = place
-            factors.setdefault(module, {})[side] = tensor.double().flatten(1)
+            factors.setdefault(module, {})[side] = tensor
     norms = {}
     for module, pair in sorted(factors.items()):
+        check_pair(pair, module, str(files.directory))
+        B, A = (pair[side].double().flatten(1) for side in "BA")
         # PEFT's file has the A of a grouped convolution once for each group, beside zeros.
-        B, A = pair["B"], pair["A"][: pair["B"].shape[1]]
-        gram = ((B.T @ B) * (A @ A.T)).sum()
-        norms[module] = files.config.scaling_of(module) * gram.clamp(min=0).sqrt().item()
+        A = A[: B.shape[1]]
+        # The smaller of the products: neither has more values than the two factors.
+        square = (
+            ((B.T @ B) * (A @ A.T)).sum()
+            if len(A) ** 2 <= B.shape[0] * A.shape[1]
+            else (B @ A).square().sum()
+        )
+        norms[module] = files.config.scaling_of(module) * square.clamp(min=0).sqrt().item()
     return norms
 
 

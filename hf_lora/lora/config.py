@@ -98,6 +98,7 @@ class LoRAConfig:
         _check_patterns("rank_pattern", self.rank_pattern, _check_rank)
         _check_patterns("alpha_pattern", self.alpha_pattern, _check_alpha)
         assert self._patterns  # parsed, which finds those that cannot be used
+        _expect(isinstance(self.train_head, bool), "train_head is no bool", self.train_head, "True or False")
         for what, value, known in (("bias mode", self.bias, BIAS_MODES), ("form", self.form, FORMS)):
             _expect(value in known, f"unknown {what}", value, f"one of {', '.join(known)}")
         if self.init not in INITS:

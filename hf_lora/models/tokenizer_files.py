@@ -44,9 +44,9 @@ def load_tokenizer_files(contents: Mapping[str, bytes], source: str) -> PreTrain
     """
     if _CONFIG not in contents:
         return None
-    if _FILE in contents:
-        _check_costs(parse_object(contents[_FILE], f"{_FILE} in {source!r}"), source)
     try:
+        if _FILE in contents:
+            _check_costs(parse_object(contents[_FILE], f"{_FILE} in {source!r}"), source)
         with tempfile.TemporaryDirectory(prefix="hf_lora_") as folder:
             for name, content in contents.items():
                 (Path(folder) / name).write_bytes(content)
@@ -62,7 +62,7 @@ def load_tokenizer_files(contents: Mapping[str, bytes], source: str) -> PreTrain
         raise
     except BaseException as error:  # a panic of tokenizers is no Exception
         reason = str(error).strip().partition("\n")[0] or "no reason"
-        if isinstance(error, ValueError) and source in reason:
+        if isinstance(error, ValueError) and source in reason and len(reason) < _MAX_TEXT:
             raise
         raise ValueError(
             f"the tokenizer in {source!r} cannot be used; got {type(error).__name__}: {reason[:300]}; expected files "
@@ -130,4 +130,8 @@ def _longest_replacement(charsmap: Any) -> int:
     """Of sentencepiece's table: the size of a trie, the trie, and what it points to, in UTF-8 and ended by zeros."""
     table = base64.b64decode(charsmap) if isinstance(charsmap, str) else b""
     start = 4 + int.from_bytes(table[:4], "little")
+    if start > len(table):
+        raise ValueError(
+            f"precompiled_charsmap has {len(table):,} bytes, fewer than it says itself: {start:,}"
+        )
     return max(1, *(len(text) // 3 for text in table[start:].split(b"\0")))
