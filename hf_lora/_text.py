@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 import warnings
@@ -22,10 +23,30 @@ def printable(text: str) -> str:
 
     Labels and names come from files of others; a terminal must not obey what stands in them.
     """
-    return "".join(
-        character.encode("unicode_escape").decode() if category(character) in _UNSEEN else character
-        for character in text
-    )
+    return _escaped(text, lambda character: character.encode("unicode_escape").decode())
+
+
+def one_line(error: object, limit: int = 2000) -> str:
+    """What an error says, for a terminal: in one line that is cut where it is long."""
+    text = printable(" ".join(str(error).split()))
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def json_line(value: Any) -> str:
+    """JSON in one line for people and programs: letters as they are, and escaped what `printable` escapes."""
+    return _escaped(json.dumps(value, ensure_ascii=False), lambda character: json.dumps(character)[1:-1])
+
+
+def in_markdown(text: Any) -> str:
+    """The text in one line of a page or a cell of a table in Markdown, where it makes no picture, link or HTML."""
+    line = printable(" ".join(str(text).split()))
+    return re.sub(r"[\\`*\[\]<>|]|&(?=#?\w+;)", lambda found: f"\\{found[0]}", line)
+
+
+def _escaped(text: str, escape: Callable[[str], str]) -> str:
+    if text.isprintable():  # nearly always, and much quicker
+        return text
+    return "".join(escape(character) if category(character) in _UNSEEN else character for character in text)
 
 
 def in_words(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
 import pytest
 
-from hf_lora._text import Budget, Pattern, PatternTable, dotted_ends, printable
+from hf_lora._text import (
+    Budget,
+    Pattern,
+    PatternTable,
+    dotted_ends,
+    in_markdown,
+    json_line,
+    one_line,
+    printable,
+)
 
 ATOMS = (
     *(
@@ -165,3 +175,33 @@ def test_dotted_ends():
 
 def test_printable_texts():
     assert printable("a\x1b[31mb\n\u202ec\x00\x9b é 漢") == "a\\x1b[31mb\\n\\u202ec\\x00\\x9b é 漢"
+
+
+def test_an_error_is_one_line_of_bounded_length():
+    assert one_line(ValueError("a\n  b\x9bc")) == "a b\\x9bc"
+    assert len(one_line(ValueError("x" * 100_000))) < 2100
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b]0;owned\x07", "\x9b31m", "a\u202eb", "\x7f", "\U000e0041", "\u2028", "\ud800", "é漢 \xa0"]
+)
+def test_json_lines_have_nothing_that_a_terminal_obeys(text):
+    line = json_line({"label": text})
+    assert json.loads(line) == {"label": text}
+    assert printable(line) == line and ("\\" in line or text in line)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("not_entailment", "not_entailment"),
+        ("LABEL_0, a-b (c) & d #1", "LABEL_0, a-b (c) & d #1"),
+        ("<img src=x onerror=alert(1)>", r"\<img src=x onerror=alert(1)\>"),
+        ("![](https://x/y.png)", r"!\[\](https://x/y.png)"),
+        ("a|b\\|c `d` *e*", r"a\|b\\\|c \`d\` \*e\*"),
+        ("---\nlicense: mit\n---", "--- license: mit ---"),
+        ("&lt;b&gt; \u202e", r"\&lt;b\&gt; \\u202e"),
+    ],
+)
+def test_texts_on_a_page_are_no_markup(text, shown):
+    assert in_markdown(text) == shown

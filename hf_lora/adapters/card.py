@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_lora._text import MANY_LABELS
+from hf_lora._text import MANY_LABELS, in_markdown
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import ParameterCount
@@ -89,7 +89,7 @@ def render_card(
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = in_markdown
     text = resources.files("hf_lora.adapters").joinpath(TEMPLATE).read_text("utf-8")
     return environment.from_string(text).render(
         metadata=_metadata(info, run),
@@ -140,11 +140,6 @@ def training_curve(log_history: Sequence[Mapping[str, Any]]) -> bytes | None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     return picture.getvalue()
-
-
-def _cell(text: Any) -> str:
-    """The text as one cell of a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def _metadata(info: AdapterInfo, run: RunSummary) -> ModelCardData:

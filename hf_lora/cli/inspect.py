@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_lora._text import json_line
 from hf_lora.cli.shared import ADAPTER, CLASSIFIER, LABELLED, SPEED, add_command, evaluated
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def info(options: Namespace) -> None:
 
     facts = describe(_read(options.adapter, options.revision))
     if options.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json_line(facts))
         return
     norms, metrics = facts.pop("delta_norms"), facts.pop("metrics")
     print_facts("adapter", facts)
@@ -177,7 +178,7 @@ def inspect(options: Namespace) -> None:
         ]
     found["notes"] = notes
     if options.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json_line(found))
     else:
         _print_inspection(found, updates, [entry.update for entry in compared])
     if options.plot is not None:

@@ -43,9 +43,9 @@ def _run(argv: list[str]) -> int:
         if os.environ.get("HF_LORA_TRACEBACK"):
             raise
         if _first_to_fail():
-            from hf_lora._text import printable
+            from hf_lora._text import one_line
 
-            print(f"hf-lora: {_process()}{printable(' '.join(str(error).split()))}", file=sys.stderr)
+            print(f"hf-lora: {_process()}{one_line(error)}", file=sys.stderr)
         return 2
     except Exception:
         if _first_to_fail():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_lora._text import json_line
 from hf_lora.cli.shared import (
     CLASSIFIER,
     INPUT,
@@ -60,7 +60,7 @@ def evaluate(options: Namespace) -> None:
     if results.confusion:
         report["classes"] = results.classes
     if options.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json_line(report))
         return
     rows = [(name, value, results.metrics_disabled.get(name)) for name, value in results.metrics.items()]
     print_table(f"{results.examples} examples", ("metric", "with adapter", "encoder without adapter"), rows)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_lora._files import shortened, whole_file
+from hf_lora._text import json_line
 from hf_lora.adapters.info import AdapterInfo
 
 Answer = Mapping[str, Any]
@@ -36,7 +37,7 @@ class Format(NamedTuple):
 
 def write_line(answer: Answer, stream: Any) -> None:
     """Write an answer as one line of JSON."""
-    stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    stream.write(json_line(answer) + "\n")
 
 
 def _json_lines(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
@@ -48,7 +49,7 @@ def _json_lines(answers: Iterable[Answer], columns: Sequence[str], stream: Any) 
 def _json(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
     between = "[\n"
     for answer in answers:
-        stream.write(between + json.dumps(answer, ensure_ascii=False))
+        stream.write(between + json_line(answer))
         between = ",\n"
     stream.write("[]\n" if between == "[\n" else "\n]\n")
 
