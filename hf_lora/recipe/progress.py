@@ -85,7 +85,9 @@ def data_facts(data: ClassificationData) -> Iterator[tuple[str, str]]:
     for words in data.files:
         yield "file", words
     pair = "pairs of " * (len(data.text_columns) > 1)
-    yield "task", f"{data.task.words} of {pair}{columns}{data.why and f', {data.why}'}{labels}"
+    yield "task", f"{data.task.words} of {pair}{columns}{labels}"
+    if data.why:
+        yield "reason", data.why
     splits = [f"{split} {examples:,}" for split, examples in report.examples.items()]
     yield "examples", ", ".join(splits) + "; validation is held out of train" * data.held_out
     longest, cut = max(report.longest.values()), sum(report.truncated.values())

@@ -81,7 +81,7 @@ def learn_labels(dataset: datasets.Dataset, column: str, problem_type: str | Non
     feature = dataset.features[column]
     declared = tuple(getattr(getattr(feature, "feature", feature), "names", None) or ())
     names = task.learn(values, column, declared)
-    why = "as problem_type says" if problem_type else _reason(task, values)
+    why = "problem_type says so" if problem_type else _reason(task, values)
     return LabelScheme(task, names, why, tuple(_doubts(task, values, names, chosen=not problem_type)))
 
 
@@ -89,13 +89,13 @@ def _reason(task: Task, values: Sequence[Any]) -> str:
     """What the values have that decided on the task."""
     present = [value for value in values if not is_missing(value)]
     if task.name == REGRESSION:
-        return "as the labels are numbers with a decimal point"
+        return "the labels are numbers with a decimal point"
     if task.name == MULTI:
-        return "as the labels are lists"
+        return "the labels are lists"
     if all(isinstance(value, bool) for value in present):
-        return "as the labels are booleans"
+        return "the labels are booleans"
     whole = all(is_integer(str(value)) for value in present)
-    return f"as the labels are {'whole numbers' if whole else 'text'}"
+    return f"the labels are {'whole numbers' if whole else 'text'}"
 
 
 def refuse_ambiguous(values: Sequence[Any], column: str) -> None:

@@ -28,11 +28,32 @@ class TestConfig:
                 "unknown problem_type 'ranking'; expected one of single_label",
             ),
             ({"encoding": "utf-9"}, "unknown encoding 'utf-9'; try utf-8"),
+            ({"delimiter": "::"}, "delimiter is '::'; expected one character, such as ';', or tab"),
+            ({"delimiter": '"'}, "delimiter is '\"'; expected one character"),
+            ({"quoting": "single"}, "unknown quoting 'single'; expected one of double, none"),
+            (
+                {"label_column": ["a", "b", "a"]},
+                "one column has two roles; got text, pair and label columns a, b, a",
+            ),
+            (
+                {"label_column": ["a", "b"], "problem_type": "regression"},
+                "several label columns are for multi_label_classification; got 'regression'",
+            ),
         ],
     )
     def test_mistake(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             DataConfig(**{"train_file": "t.csv", **options})
+
+    @pytest.mark.parametrize("given", [["a", "b"], ("a", "b")])
+    def test_several_label_columns(self, given: Any) -> None:
+        assert DataConfig(label_column=given).label_columns == ("a", "b")
+        assert DataConfig(label_column=["a"]) == DataConfig(label_column="a")
+        assert DataConfig().label_columns == ()
+
+    def test_the_tab_has_a_name(self) -> None:
+        assert DataConfig(delimiter="tab").reading == DataConfig(delimiter="\\t").reading
+        assert DataConfig(delimiter="tab").reading.delimiter == "\t"
 
     def test_token_is_not_printed(self) -> None:
         assert "secret" not in repr(DataConfig(dataset_name="a/b", token="secret"))

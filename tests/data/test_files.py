@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+import zipfile
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 import transformers
 from helpers_data import FOUR_ROWS, column, write, write_lines
 
 from hf_lora.data import DataConfig, iter_texts, load_splits, prepare_data
+from hf_lora.data.config import MAX_TEXT
 
 
 class TestFormats:
@@ -125,6 +129,32 @@ class TestFileMistakes:
                 b'{"text": "a"}\n{"text": "caf\xe9"}\n',
                 r"t\.jsonl, line 2: not valid utf-8 .*latin-1",
             ),
+            (
+                "t.jsonl",
+                '{"text": "a"}\n' + '{"text":' + "[" * 300_000,
+                r"t\.jsonl, line 2: not usable JSON: nested too deeply",
+            ),
+            ("t.json", "[" * 300_000, r"t\.json, line 1: not usable JSON: nested too deeply"),
+            (
+                "t.jsonl",
+                '{"text": "' + "a" * 10_000_000 + '"}\n',
+                r"t\.jsonl, line 1: longer than 10,000,000 characters; expected shorter lines",
+            ),
+            (
+                "t.csv",
+                "text,label\na,x\n“b”,y\n".encode("cp1252"),
+                r"t\.csv, line 3: not valid utf-8 .*; try --encoding cp1252",
+            ),
+            (
+                "t.csv",
+                "text,label\na,x\n".encode("utf-16"),
+                r"t\.csv, line 1: not valid utf-8 .*--encoding utf-16",
+            ),
+            (
+                "t.csv",
+                b"text,label\n\x81\xff,x\n",
+                r"line 2: not valid utf-8 .*; it is neither UTF-8 nor cp1252;",
+            ),
             ("t.json", '[{"text": "a"},\n{"text": }]', r"t\.json, line 2: not valid JSON"),
             ("t.parquet", "text", r"t\.parquet is not a Parquet file"),
         ],
@@ -168,6 +198,35 @@ class TestFileMistakes:
             ValueError, match=r"column 'label' of .*t\.jsonl cannot be read; got .* int, list"
         ):
             load_splits(DataConfig(train_file=path))
+
+    def test_document_that_is_too_large(self, tmp_path: Path) -> None:
+        (tmp_path / "docs" / "x").mkdir(parents=True)
+        write(tmp_path / "docs" / "x" / "1.txt", b"a" * (4 * MAX_TEXT + 1))
+        with pytest.raises(
+            ValueError, match=r"1\.txt has 4,000,001 bytes; expected a text of at most 1,000,000"
+        ):
+            load_splits(DataConfig(train_file=str(tmp_path / "docs")))
+
+    def test_excel_without_its_reader(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "t.xlsx"
+        with zipfile.ZipFile(path, "w") as parts:
+            parts.writestr("xl/workbook.xml", "")
+        monkeypatch.setitem(sys.modules, "openpyxl", None)
+        with pytest.raises(ValueError, match=r"Excel files need openpyxl; pip install 'hf-lora\[excel\]'"):
+            load_splits(DataConfig(train_file=str(path)))
+
+    def test_excel_that_is_none_and_of_several_sheets(self, tmp_path: Path) -> None:
+        pytest.importorskip("openpyxl")
+        with pytest.raises(
+            ValueError, match=r"t\.xlsx cannot be read as an Excel file: File is not a zip file"
+        ):
+            load_splits(DataConfig(train_file=write(tmp_path / "t.xlsx", "text,label\n")))
+        table = pandas.DataFrame({"text": ["a"], "label": [1]})
+        with pandas.ExcelWriter(tmp_path / "u.xlsx") as book:
+            for name in ("one", "two"):
+                table.to_excel(book, sheet_name=name, index=False)
+        with pytest.raises(ValueError, match=r"u\.xlsx has 2 sheets with rows: one, two; expected one"):
+            load_splits(DataConfig(train_file=str(tmp_path / "u.xlsx")))
 
     def test_bad_byte_far_into_a_file(self, tmp_path: Path) -> None:
         path = write(tmp_path / "t.txt", b"abcdefghi\n" * 300_000 + b"\xff\n")

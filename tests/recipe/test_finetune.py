@@ -659,6 +659,7 @@ def test_a_run_tells_what_it_understood_and_how_far_it_is(
     settings = {**QUICK, "num_train_epochs": 2}
     finetune(str(tiny_bert_dir), texts, output_dir=tmp_path / "run", progress=told, **settings)
     assert told.facts["task"] == "single label classification of 'text'; labels negative 19, positive 19"
+    assert told.facts["reason"] == "the labels are text"
     assert told.facts["examples"] == "train 38, validation 10; validation is held out of train"
     assert told.facts["lengths"] == "at most 8 tokens; none is cut at 32"
     assert told.facts["training"].startswith("learning rate 0.00055, 2 epochs of 5 steps")
