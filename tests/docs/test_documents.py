@@ -242,6 +242,10 @@ def write_data(folder: Path) -> None:
     for name in ("train.csv", "test.csv", "validation.csv", "few.csv"):
         write(name, "text label", news[: 20 if name == "train.csv" else 10])
     write("mail.csv", "body folder", news)
+    content = "".join(f"{text};{label}\n" for text, label in [("text", "label"), *news, *news])
+    (folder / "semicolons.csv").write_text(content)
+    bits = [(text, str(row % 2), str(row % 3 // 2), str(row % 5 // 4)) for row, text in enumerate(texts)]
+    write("columns.csv", "text delivery damage billing", bits)
     both = [(text, "|".join(NEWS[row % 3 : row % 3 + 1 + row % 2])) for row, text in enumerate(texts)]
     write("tickets.csv", "text label", both)
     lines = [json.dumps({"text": text, "label": labels.split("|")}) for text, labels in both]
