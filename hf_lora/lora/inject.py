@@ -61,7 +61,8 @@ def inject_lora(
     model = unwrapped(model)
     if is_injected(model):
         raise ValueError("the model has LoRA layers already; call remove_lora(model) first")
-    if adapted := [name for name, part in model.named_modules() if isinstance(part, LoRALayer)]:
+    parts = model.named_modules()
+    if adapted := [n for n, p in parts if isinstance(p, LoRALayer) or type(p).__module__.startswith("peft.")]:
         raise ValueError(
             f"a part of the model has LoRA layers already; got {len(adapted)}, first {adapted[0]!r}; expected a plain "
             "model; call remove_lora on the part or the other model that they were put into"

@@ -257,7 +257,9 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def load_peft(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy PEFT's tensors into the factors. Raises ValueError if this layer cannot represent them."""
+        """Copy PEFT's tensors into the factors. Raises ValueError if it is merged or cannot represent them."""
+        if self.merged:
+            raise ValueError("the update in the weight is another one; call unmerge_lora first")
         A, B = (tensors[name].to(self.lora_A).flatten(1) for name in self.layout.peft_names)
         # Of a grouped convolution the first group's: A is block-diagonal.
         A, B = A[: B.shape[1], : self.lora_A.shape[1]], B[:, : self.peft_rank // self.groups]

@@ -25,6 +25,8 @@ from hf_lora import (
     trainable_parameter_count,
     unmerge_lora,
 )
+from hf_lora.adapters.directory import read_adapter
+from hf_lora.adapters.loading import load_tensors
 from hf_lora.lora.inject import base_parameters, injection, is_injected
 
 
@@ -360,6 +362,32 @@ def test_a_part_that_is_adapted_already_is_not_adapted_again(form):
     inject_lora(model, config)
     with pytest.raises(ValueError, match="has LoRA layers already"):
         inject_lora(model.bert, config)
+
+
+def test_a_model_that_peft_has_adapted_is_not_adapted_again():
+    model = tiny_classifier()
+    outer = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    before = weights(outer)
+    for part in (model, outer):
+        with pytest.raises(ValueError, match="a part of the model has LoRA layers already; got ") as error:
+            inject_lora(part, LoRAConfig())
+        assert "\n" not in str(error.value)
+    assert_same(weights(outer), before)
+
+
+@pytest.mark.parametrize("form", ["module", "parametrization"])
+def test_other_factors_are_not_loaded_under_a_merged_weight(form, tmp_path):
+    model = injected(form=form)
+    files = read_adapter(save_adapter(model, tmp_path / "a"))
+    randomize(model, 0.3)
+    merge_lora(model)
+    before = weights(model)
+    with pytest.raises(ValueError, match="the update in the weight is another one; call unmerge_lora first"):
+        load_tensors(model, files.tensors, source="a")
+    assert_same(weights(model), before)
+    unmerge_lora(model)
+    load_tensors(model, files.tensors, source="a")
+    assert_same(weights(model), weights(injected(form=form)))
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["state_dict", "copied"])
