@@ -13,6 +13,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_lora._files import MAX_JSON_BYTES, read_bytes
 from hf_lora.adapters.info import FILE, AdapterInfo
+from hf_lora.models.loading import meta_classifier
+from hf_lora.models.reconcile import reconcile
 from hf_lora.models.tokenizer_files import load_tokenizer_files, read_tokenizer
 from hf_lora.serving.classifier import TextClassifier
 
@@ -83,4 +85,5 @@ def load_onnx(directory: str | Path, *, file: str = MODEL) -> OnnxClassifier:
     tokenizer = load_tokenizer_files(read_tokenizer(directory), str(directory))
     if tokenizer is None:
         raise ValueError(f"not an exported classifier; got {str(directory)!r} without a tokenizer")
+    reconcile(meta_classifier(str(directory)), tokenizer)
     return OnnxClassifier(directory / file, AutoConfig.from_pretrained(directory), tokenizer, info)

@@ -37,6 +37,8 @@ from hf_lora.models.loading import load_base, load_tokenizer
 from hf_lora.models.pooling import choose_pooling
 from hf_lora.models.reconcile import check_finite, check_known, most_tokens, reconcile, vocabulary_rows
 from hf_lora.models.verify import probe_batch, verify_injection
+from hf_lora.serving.export import export_onnx
+from hf_lora.serving.onnx import load_onnx
 
 TEXTS = [
     "good",
@@ -434,3 +436,18 @@ def test_a_trainer_compares_a_model_of_ones_own(tmp_path: Path) -> None:
         ValueError, match="tokens that the model has no embedding for; got 1, first 'w20' with id 64"
     ):
         LoRATrainer(model=model, args=args, processing_class=beyond(*(f"w{index}" for index in range(21))))
+
+
+@pytest.mark.slow
+def test_an_exported_graph_reads_texts_as_the_classifier_does(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    base = write_base(
+        tmp_path / "base", "roberta", BertTokenizer(vocab=tiny_tokenizer().get_vocab()), type_vocab_size=1
+    )
+    model, tokenizer = load_classifier(base, LABELS)
+    directory = save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    classifier = TextClassifier.from_pretrained(directory, precision="fp32")
+    export_onnx(classifier, tmp_path / "onnx")
+    loaded, pairs = load_onnx(tmp_path / "onnx"), [("the film", "good"), ("good " * 90, "bad day")]
+    assert loaded.tokenizer.model_max_length == 62
+    torch.testing.assert_close(loaded.logits(pairs), classifier.logits(pairs), rtol=0, atol=1e-4)
