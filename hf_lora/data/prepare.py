@@ -109,6 +109,8 @@ def prepare_data(
         splits["train"], splits["validation"], more = hold_out(splits["train"], scheme, config)
     ordered = {split: splits[split] for split in SPLIT_NAMES if split in splits}
     data = _finish(ordered, columns.texts, layout, scheme, config, tokenizer, (*warnings, *more))
+    for words in (*told, f"{data.task.words}: {data.why}"):
+        logger.info(words)
     return replace(data, held_out=held_out, files=told)
 
 

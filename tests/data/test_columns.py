@@ -136,6 +136,17 @@ class TestLayouts:
         assert (data.labels, column(data.splits["train"], "labels")) == (names, encoded)
         assert data.why.startswith(words)
 
+    def test_what_was_understood_is_logged(
+        self, tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = write(tmp_path / "t.csv", "text;label\na;0.5\nb;1\n")
+        with caplog.at_level("INFO", logger="hf_lora.data"):
+            data = self.prepare({"train": path, "validation": path}, tokenizer, delimiter=";")
+        words = "t.csv: CSV, ';' between fields, double quotes around them"
+        assert data.files == (words, words)
+        told = {record.getMessage() for record in caplog.records}
+        assert told >= {words, "regression: the labels are numbers with a decimal point"}
+
     def test_columns_hold_numbers_booleans_and_text(self, tokenizer: Any) -> None:
         rows = [
             {"text": f"a {i}", "x": x, "label": y}

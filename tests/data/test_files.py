@@ -158,6 +158,7 @@ class TestFileMistakes:
             ("t.json", '[{"text": "a"},\n{"text": }]', r"t\.json, line 2: not valid JSON"),
             ("t.parquet", "text", r"t\.parquet is not a Parquet file"),
         ],
+        ids=lambda value: str(value)[:30],
     )
     def test_mistake_in_a_file(self, name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
         path = write(tmp_path / name, content)

@@ -184,6 +184,7 @@ def test_sidecar_tells_how_the_adapter_was_made(
     info = json.loads((output / "hf_lora.json").read_text())
     assert info["labels"] == list(LABELS) and info["problem_type"] == "single_label_classification"
     assert (info["max_length"], info["text_columns"], info["projections"]) == (32, ["text"], "qkvo")
+    assert (info["label_columns"], info["label_layout"]) == (["label"], "values")
     assert info["base_model"]["name_or_path"] == str(tiny_bert_dir)
     assert {name: info["metrics"][name] for name in ("eval_accuracy", "test_accuracy")} == {
         name: metrics[name] for name in ("eval_accuracy", "test_accuracy")
