@@ -13,7 +13,7 @@ import pyarrow.compute
 from hf_lora.data.config import MAX_TEXT, DataConfig
 from hf_lora.tasks import MULTI, TASKS
 from hf_lora.tasks.labels import as_text, bad_label, is_missing, label_name, read_labels
-from hf_lora.tasks.layouts import are_vectors, as_bit, split_names
+from hf_lora.tasks.layouts import are_lists, are_vectors, as_bit, split_names
 
 # The layouts of GLUE and of the usual Hub data sets: one text, or a pair of texts in the order of the model.
 TEXT_LAYOUTS: tuple[tuple[str, ...], ...] = (
@@ -215,5 +215,4 @@ def _are_lists(values: Sequence[Any]) -> bool:
     """Whether the values that are not missing are lists, or texts in the form of lists."""
     if TASKS.get(MULTI).suits(values):
         return True
-    texts = [value.strip() for value in values if isinstance(value, str)]
-    return len(texts) == len(values) > 0 and all(text[:1] + text[-1:] == "[]" for text in texts)
+    return all(isinstance(value, str) for value in values) and are_lists(values)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from typing import Any
+from unicodedata import category, normalize
 
 import datasets
 
@@ -18,6 +19,8 @@ from hf_lora.tasks.task import MULTI, REGRESSION, SINGLE, TASKS, Task, task_of
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INTEGER = re.compile(r"[+-]?\d+")
 _WHOLE = re.compile(r"\s*([+-]?\d+)\.0*\s*")
+# As numpy prints a vector.
+SPACED_BITS = re.compile(r"\s*[01]\.?0?(\s+[01]\.?0?)+\s*")
 _COMMA = re.compile(r"\s*[+-]?\d+(,\d+)?\s*")
 _LIKE_MISSING = ("nan", "na", "n/a", "<na>", "none", "null", "nat")
 _LISTED = 10
@@ -116,6 +119,10 @@ def refuse_ambiguous(values: Sequence[Any], column: str) -> None:
             f"{len(others):,} of {len(rows):,} labels in {column!r} are no numbers; the first is {shortened(value)} in "
             f"row {row}; {choose} correct them"
         )
+    if texts and all(map(SPACED_BITS.fullmatch, texts)):
+        raise ValueError(
+            f"labels in {column!r} look like vectors of 0 and 1; got {texts[0]!r}; {choose} write [1, 0]"
+        )
     for mark in "|;,":
         parts = {text: [part.strip() for part in text.split(mark)] for text in texts if mark in text}
         # A name may hold a comma. One that is a list has parts that are names elsewhere.
@@ -148,10 +155,11 @@ def _doubts(task: Task, values: Sequence[Any], names: Sequence[str], *, chosen: 
         return
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+        seen = (letter for letter in normalize("NFKC", name) if category(letter) not in ("Cf", "Cc"))
+        alike.setdefault("".join("".join(seen).split()).casefold(), []).append(name)
     pairs = [" and ".join(map(repr, same)) for same in alike.values() if len(same) > 1]
     if pairs:
-        yield f"train: labels differ by blanks or case alone: {'; '.join(pairs[:3])}"
+        yield f"train: labels differ by blanks, case or unseen characters alone: {'; '.join(pairs[:3])}"
     if task.name != SINGLE:
         return
     if missing := [name for name in names if name.strip().lower() in _LIKE_MISSING]:

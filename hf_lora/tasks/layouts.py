@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hf_lora.tasks.labels import bad_label
+from hf_lora.tasks.labels import SPACED_BITS, bad_label
 
 # One item of a list in Python's notation. Two strings side by side are none: Python would join them.
 _ITEM = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[+-]?[\w.]+""", re.DOTALL)
@@ -44,8 +44,10 @@ def split_names(values: Sequence[Any], split: str, known: Sequence[str] = ()) ->
     """
     texts = [(row, value.strip()) for row, value in enumerate(values, 1) if isinstance(value, str)]
     filled = [(row, text) for row, text in texts if text and text not in known]
-    opened = [row for row, text in filled if text[0] + text[-1] == "[]" and len(text) > 1]
-    lists = {row: _parsed(text) for row, text in filled if _BRACKETS.get(text[0]) == text[-1]}
+    opened = [
+        row for row, text in filled if text[0] + text[-1] in ("[]", "{}") or SPACED_BITS.fullmatch(text)
+    ]
+    lists = {row: parsed(text) for row, text in filled if _BRACKETS.get(text[0]) == text[-1]}
     if opened or (len(lists) == len(filled) > 0 and None not in lists.values()):
         for row, text in filled:
             if lists.get(row) is None:
@@ -65,7 +67,16 @@ def split_names(values: Sequence[Any], split: str, known: Sequence[str] = ()) ->
     return [found.get(row, value) for row, value in enumerate(values, 1)], words if filled else "lists"
 
 
-def _parsed(text: str) -> list[Any] | None:
+def are_lists(texts: Sequence[str]) -> bool:
+    """Whether texts are meant as lists: all are in square brackets, or in others and can be read."""
+    texts = [text.strip() for text in texts]
+    square = all(text[:1] + text[-1:] == "[]" for text in texts)
+    return len(texts) > 0 and (
+        square or all(_BRACKETS.get(text[:1]) == text[-1:] and parsed(text) is not None for text in texts)
+    )
+
+
+def parsed(text: str) -> list[Any] | None:
     """A list, tuple or set of plain values in JSON's or Python's notation; None for anything else."""
     try:
         value = json.loads(text)

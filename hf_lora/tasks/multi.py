@@ -44,6 +44,11 @@ class MultiLabel(Task):
         names = declared or in_order({name for row in rows for name in row})
         if len(names) < 2:
             raise ValueError(f"the train split has {len(names)} labels in {column!r}; expected two or more")
+        if all(len(row) == len(names) for row in rows):
+            raise ValueError(
+                f"every example of the train split has all {len(names)} labels of {column!r}, so that there is nothing "
+                "to learn; expected lists of the labels that an example has"
+            )
         return names
 
     def encode(self, values: Sequence[Any], names: Sequence[str], split: str) -> list[list[float]]:

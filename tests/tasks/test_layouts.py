@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_lora.tasks.layouts import are_vectors, as_bit, split_names
+from hf_lora.tasks.layouts import are_lists, are_vectors, as_bit, split_names
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,8 @@ def test_a_known_name_is_not_divided() -> None:
         (["[1 0 1]", "[0 0 1]"], r"'\[1 0 1\]' in the train split, row 1: expected a list"),
         (["['a']", "b"], r"'b' in the train split, row 2: expected a list"),
         (["[a, b]"], r"row 1: expected a list"),
+        (["{'a': 1}", "{'a': 0}"], r"row 1: expected a list"),
+        (["1 0 1", "0 0 1"], r"row 1: expected a list"),
         (["[['a']]"], r"row 1: expected a list"),
         (["[" * 300_000 + "]"], r"row 1: expected a list"),
         (["a;b", "c,d"], r"'c,d' in the train split, row 2: both ';' and ','"),
@@ -66,6 +68,20 @@ def test_what_cannot_be_read_is_refused(values: list[str], message: str) -> None
 )
 def test_vectors_have_one_length_and_two_values(rows: list[Any], expected: bool) -> None:
     assert are_vectors(rows) is expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["[a", "b]"], False),
+        (["[x]"], True),
+        (["{'a'}", "{'b', 'c'}"], True),
+        (["(a)", "(b)"], False),
+        ([], False),
+    ],
+)
+def test_texts_in_brackets_are_lists_if_they_can_be_read(texts: list[str], expected: bool) -> None:
+    assert are_lists(texts) is expected
 
 
 def test_bits() -> None:

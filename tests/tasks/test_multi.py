@@ -43,6 +43,12 @@ def test_an_example_without_labels_counts_as_one_of_one_label_more() -> None:
     assert TASK.count(rows, 3) == [1, 0, 1] and TASK.count([], 3) == [0, 0, 0]
 
 
+def test_labels_that_all_examples_have_teach_nothing() -> None:
+    with pytest.raises(ValueError, match="every example of the train split has all 2 labels of 'tags'"):
+        TASK.learn([["a", "b"], ["b", "a"]], "tags", ())
+    assert TASK.learn([["a", "b"], ["b"]], "tags", ()) == ("a", "b")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [("a|a", "it has a label twice"), (3, "expected a list of labels"), (None, "have no label")],
