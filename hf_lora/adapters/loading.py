@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lora._files import shortened
 from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.adapters.peft_format import PREFIX, own_tensors
 from hf_lora.lora.config import LoRAConfig
-from hf_lora.lora.head import belongs_to, find_head, fresh_modules
+from hf_lora.lora.head import belongs_to, find_head, fresh_modules, output_layer_in
 from hf_lora.lora.inject import base_parameters, inject_lora, injection, lora_layers
 from hf_lora.models._transformers_private import commit_of
 from hf_lora.models.fingerprint import fingerprint
-from hf_lora.models.loading import load_base, load_tokenizer
+from hf_lora.models.loading import labels_of, load_base, load_tokenizer
 from hf_lora.models.pooling import NATIVE
 from hf_lora.models.reconcile import check_max_length
+
+logger = logging.getLogger(__name__)
 
 
 def load_classifier(
@@ -47,12 +51,16 @@ def load_classifier(
         load the adapter into the encoder alone. `choose_pooling` knows what suits.
     dtype: precision of the frozen weights; None: that of the checkpoint. LoRA and head are fp32.
     hub: passed to transformers: `token`, `cache_dir`, `trust_remote_code`.
+    A checkpoint's own head is kept where it is for the same names: in any order, in capitals or not. Else its last
+    layer starts anew.
     Raises ValueError if the checkpoint does not fit the architecture; OSError if there is none.
     """
     model, missing = load_base(
         base, labels, problem_type=problem_type, pooling=pooling, revision=revision, dtype=dtype, **hub
     )
     check_max_length(max_length, model)
+    if pooling == NATIVE:
+        missing = missing | _align_head(model, labels_of(base, revision=revision, **hub), labels, missing)
     head = (*find_head(model), *fresh_modules(model, missing))
     inject_lora(model, config or LoRAConfig(), head=head)
     injection(model).fresh = frozenset(missing)
@@ -106,3 +114,37 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
             raise ValueError(f"{source} does not fit {name!r}: {error}") from None
     for key, tensor in whole.items():
         tensor.copy_(given[key])
+
+
+@torch.no_grad()
+def _align_head(
+    model: PreTrainedModel, own: Sequence[str], labels: Sequence[str], missing: set[str]
+) -> set[str]:
+    """Put the rows of a checkpoint's trained output layer into the order of `labels`, by name.
+
+    own: the names that the checkpoint has for its rows. Where they are others the layer starts anew: its parameters are
+    returned, as those that the checkpoint does not have.
+    """
+    found = output_layer_in(model, find_head(model), len(labels))
+    if found is None or f"{found[0]}.weight" in missing:
+        return set()
+    name, layer = found
+    ours, theirs = ([label.strip().casefold() for label in names] for names in (labels, own))
+    if ours == theirs:
+        return set()
+    parameters = {f"{name}.{which}": parameter for which, parameter in layer.named_parameters()}
+    if sorted(ours) == sorted(theirs) and len(set(ours)) == len(ours):
+        logger.warning(
+            "the checkpoint's head has these labels in another order, %s: its rows are put into ours",
+            shortened(list(own)),
+        )
+        for parameter in parameters.values():
+            parameter.copy_(parameter[[theirs.index(label) for label in ours]])
+        return set()
+    logger.warning(
+        "the checkpoint's head is for other labels, %s: its last layer starts anew", shortened(list(own))
+    )
+    nn.init.normal_(layer.weight, std=getattr(model.config, "initializer_range", 0.02))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return set(parameters)

@@ -125,6 +125,16 @@ def fresh_modules(model: nn.Module, missing_keys: Iterable[str]) -> tuple[str, .
     return tuple(fresh)
 
 
+def output_layer_in(model: nn.Module, head: Iterable[str], width: int) -> tuple[str, nn.Linear] | None:
+    """The linear layer of a head whose outputs are the logits, with its name: the last one that is `width` wide."""
+    head = tuple(head)
+    layers = ((name, module) for name, module in model.named_modules() if belongs_to(name, head))
+    found = [
+        (name, each) for name, each in layers if isinstance(each, nn.Linear) and each.out_features == width
+    ]
+    return found[-1] if found else None
+
+
 def cast_inputs(model: nn.Module, layers: Iterable[str]) -> None:
     """Let layers, by dotted names, cast their inputs to their own type; autocast, where it is on, decides itself."""
     for name in layers:

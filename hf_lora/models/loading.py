@@ -91,6 +91,12 @@ def load_tokenizer(
     return tokenizer
 
 
+def labels_of(base: str, **hub: Any) -> tuple[str, ...]:
+    """The names of the outputs of a checkpoint's own head, in order; LABEL_0 and so on where it has no names."""
+    labels = AutoConfig.from_pretrained(resolve_base(base, **hub), **hub).id2label
+    return tuple(str(labels[index]) for index in sorted(labels))
+
+
 def load_base(
     base: str,
     labels: Sequence[str],

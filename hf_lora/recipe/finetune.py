@@ -260,7 +260,7 @@ class Finetuning:
         set_seed(self.args.seed)
         if self.is_probe:
             return
-        warm = self.head.warm if self.head.kind == "probe" else None
+        warm = self.head.fallback(self.recipe.lora_config.train_head)
         before = Snapshot.of(self.model) if warm is not None else None
         with watched(self.trainer) as evaluations:
             self.spent |= self.trainer.train(resume_from_checkpoint=self.resume).metrics

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_lora.lora.head import belongs_to
+from hf_lora.lora.head import output_layer_in
 from hf_lora.lora.inject import injection
 from hf_lora.models.pooling import PooledClassifier, pooling_of
 from hf_lora.models.verify import evaluating, relative_difference
@@ -67,15 +67,13 @@ def output_layer(model: Any) -> nn.Linear:
     Raises ValueError where the head ends with anything else.
     """
     head = injection(model).head
-    labels = model.config.num_labels
-    layers = [module for name, module in model.named_modules() if belongs_to(name, head)]
-    found = [each for each in layers if isinstance(each, nn.Linear) and each.out_features == labels]
-    if not found:
+    found = output_layer_in(model, head, model.config.num_labels)
+    if found is None:
         raise ValueError(
             f"the head of a {type(model).__name__} has no linear output layer; got {', '.join(head) or 'no head'}; "
             "use head_init=random"
         )
-    return found[-1]
+    return found[1]
 
 
 @contextmanager
@@ -176,6 +174,10 @@ class HeadStart:
     reason: str
     warm: WarmStart | None
     seconds: float
+
+    def fallback(self, head_is_trained: bool) -> WarmStart | None:
+        """What a run goes back to where training did worse; None for a head that was to be random, or to stay."""
+        return self.warm if self.kind == "probe" or (self.kind == "checkpoint" and head_is_trained) else None
 
     def __str__(self) -> str:
         words = f"{'linear probe' if self.kind == 'probe' else self.kind}: {self.reason}"

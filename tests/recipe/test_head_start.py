@@ -30,6 +30,7 @@ from hf_lora.lora.inject import injection
 from hf_lora.models.loading import load_base
 from hf_lora.models.pooling import PooledClassifier
 from hf_lora.recipe.head_start import (
+    HeadStart,
     features_as_logits,
     fit_warm_start,
     frozen_features,
@@ -233,6 +234,51 @@ def test_a_checkpoints_own_head_is_kept(tmp_path: Path, tiny_bert_dir: Path) -> 
     assert_close(trainer.model.classifier.weight, plain.classifier.weight)
     assert start_head(trainer, "probe").kind == "probe"
     assert not torch.equal(trainer.model.classifier.weight, plain.classifier.weight)
+
+
+def test_a_checkpoints_head_in_another_order_of_labels_gives_the_same_answers(
+    tmp_path: Path, tiny_bert_dir: Path
+) -> None:
+    first, data = prepared(tmp_path, tiny_bert_dir, "native")
+    start_head(first, "probe")
+    expected = first.predict(data.splits["validation"]).predictions
+    plain, _ = load_base(str(tiny_bert_dir), LABELS)
+    with torch.no_grad():
+        plain.classifier.weight.copy_(first.model.classifier.weight.flip(0))
+        plain.classifier.bias.copy_(first.model.classifier.bias.flip(0))
+    plain.config.id2label = {0: "Positive", 1: "NEGATIVE"}
+    plain.config.label2id = {"Positive": 0, "NEGATIVE": 1}
+    plain.save_pretrained(tmp_path / "classifier")
+    first.processing_class.save_pretrained(tmp_path / "classifier")
+    trainer, data = prepared(tmp_path, tmp_path / "classifier", "native")
+    start = start_head(trainer, "auto")
+    assert start.kind == "checkpoint" and str(start).startswith(
+        "checkpoint: the checkpoint has a trained head"
+    )
+    np.testing.assert_allclose(trainer.predict(data.splits["validation"]).predictions, expected, atol=1e-5)
+    # Other names: the probe.
+    plain.config.id2label, plain.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    plain.save_pretrained(tmp_path / "classifier")
+    trainer, _ = prepared(tmp_path, tmp_path / "classifier", "native")
+    assert start_head(trainer, "auto").kind == "probe"
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_is_trained", "falls_back"),
+    [
+        ("probe", True, True),
+        ("probe", False, True),
+        ("checkpoint", True, True),
+        ("checkpoint", False, False),
+        ("random", True, False),
+    ],
+)
+def test_a_run_goes_back_to_the_probe_unless_its_head_is_to_be_random_or_to_stay(
+    run, kind: str, head_is_trained: bool, falls_back: bool
+) -> None:
+    warm = start_head(run[0], "random").warm
+    start = HeadStart(kind, "why", warm, 0.0)
+    assert warm is not None and start.fallback(head_is_trained) is (warm if falls_back else None)
 
 
 def test_an_unknown_start_names_the_known_ones(run) -> None:
