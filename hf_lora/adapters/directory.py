@@ -25,6 +25,7 @@ from hf_lora._files import (
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
 from hf_lora.adapters.loading import load_tensors
+from hf_lora.adapters.peft_format import PREFIX, adapted_modules, brought_whole
 from hf_lora.adapters.pooled_format import of_classifier, of_encoder
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.head import base_prefix, belongs_to, find_head, parts_without, unwrapped
@@ -71,7 +72,7 @@ class AdapterFiles:
 
     def brings(self, parameter: str) -> bool:
         """Whether the file has a parameter of the model itself, not only an update of it."""
-        module, _, name = f"{peft_format.PREFIX}{parameter}".rpartition(".")
+        module, _, name = f"{PREFIX}{parameter}".rpartition(".")
         return not self.tensors.keys().isdisjoint((f"{module}.{name}", f"{module}.base_layer.{name}"))
 
 
@@ -154,13 +155,9 @@ def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True
             f"the adapter in {place!r} has a head with pooling={info.pooling!r}; got a model with "
             f"{pooling_of(model)!r}; load it with TextClassifier.from_pretrained, or into load_base(..., pooling=...)"
         )
-    modules = {name for name, _ in model.named_modules()}
+    fit = adapted_modules(files.tensors) <= {name for name, _ in model.named_modules()}
     # Updates alone may suit a model with another head.
-    if (
-        info is not None
-        or not _adapted(files) <= modules
-        or any(".lora_" not in key for key in files.tensors)
-    ):
+    if info is not None or not fit or any(".lora_" not in key for key in files.tensors):
         check_task(files, peft_format.task_of_class(type(model).__name__))
     head = _head_in(files, model)
     _check_ranks(model, files, head)
@@ -188,8 +185,7 @@ def check_task(files: AdapterFiles, expected: str | None) -> None:
         words, ending, _ = peft_format.TASKS[files.task]
         raise ValueError(
             f"the adapter in {str(files.directory)!r} is for {words}; got task_type={files.task!r}; expected "
-            f"{expected!r}; load it into an AutoModel{ending.removeprefix('Model')} with "
-            "hf_lora.load_adapter"
+            f"{expected!r}; load it into an AutoModel{ending.removeprefix('Model')} with hf_lora.load_adapter"
         )
 
 
@@ -276,24 +272,10 @@ def _check_ranks(model: nn.Module, files: AdapterFiles, head: list[str]) -> None
 
 def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
     """The modules that are saved whole: the head, but for what is adapted in it, and others of `modules_to_save`."""
-    head, prefix = parts_without(model, find_head(model), _adapted(files)), base_prefix(model)
-    saved = [name for name in _brought_whole(files, model) if not prefix or belongs_to(name, [prefix])]
+    head, prefix = parts_without(model, find_head(model), adapted_modules(files.tensors)), base_prefix(model)
+    brought = brought_whole(files.peft_config, files.tensors, model)
+    saved = [name for name in brought if not prefix or belongs_to(name, [prefix])]
     return head + [name for name in saved if not belongs_to(name.rpartition(".")[0], saved)]
-
-
-def _adapted(files: AdapterFiles) -> set[str]:
-    return {place[0] for place in map(peft_format.factor_place, files.tensors) if place}
-
-
-def _brought_whole(files: AdapterFiles, model: nn.Module) -> list[str]:
-    """The modules of `modules_to_save` by the ends of their names, as peft matches them.
-
-    One without a tensor in the file has a name that matches by accident.
-    """
-    wanted = peft_format.modules_to_save(files.peft_config)
-    names = [name for name, _ in model.named_modules() if name.endswith(wanted)]
-    whole = [key for key in files.tensors if ".lora_" not in key]
-    return [name for name in names if any(belongs_to(key, [peft_format.PREFIX + name]) for key in whole)]
 
 
 def _with_head(files: AdapterFiles, model: nn.Module, head: list[str]) -> Mapping[str, Tensor]:
@@ -303,11 +285,7 @@ def _with_head(files: AdapterFiles, model: nn.Module, head: list[str]) -> Mappin
     """
     if files.info is not None:
         return files.tensors
-    brought = _brought_whole(files, model)
-    own = {
-        peft_format.PREFIX + name: tensor
-        for name, tensor in model.state_dict().items()
-        if belongs_to(name, head)
-    }
-    left_out = {key: own[key] for key in own if not belongs_to(key.removeprefix(peft_format.PREFIX), brought)}
+    brought = brought_whole(files.peft_config, files.tensors, model)
+    own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(name, head)}
+    left_out = {PREFIX + name: own[name] for name in own if not belongs_to(name, brought)}
     return {**left_out, **files.tensors}

@@ -96,10 +96,21 @@ def _task_type(model: nn.Module) -> str | None:
     return None if any(belongs_to(target.module, saved) for target in injection(model).targets) else task
 
 
-def modules_to_save(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The ends of the names of the modules that an adapter of peft brings whole."""
+def brought_whole(values: Mapping[str, Any], keys: Iterable[str], model: nn.Module) -> list[str]:
+    """The modules that an adapter of peft brings whole: those of `modules_to_save`, by the ends of their names.
+
+    One without a tensor in the file has a name that matches by accident.
+    """
     _, _, of_task = TASKS.get(values.get("task_type") or "", ("", "", ()))
-    return (*(values.get("modules_to_save") or ()), *of_task)
+    wanted = (*(values.get("modules_to_save") or ()), *of_task)
+    whole = [key.removeprefix(PREFIX) for key in keys if ".lora_" not in key]
+    names = [name for name, _ in model.named_modules() if name.endswith(wanted)]
+    return [name for name in names if any(belongs_to(key, [name]) for key in whole)]
+
+
+def adapted_modules(keys: Iterable[str]) -> set[str]:
+    """The modules that the keys of an adapter's tensors have factors of."""
+    return {place[0] for place in map(factor_place, keys) if place}
 
 
 def from_peft(values: Mapping[str, Any], keys: Iterable[str]) -> LoRAConfig:
@@ -144,7 +155,7 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 def _adapted_modules(keys: Iterable[str], declared: Any) -> tuple[str, ...]:
     """The modules with factors, checked against `target_modules` where that is a list of suffixes."""
-    names = tuple(sorted({place[0] for place in map(factor_place, keys) if place}))
+    names = tuple(sorted(adapted_modules(keys)))
     if not names:
         raise ValueError("the adapter has no LoRA tensors; expected keys that end in .lora_A.weight")
     if isinstance(declared, list):
@@ -227,7 +238,7 @@ def as_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises ValueError for the factors of two adapters.
     """
     keys = {key: _NAMED.sub(r"\1", key) for key in tensors if ".original_module." not in key}
-    adapted = {f"{PREFIX}{place[0]}" for place in map(factor_place, keys.values()) if place}
+    adapted = {f"{PREFIX}{name}" for name in adapted_modules(keys.values())}
     bare, result = MAGNITUDE.removesuffix(".weight"), dict[str, Tensor]()
     # A copy comes after the tensor that it is a copy of.
     for key, new in sorted(keys.items(), key=lambda pair: ".modules_to_save." in pair[0]):

@@ -184,7 +184,9 @@ def _by_name(
     model: nn.Module, names: list[str], bare: Iterable[str], wanted: tuple[str, ...] | str
 ) -> list[str]:
     if wanted == ALL_LINEAR:
-        return [name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
+        if linear := [name for name in names if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]:
+            return linear
+        raise ValueError(f"target_modules='all-linear' selects nothing; got a {type(model).__name__}")
     everything = [*names, *bare]
     if isinstance(wanted, str):
         expression = Pattern("target_modules", wanted)

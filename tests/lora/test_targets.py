@@ -1,5 +1,6 @@
 import pytest
 from conftest import tiny_batch, tiny_classifier
+from tiny_models import tiny_model
 from torch import nn
 
 from hf_lora import LoRAConfig, inject_lora, lora_layers
@@ -51,6 +52,11 @@ def test_an_expression_must_match_the_whole_name(bert):
 def test_all_linear_leaves_the_head_out(bert):
     linears = [n for n, m in bert.named_modules() if isinstance(m, nn.Linear) and n != "classifier"]
     assert names(bert, target_modules="all-linear") == linears
+
+
+def test_all_linear_of_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ValueError, match="target_modules='all-linear' selects nothing; got a IBert"):
+        inject_lora(tiny_model("ibert"), LoRAConfig(target_modules="all-linear"))
 
 
 def test_the_head_is_never_a_target(bert):

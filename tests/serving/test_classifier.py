@@ -683,3 +683,14 @@ def test_a_base_that_moved_names_the_way_out(own: bool, adapter_dir: Path, tmp_p
     with pytest.raises((OSError, ValueError)) as caught:
         load_trained(folder, base="/also/gone")
     assert "--base" not in str(caught.value)
+
+
+@pytest.mark.parametrize("positions", [0, -1, 64])
+def test_a_tokenizer_without_a_limit_truncates_to_the_positions_if_there_are_any(
+    positions: int, classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier, "info", replace(classifier.info, max_length=None))
+    monkeypatch.setattr(classifier.tokenizer, "model_max_length", 10**30)
+    monkeypatch.setattr(classifier.model.config, "max_position_embeddings", positions)
+    (row,) = classifier._encode([" ".join(["good"] * 100)])["input_ids"]
+    assert len(row) == (102 if positions < 1 else positions)
