@@ -20,7 +20,8 @@ from hf_lora.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from hf_lora.serving.classifier import Text, TextClassifier
+    from hf_lora.serving.classifier import TextClassifier
+    from hf_lora.serving.texts import Text
 
 
 def register(commands: Any) -> None:

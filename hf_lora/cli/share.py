@@ -22,11 +22,12 @@ from hf_lora.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from hf_lora.serving.classifier import Text, TextClassifier
+    from hf_lora.serving.classifier import TextClassifier
+    from hf_lora.serving.texts import Text
 
 # Texts that `merge` compares at most.
 COMPARED = 1000
-ONNX, MERGED = FORMATS = ("onnx", "safetensors-merged")
+ONNX, MERGED, SENTENCES = FORMATS = ("onnx", "safetensors-merged", "sentence-transformers")
 
 
 def register(commands: Any) -> None:
@@ -36,13 +37,14 @@ def register(commands: Any) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to compare merged and unmerged on")
     parser.add_argument("--input_file", help="file of texts to compare on")
 
-    words = "write base and adapter for other tools: ONNX, or a transformers checkpoint"
+    words = "write base and adapter for other tools: ONNX, transformers or sentence-transformers"
     parser = add_command(commands, export, words, *CLASSIFIER, "output_dir", "json")
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default=ONNX,
-        help=f"{ONNX}: a graph for onnxruntime, in fp32; {MERGED}: as `hf-lora merge` (default: {ONNX})",
+        help=f"{ONNX}: a graph for onnxruntime, in fp32; {MERGED}: as `hf-lora merge`; {SENTENCES}: for pooled heads, "
+        f"its embeddings are the logits (default: {ONNX})",
     )
     parser.add_argument("--int8", action="store_true", help="with onnx: also a file with weights of 8 bits")
     add_options(parser.add_argument_group("labelled data, to measure the onnx files on"), *LABELLED)
@@ -59,23 +61,27 @@ def register(commands: Any) -> None:
 def merge(options: Namespace) -> None:
     """A plain checkpoint with the adapter in the weights, and how much merging changed the outputs."""
     given = options.texts or options.input_file
-    _merge(options, lambda classifier: list(islice(texts_of(options, classifier), COMPARED)) if given else [])
+    _merge(
+        options,
+        MERGED,
+        lambda classifier: list(islice(texts_of(options, classifier), COMPARED)) if given else [],
+    )
 
 
-def _merge(options: Namespace, texts_for: Callable[[TextClassifier], list[Text]]) -> None:
+def _merge(options: Namespace, form: str, texts_for: Callable[[TextClassifier], list[Text]]) -> None:
     from hf_lora._files import replacing
     from hf_lora.cli.tables import print_facts
     from hf_lora.lora.inject import merge_lora, remove_lora
-    from hf_lora.models.pooling import NATIVE
+    from hf_lora.models.pooling import MEAN_LAYERS, NATIVE
+    from hf_lora.serving import checkpoint
 
     output = new_directory(options.output_dir)
-    # In the types of the base, so that the checkpoint has them too.
-    classifier = classifier_of(options, merge=False, precision=None)
-    if classifier.info.pooling != NATIVE:
-        raise ValueError(
-            f"transformers has no class for a head with pooling={classifier.info.pooling!r}; expected {NATIVE!r}; "
-            "use `hf-lora export --format onnx`, TextClassifier, which merges in memory, or train with --pooling native"
-        )
+    # In the types of the base, so that the checkpoint has them too; sentence-transformers has one for all modules.
+    classifier = classifier_of(options, merge=False, precision="fp32" if form == SENTENCES else None)
+    save = checkpoint.save_transformers
+    if form == SENTENCES:
+        checkpoint.check_sentence_transformers(classifier)
+        save = checkpoint.save_sentence_transformers
     texts = texts_for(classifier)
     before = classifier.logits(texts) if texts else None
     merged = merge_lora(classifier.model)
@@ -87,12 +93,13 @@ def _merge(options: Namespace, texts_for: Callable[[TextClassifier], list[Text]]
         report["label_flips"] = info.task.changed(before.numpy(), after.numpy(), info.calibration)
     remove_lora(classifier.model)
     with replacing(output) as folder:
-        classifier.model.save_pretrained(folder)
-        classifier.tokenizer.save_pretrained(folder)
+        save(classifier, folder)
     if options.json:
         print(json.dumps(report))
         return
     print_facts("merged", report)
+    if classifier.info.pooling != NATIVE and (form == MERGED or classifier.info.pooling == MEAN_LAYERS):
+        print("load it with trust_remote_code=True: the code of its class is in the directory")
     if before is None:
         print("no texts were given to compare on; pass some, or --input_file")
 
@@ -103,13 +110,13 @@ def export(options: Namespace) -> None:
     from hf_lora.serving.export import export_onnx, probes
     from hf_lora.tasks.mistakes import measurer
 
-    if options.format == MERGED:
+    if options.format != ONNX:
         unused = [name for name in ("int8", "test_file", "dataset_name") if getattr(options, name)]
         if unused:
             raise ValueError(
-                f"--{unused[0]} does nothing in this format; got --format {MERGED}; expected --format {ONNX}"
+                f"--{unused[0]} does nothing in this format; got --format {options.format}; expected --format {ONNX}"
             )
-        _merge(options, lambda classifier: probes(classifier.info))
+        _merge(options, options.format, lambda classifier: probes(classifier.info))
         return
     classifier = classifier_of(options, precision="fp32", device="cpu")
     # Before the work, so that a mistake in the file is told at once.

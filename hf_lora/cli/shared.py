@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from hf_lora.adapters.info import AdapterInfo
     from hf_lora.data import ClassificationData
-    from hf_lora.serving.classifier import Text, TextClassifier
+    from hf_lora.serving.classifier import TextClassifier
+    from hf_lora.serving.texts import Text
     from hf_lora.tasks.mistakes import Evaluation
 
 _TRUE = "store_true"

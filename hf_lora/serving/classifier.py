@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_lora._files import shortened
 from hf_lora.adapters.directory import AdapterFiles, check_task, load_files, read_adapter
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo, BaseModel
@@ -33,9 +32,7 @@ from hf_lora.models.loading import (
 )
 from hf_lora.models.reconcile import usable_length
 from hf_lora.models.tokenizer_files import load_tokenizer_files
-
-Text = str | Sequence[str] | Mapping[str, str]
-"""A text; for models of text pairs (first, second); or either as a dictionary with the adapter's `text_columns`."""
+from hf_lora.serving.texts import Text, in_columns, is_pair, several, shown
 
 _NO_LIMIT = 1_000_000
 # Texts of a stream that are held, and sorted by length, at a time.
@@ -127,31 +124,20 @@ class TextClassifier:
         for regression `score` is the predicted number. Probabilities are calibrated if the adapter has a temperature.
         batch_size: as in `logits`. Raises ValueError for anything but texts of the kind that the adapter knows.
         """
-        if isinstance(texts, str | Mapping) or self._is_pair(texts):
+        if isinstance(texts, str | Mapping) or is_pair(texts, self.info.text_columns):
             return next(self.predict_stream([cast(Text, texts)], batch_size=batch_size))
         return list(self.predict_stream(texts, batch_size=batch_size))
-
-    def _is_pair(self, texts: Any) -> bool:
-        """Whether a tuple is one pair. Raises ValueError where it could be two texts as well."""
-        if not isinstance(texts, tuple) or [type(part) for part in texts] != [str, str]:
-            return False
-        if not self.info.text_columns:
-            raise ValueError(
-                f"the adapter does not say whether it knows pairs; got the tuple {shortened(texts)}; expected "
-                "[(first, second)] for a pair, [first, second] for two texts"
-            )
-        return len(self.info.text_columns) == 2
 
     def predict_stream(
         self, texts: Iterable[Text], *, batch_size: int | None = None
     ) -> Iterator[dict[str, Any]]:
         """Predictions for any number of texts, in order, holding 2,048 of them at a time."""
-        stream = iter(_several(texts))
+        stream = iter(several(texts))
         while window := list(islice(stream, WINDOW)):
             logits = self.logits(window, batch_size=batch_size)
             results = self.info.task.predictions(logits, self.info.labels, self.info.calibration)
             for text, result in zip(window, results, strict=True):
-                yield {"text": text if isinstance(text, str) else self._shown(text), **result}
+                yield {"text": shown(text, self.info.text_columns), **result}
 
     @torch.inference_mode()
     def logits(self, texts: Sequence[Text], *, batch_size: int | None = None) -> Tensor:
@@ -162,7 +148,7 @@ class TextClassifier:
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is not usable; got {batch_size}; expected at least 1")
-        texts, device = _several(texts), self.model.device
+        texts, device = several(texts), self.model.device
         budget = CPU_TOKENS if device.type == "cpu" else TOKENS
         result = torch.empty(len(texts), len(self.info.labels))
         for first in range(0, len(texts), WINDOW):
@@ -174,27 +160,15 @@ class TextClassifier:
                 result[[first + row for row in rows]] = self.model(**inputs).logits.float().cpu()
         return result
 
-    def _shown(self, text: Sequence[str] | Mapping[str, str]) -> str | list[str]:
-        parts = _parts(text, self.info.text_columns)
-        return parts[0] if isinstance(text, Mapping) and len(parts) == 1 else list(parts)
-
     def _encode(self, texts: Sequence[Text]) -> dict[str, list[list[int]]]:
-        known = self.info.text_columns
-        parts = [_parts(text, known) for text in texts]
-        if len(set(map(len, parts))) > 1:
-            raise ValueError("single texts and text pairs cannot be mixed in one call")
-        if parts and known and len(parts[0]) != len(known):
-            kinds = {1: "one text", 2: "a pair"}
-            raise ValueError(
-                f"not what the adapter was trained on; got {kinds[len(parts[0])]}, {shortened(texts[0])}; expected "
-                f"{kinds[len(known)]} ({', '.join(known)})"
-            )
-        columns = map(list, zip(*parts, strict=True))
-        encoded = dict(self.tokenizer(*columns, truncation=True, max_length=self._max_length()))
+        columns = in_columns(texts, self.info.text_columns)
+        encoded = dict(self.tokenizer(*columns, truncation=True, max_length=self.longest))
         fill_empty(self.tokenizer, encoded)
         return encoded
 
-    def _max_length(self) -> int:
+    @property
+    def longest(self) -> int:
+        """The tokens to which texts are cut."""
         # Tokenizers without a limit report a number that they cannot take themselves.
         limit = int(min(self.tokenizer.model_max_length, _NO_LIMIT))
         positions = getattr(self.model.config, "max_position_embeddings", None) or limit
@@ -210,7 +184,7 @@ class TextClassifier:
         width = int(lengths.max())
         # Only where the model is told what is padding; others may read it in a batch of one text too.
         if "attention_mask" in batch and self.model.config.pad_token_id == pad:
-            width = max(width, min(_rounded(width), self._max_length()))
+            width = max(width, min(_rounded(width), self.longest))
         filled = filled_places(lengths, width, tokenizer.padding_side)
         return {name: padded(rows, filled, fillers[name]) for name, rows in batch.items()}
 
@@ -301,28 +275,3 @@ def _labels_of(files: AdapterFiles, base: str, **hub: Any) -> tuple[str, ...]:
         return tuple(f"LABEL_{index}" for index in range(sizes[0]))
     names = load_config(base, **hub).id2label
     return tuple(names[index] for index in sorted(names))
-
-
-def _several(texts: Any) -> Any:
-    """The same. Raises ValueError for what is no collection, or one text: its letters would be the texts."""
-    if not isinstance(texts, Iterable) or isinstance(texts, str | bytes | Mapping):
-        raise ValueError(f"not texts; got {shortened(texts)}; expected a string or a list of strings")
-    return texts
-
-
-def _parts(text: Any, columns: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(text, Mapping):
-        if not columns or not text.keys() >= set(columns):
-            raise ValueError(
-                f"not a text; got a dictionary with the keys {shortened(list(text))}; expected "
-                + (
-                    f"the adapter's columns {', '.join(columns)}"
-                    if columns
-                    else "a string or a pair of strings"
-                )
-            )
-        text = tuple(text[name] for name in columns)
-    parts = (text,) if isinstance(text, str) else text
-    if isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(p, str) for p in parts):
-        return tuple(parts)
-    raise ValueError(f"not a text; got {text!r}; expected a string or a pair of strings")
