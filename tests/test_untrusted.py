@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import randomize, tiny_classifier
 from helpers_fuzz import KINDS, Case, Trial, good_adapter
@@ -22,9 +23,12 @@ from hf_lora import LoRAConfig, TextClassifier, inject_lora, load_adapter, remov
 from hf_lora._files import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_bytes
 from hf_lora._text import Budget, printable
 from hf_lora.adapters.card import RunSummary, render_card
-from hf_lora.adapters.directory import CONFIG, TENSORS
+from hf_lora.adapters.directory import CONFIG, TENSORS, AdapterFiles, read_adapter
+from hf_lora.adapters.hub import adapter_contents
 from hf_lora.adapters.info import FILE, AdapterInfo
+from hf_lora.adapters.values import Adapter
 from hf_lora.cli.main import main
+from hf_lora.insight.report import describe
 from hf_lora.lora.inject import ParameterCount, is_injected
 
 PLAIN = tiny_classifier()
@@ -90,6 +94,7 @@ def test_hostile_directories_load_or_are_refused_in_one_line(first: int) -> None
     assert run.returncode == 0, f"{run.stdout[-5000:]}\n{run.stderr[-2000:]}"
 
 
+@pytest.mark.slow
 def test_some_hostile_directories_of_each_kind(tmp_path: Path) -> None:
     adapter, trial = good_adapter(tmp_path), Trial()
     assert trial.attempt(adapter) == [None] * 5
@@ -307,3 +312,96 @@ def test_a_card_shows_labels_and_makes_nothing_of_them(adapter_dir: Path) -> Non
     # Whatever opens HTML, a picture or a cell in a label has a backslash before it.
     assert not re.search(r"(?<!\\)<(img|script)|!\[\]|(?<!\\)`c|license: mit$", body)
     assert body.count(r"\<img src=x") == 4 and body.count(r"a\|b\`c\`") == 4
+
+
+BERT = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+def factors(folder: Path, good: dict[str, bytes], **shapes: tuple[int, ...]) -> AdapterFiles:
+    """A directory of an adapter with these factors of one module alone, as peft writes it."""
+    tensors = {f"{BERT}.lora_{side}.weight": torch.ones(shape) for side, shape in shapes.items()}
+    (folder / TENSORS).write_bytes(safetensors.torch.save(tensors))
+    (folder / CONFIG).write_bytes(changed(good, CONFIG, rank_pattern={}, r=2, modules_to_save=None)[CONFIG])
+    return read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"A": (2, 8)},
+        {"B": (8, 2)},
+        {"A": (), "B": (8, 2)},
+        {"A": (2,), "B": (8, 2)},
+        {"A": (2, 8), "B": (8,)},
+        {"A": (3, 8), "B": (8, 2)},
+        {"A": (2, 0), "B": (8, 2)},
+        {"A": (0, 8), "B": (8, 0)},
+    ],
+    ids=str,
+)
+def test_what_is_no_product_is_refused_by_info_and_arithmetic(
+    shapes: dict[str, tuple[int, ...]], good: dict[str, bytes], tmp_path: Path
+) -> None:
+    files = factors(tmp_path, good, **shapes)
+    for reader in (describe, Adapter.from_files):
+        with pytest.raises(ValueError, match=r"A and B of 'bert.* are no low-rank product; got shapes"):
+            reader(files)
+    with pytest.raises(ValueError, match=r"does not fit|rank"):
+        load_adapter(tiny_classifier(), tmp_path)
+
+
+def test_the_norm_of_a_rank_beyond_the_sizes_takes_no_square_of_it(
+    good: dict[str, bytes], tmp_path: Path
+) -> None:
+    files = factors(tmp_path, good, A=(25_000, 1), B=(1, 25_000))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    norms = describe(files)["delta_norms"].values()
+    # ΔW is one number, alpha / r = 8 / 2 times the sum of 25,000 products.
+    assert list(norms) == pytest.approx([4 * 25_000])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
+
+
+@pytest.mark.slow
+def test_thousands_of_names_are_compared_with_thousands(good: dict[str, bytes], tmp_path: Path) -> None:
+    names = [f"bert.m{number}.query" for number in range(6000)]
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": torch.empty(0, 0) for name in names for side in "AB"
+    }
+    (tmp_path / TENSORS).write_bytes(safetensors.torch.save(tensors))
+    targets = [f"m{number}.query" for number in range(26_000)]
+    config = changed(good, CONFIG, target_modules=targets, modules_to_save=targets, rank_pattern={})
+    (tmp_path / CONFIG).write_bytes(config[CONFIG])
+    assert read_adapter(tmp_path).config.target_modules == tuple(sorted(names))
+    with pytest.raises(ValueError, match=r"target_modules names a module that BertFor.* does not have"):
+        load_adapter(tiny_classifier(), tmp_path)
+
+
+def test_a_large_file_without_contents_is_not_read(good: dict[str, bytes], tmp_path: Path) -> None:
+    for name, content in good.items():
+        (tmp_path / name).write_bytes(content)
+    os.truncate(tmp_path / TENSORS, 1 << 40)
+    with pytest.raises(ValueError, match=f"{TENSORS} in .* is too large; got 1,099,511,627,776 bytes"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("piece", ["![", "<img ", "![](", "<img src='", "![a](x.png) <img src='y.png'> "])
+def test_the_pictures_of_a_long_card_are_found_in_one_pass(
+    piece: str, good: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, content in {**good, "x.png": b"x", "y.png": b"y", "z.png": b"z"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "README.md").write_text(piece * 100_000)
+    shown = {"x.png", "y.png"} if "png" in piece else set()
+    assert adapter_contents(tmp_path).keys() == {*good, "README.md", *shown}
+
+
+@pytest.mark.parametrize("value", [-5, 0, 2**31, 2**64])
+def test_lengths_that_no_text_has_are_refused(value: int, good: dict[str, bytes], folder: Path) -> None:
+    assert "max_length is not usable" in str(attempt(folder, changed(good, FILE, max_length=value)))
+
+
+@pytest.mark.parametrize("value", [3, "classifier", {"a": 1}, [3], [["classifier"]], [None]])
+def test_modules_to_save_of_other_types_are_refused(value: Any, good: dict[str, bytes], folder: Path) -> None:
+    bare = {name: good[name] for name in (TENSORS, CONFIG)}
+    for files in (good, bare):
+        assert "modules_to_save" in str(attempt(folder, changed(files, CONFIG, modules_to_save=value)))
