@@ -42,7 +42,7 @@ from hf_lora.recipe.settings import (
     with_data,
 )
 from hf_lora.tasks.metrics import compute_metrics
-from hf_lora.training.arguments import LoRATrainingArguments
+from hf_lora.training.arguments import LoRATrainingArguments, check_metric, result_names
 from hf_lora.training.checkpoints import ending_on_sigterm
 from hf_lora.training.distributed import on_first, whole_weights
 from hf_lora.training.gradient_init import choose_start
@@ -149,6 +149,7 @@ class Finetuning:
 
     def choose_settings(self) -> None:
         """What is left open and depends on the data: rate, epochs, label smoothing, whether to retrain in the end."""
+        check_metric(self.args, result_names(self.data.task, self.data.labels if self.args.report_to else ()))
         examples = len(self.data.splits["train"])
         self.refits = choose_refit(self.options, self.args, self.data)
         words = [word for name, word in FROM_DATA.items() if getattr(self.args, name) == 0]
@@ -205,11 +206,6 @@ class Finetuning:
     def make_trainer(self) -> None:
         """LoRATrainer with the metrics of the task; early stopping where it is asked for."""
         args, patience = self.args, self.options.early_stopping_patience
-        if patience is not None:
-            args.load_best_model_at_end = True
-            args.metric_for_best_model = args.metric_for_best_model or "loss"
-            if args.greater_is_better is None:
-                args.greater_is_better = not args.metric_for_best_model.endswith("loss")
         self.trainer = LoRATrainer(
             model=self.model,
             args=args,

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_lora.data.collation import is_stream, label_column, some_of
 from hf_lora.lora.head import output_layer_in
 from hf_lora.lora.inject import injection
 from hf_lora.models.pooling import PooledClassifier, pooling_of
@@ -29,7 +30,6 @@ from hf_lora.tasks import task_of
 from hf_lora.tasks.metrics import first_output
 from hf_lora.tasks.probe import Probe, fit_probe
 from hf_lora.training.distributed import on_first
-from hf_lora.training.examples import is_stream, label_column, some_of
 from hf_lora.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)

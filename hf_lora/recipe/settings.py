@@ -22,7 +22,7 @@ from hf_lora.lora.config import LoRAConfig
 from hf_lora.recipe.options import FinetuneOptions, ModelOptions, all_options, check_names, training_defaults
 from hf_lora.tasks import Task
 from hf_lora.training import resuming
-from hf_lora.training.arguments import LoRATrainingArguments
+from hf_lora.training.arguments import LoRATrainingArguments, measured
 from hf_lora.training.checkpoints import checkpoints, clear_leftovers, delete, newest_complete
 
 logger = logging.getLogger(__name__)
@@ -88,12 +88,13 @@ class Recipe:
             data_config = DataConfig(**{**data, "seed": seed})
         if not tables and not any((data_config.dataset_name, data_config.train_file, data_config.test_file)):
             raise ValueError("no data given; expected a train_file or a dataset_name")
+        run_options = objects.get("options") or FinetuneOptions(**options)
         return cls(
             model=model,
             data=data_config,
             lora=objects["lora"] if "lora" in objects else lora_config(lora),
-            options=objects.get("options") or FinetuneOptions(**options),
-            args=args,
+            options=run_options,
+            args=measured(args, run_options.early_stopping_patience),
             tables=tables,
         )
 

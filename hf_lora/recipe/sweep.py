@@ -17,6 +17,7 @@ from hf_lora.recipe.results import METRICS, PREFIXES
 from hf_lora.recipe.settings import Recipe, with_data
 from hf_lora.recipe.sweep_report import FORMATS, LINES, SIZE, Curve, Report, Sweep, write_report
 from hf_lora.tasks import Task
+from hf_lora.training.arguments import result_names
 
 # Options that a grid sets itself or cannot give to its runs, and what to do instead.
 _INSTEAD = {
@@ -202,7 +203,7 @@ def train_grid(
 
 def choose_metric(wanted: str | None, task: Task) -> str:
     """The metric that is compared. Raises ValueError for one that is not measured for these labels."""
-    names = ["loss", *task.metric_names, *["rmse"] * ("mse" in task.metric_names)]
+    names = ["loss", *result_names(task)]
     name = (wanted or task.metric_names[0]).removeprefix("eval_").removeprefix("test_")
     if name not in names:
         raise ValueError(

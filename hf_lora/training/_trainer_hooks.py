@@ -5,19 +5,29 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import typing
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
+from enum import Enum
+from functools import cache
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers import trainer as trainer_module
-from transformers.integrations import deepspeed
+from transformers.integrations import deepspeed, is_deepspeed_available
+from transformers.trainer_utils import has_length
 
 
 def with_batches(loader: DataLoaderShard, batches: Sampler[list[int]]) -> DataLoaderShard:
@@ -29,6 +39,16 @@ def with_batches(loader: DataLoaderShard, batches: Sampler[list[int]]) -> DataLo
     )
     options = {name: getattr(loader, name) for name in names}
     return DataLoaderShard(loader.dataset, batch_sampler=batches, **options)
+
+
+def not_empty(loader: Any, args: TrainingArguments) -> Any:
+    """The loader. Raises ValueError where `dataloader_drop_last` leaves nothing to train on."""
+    if args.dataloader_drop_last and has_length(loader) and not len(loader):
+        raise ValueError(
+            f"no batch is left; got {len(loader.dataset)} examples, per_device_train_batch_size="
+            f"{args.per_device_train_batch_size} and dataloader_drop_last; expected one full batch; leave it out"
+        )
+    return loader
 
 
 @contextmanager
@@ -111,3 +131,87 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
 def chosen_rows(dataset: Any) -> Any:
     """The rows that a `datasets.Dataset` has of its Arrow table, as an Arrow column; None: all in order."""
     return None if dataset._indices is None else dataset._indices.column(0)
+
+
+def check_types(args: TrainingArguments) -> None:
+    """Raise ValueError unless numbers are numbers, words are those that are known, and JSON texts are JSON."""
+    if args.deepspeed and not is_deepspeed_available():
+        # Before transformers makes half of its configuration, which every model that is loaded then asks.
+        raise ValueError("deepspeed is not installed; pip install deepspeed, or train without it")
+    for name, members in _members(type(args)).items():  # type: ignore[arg-type]
+        value = getattr(args, name)
+        if dict in members and isinstance(value, str) and value.startswith("{"):
+            with one_line(f"{name} is not valid JSON; got {value!r}"):
+                json.loads(value)
+        words = [each.value for kind in members if issubclass(kind, Enum) for each in kind]
+        kinds = set(members) - {type(None)}
+        expected = ", ".join(words) or " or ".join(sorted(kind.__name__ for kind in kinds))
+        usable = getattr(value, "value", value) in words if words and isinstance(value, str) else True
+        if value is not None and kinds and kinds <= {int, float, bool}:
+            usable = isinstance(value, Integral) or (float in kinds and isinstance(value, Real))
+        if not usable:
+            raise ValueError(f"{name} is not usable; got {value!r}; expected {expected}")
+
+
+@cache
+def _members(kind: Any) -> dict[str, tuple[Any, ...]]:
+    """The types of each argument: of a union all of them, of generic ones the origin."""
+    hints = typing.get_type_hints(kind)
+    unions = {
+        entry.name: typing.get_args(hints[entry.name]) or (hints[entry.name],) for entry in fields(kind)
+    }
+    origins = {name: [typing.get_origin(each) or each for each in kinds] for name, kinds in unions.items()}
+    return {name: tuple(each for each in kinds if isinstance(each, type)) for name, kinds in origins.items()}
+
+
+def try_arguments(args: TrainingArguments) -> None:
+    """Make what Trainer makes when it trains: optimizer, schedule, loader, compiler; of one parameter and example."""
+    layer = nn.Linear(1, 1)
+    optim, schedule = (getattr(value, "value", value) for value in (args.optim, args.lr_scheduler_type))
+    with one_line(f"optim={optim!r} cannot be made with its arguments"):
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, layer)
+        optimizer = kind([{"params": list(layer.parameters()), "weight_decay": args.weight_decay}], **options)
+    if args.optim_args:
+        plain = copy.copy(args)
+        plain.optim_args = None
+        unused = Trainer.get_optimizer_cls_and_kwargs(plain, layer)[1] == options
+        if unused:
+            raise ValueError(f"optim_args is not usable; got {args.optim_args!r}; optim={optim!r} takes none")
+    with one_line(
+        f"lr_scheduler_type={schedule!r} cannot be made; its options go into lr_scheduler_kwargs, as JSON"
+    ):
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
+    names = ("num_workers", "persistent_workers", "prefetch_factor", "multiprocessing_context")
+    with one_line("the dataloader_ arguments do not go together"):
+        DataLoader([0], **{name: getattr(args, f"dataloader_{name}") for name in names})  # type: ignore[arg-type]
+    if args.torch_compile:
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        backend = args.torch_compile_backend
+        if backend not in backends:
+            raise ValueError(
+                f"torch_compile_backend is not usable; got {backend!r}; expected one of {', '.join(backends)}"
+            )
+        mode, modes = args.torch_compile_mode, torch._inductor.list_mode_options()
+        if mode is not None and mode not in modes:
+            raise ValueError(f"torch_compile_mode is not usable; got {mode!r}; expected {', '.join(modes)}")
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Inside, an error of the libraries below becomes a ValueError of one line; `what` stands before it."""
+    try:
+        yield
+    except (ValueError, OSError, TypeError, KeyError, ImportError, RuntimeError, AssertionError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{what}: {told}") from error
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Nothing trained may be missing from the optimizer: the head made after it is the classic case."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {len(missing)} trained parameters, first {missing[0]!r}; "
+            "make the optimizer after inject_lora and load_classifier, or let LoRATrainer make it"
+        )

@@ -15,12 +15,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
 from accelerate.utils import recursively_apply
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from hf_lora.data.collation import is_stream
 from hf_lora.training._trainer_hooks import chosen_rows
-from hf_lora.training.examples import is_stream
 
 Step = list[list[int]]  # for each process the indices of its batch
 
@@ -275,3 +278,18 @@ def metrics_in_order(
         return compute_metrics(EvalPrediction(**restored(values, order)))
 
     return compute
+
+
+def weighted_loss(
+    model: nn.Module, inputs: dict[str, Any], weights: Tensor, smoothing: float
+) -> tuple[Tensor, Any]:
+    """The mean over the examples of weight times loss, and the model's outputs; single labels are smoothed."""
+    labels = inputs.pop("labels")
+    outputs = model(**inputs)
+    logits = outputs["logits"].float()
+    weights = weights.to(logits.device, torch.float32)
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), weight=weights), outputs
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    # torch's own weight= divides by the weights in the batch: a rare example would rule the batch it is in.
+    return (weights[labels] * losses).mean(), outputs

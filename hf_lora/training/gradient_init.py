@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_lora.data.collation import is_stream
 from hf_lora.lora.inject import injection, lora_disabled, lora_layers
 from hf_lora.lora.layer import LoRALayer
 from hf_lora.lora.linear import is_adaptable
 from hf_lora.models.verify import evaluating
-from hf_lora.training.examples import is_stream
 
 if TYPE_CHECKING:
     from hf_lora.training.trainer import LoRATrainer

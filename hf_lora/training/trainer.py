@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from hf_lora.adapters.card import RunSummary
 from hf_lora.adapters.directory import adapter_info
-from hf_lora.data.collation import quick_collator
+from hf_lora.data.collation import labels_of, quick_collator
 from hf_lora.lora.inject import injection
 from hf_lora.models.cpu import fast_training
 from hf_lora.models.first_token import first_token_only
@@ -25,7 +25,15 @@ from hf_lora.models.reconcile import reconcile
 from hf_lora.prefix.cache import PrefixCache, open_prefix_cache
 from hf_lora.training import _trainer_hooks as hooks
 from hf_lora.training import batching, distributed
-from hf_lora.training.arguments import LoRATrainingArguments, class_weights, has_own_rates, parameter_groups
+from hf_lora.training.arguments import (
+    LoRATrainingArguments,
+    check_arguments,
+    check_callbacks,
+    check_metric,
+    class_weights,
+    has_own_rates,
+    parameter_groups,
+)
 from hf_lora.training.checkpointing import CheckpointingTrainer
 from hf_lora.training.checkpoints import saving_on_sigterm
 from hf_lora.training.gradient_init import LoRAStart, awaits_start, start_lora
@@ -53,12 +61,16 @@ class LoRATrainer(CheckpointingTrainer):
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
+        if args is not None:
+            check_arguments(args)
         with hooks.trainable_if_quantized(model):
             super().__init__(model=model, args=args, **kwargs)
         distributed.check_met()
         injection(self.model)
-        if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            reconcile(self.model, self.processing_class)
+        self._reconcile()
+        check_callbacks(self.args, self.callback_handler.callbacks)
+        if self.compute_metrics is None and not isinstance(self.eval_dataset, dict):
+            check_metric(self.args, ())
         # Trainer concludes from the **kwargs of `forward` that the loss is divided by `num_items_in_batch`;
         # classification heads ignore it, and the loss would be counted once per step.
         self.model_accepts_loss_kwargs = False
@@ -75,11 +87,10 @@ class LoRATrainer(CheckpointingTrainer):
             distributed.check_fsdp(self.accelerator.state.fsdp_plugin)
             distributed.name_blocks(self.model)
         weights, config = getattr(self.args, "class_weights", None), self.model.config
-        self.class_weights = class_weights(
-            weights, self.train_dataset, config.num_labels, config.problem_type, self.collated
-        )
-        if self.optimizer is not None:
-            self._check_optimizer(self.optimizer)
+        labels = partial(labels_of, self.train_dataset, self.collated)
+        self.class_weights = class_weights(weights, labels, config.num_labels, config.problem_type)
+        if self.optimizer is not None and not self._is_sharded:
+            hooks.check_optimizer(self.model, self.optimizer)
 
     def train(
         self,
@@ -102,9 +113,8 @@ class LoRATrainer(CheckpointingTrainer):
         if self.model_init is not None:
             self._begin_anew(trial, started=resume is None)
         if distributed.process_count() > 1:
-            distributed.check_processes(
-                self.model, batching.token_lengths(self.train_dataset), self._is_sharded
-            )
+            lengths = batching.token_lengths(self.train_dataset)
+            distributed.check_processes(self.model, lengths, self._is_sharded)
             # The digest of the pretrained weights is taken while they are whole: sharded, no process has them all.
             injection(self.model).info = adapter_info(self.model)
             distributed.keep_frozen_local(self.model)
@@ -129,8 +139,13 @@ class LoRATrainer(CheckpointingTrainer):
         self.optimizer = self.lr_scheduler = self.lora_start = self.prefix = None
         if self.place_model_on_device:
             self._move_model_to_device(self.model, self.args.device)
+        self._reconcile()
         for start in self.starts.values() if started else ():
             start()
+
+    def _reconcile(self) -> None:
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            reconcile(self.model, self.processing_class)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Trainer's own; notes the share that each batch's mean loss has in the mean over the step's examples."""
@@ -205,29 +220,19 @@ class LoRATrainer(CheckpointingTrainer):
         """The training batches: of similar length, or within a budget of tokens, where the arguments say so."""
         plan = batching.training_plan(self)
         if plan is None:
-            return super().get_train_dataloader()
+            return hooks.not_empty(super().get_train_dataloader(), self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batches = batching.EpochBatches(plan, seed, self.args.process_index)
         loader = self._get_dataloader(
             self.train_dataset, "Training", self._train_batch_size, SequentialSampler, is_training=True
         )
-        return hooks.with_batches(loader, batches)
+        return hooks.not_empty(hooks.with_batches(loader, batches), self.args)
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable[[Any], Any] | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataLoader[Any]:
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader[Any]:
         """Trainer's own; batches are dropped in training alone: evaluations and predictions are of every example."""
         dropping = is_training and self.args.dataloader_drop_last
         with hooks.replaced(self.args, "dataloader_drop_last", dropping):
-            return super()._get_dataloader(
-                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-            )
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         """The longest examples first, where batches are by length."""
@@ -257,7 +262,8 @@ class LoRATrainer(CheckpointingTrainer):
             groups = parameter_groups(model or self.model, self.model, self.args, decayed)
             self.optimizer = optimizer_class(groups, **kwargs)
         optimizer = super().create_optimizer(model)
-        self._check_optimizer(optimizer)
+        if not self._is_sharded:
+            hooks.check_optimizer(self.model, optimizer)
         return optimizer
 
     def compute_loss(
@@ -273,21 +279,15 @@ class LoRATrainer(CheckpointingTrainer):
             with hooks.replaced(self, "label_smoother", self.label_smoother if model.training else None):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
-            loss, outputs = self._weighted_loss(model, inputs, self.class_weights)
+            smoothing = self.args.label_smoothing_factor if model.training else 0.0
+            loss, outputs = batching.weighted_loss(model, inputs, self.class_weights, smoothing)
         loss = loss if self._share == 1.0 else loss * self._share
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted_loss(self, model: nn.Module, inputs: dict[str, Any], weights: Tensor) -> tuple[Tensor, Any]:
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        logits = outputs["logits"].float()
-        weights = weights.to(logits.device, torch.float32)
-        if labels.is_floating_point():
-            return F.binary_cross_entropy_with_logits(logits, labels.float(), weight=weights), outputs
-        smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-        # torch's own weight= divides by the weights in the batch: a rare example would rule the batch it is in.
-        return (weights[labels] * losses).mean(), outputs
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's own; a metric that the evaluation has not is one line."""
+        check_metric(self.args, (name.removeprefix("eval_") for name in metrics))
+        return super()._determine_best_metric(metrics, trial)
 
     @property
     def _is_sharded(self) -> bool:
@@ -296,15 +296,3 @@ class LoRATrainer(CheckpointingTrainer):
     def _open_prefix(self) -> PrefixCache | None:
         lengths = batching.token_lengths(self.train_dataset)
         return open_prefix_cache(self, None if lengths is None else int(lengths.sum()))
-
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing trained may be missing from the optimizer: the head made after it is the classic case."""
-        if self._is_sharded:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
-        if missing:
-            raise ValueError(
-                f"the optimizer does not hold {len(missing)} trained parameters, first {missing[0]!r}; "
-                "make the optimizer after inject_lora and load_classifier, or let LoRATrainer make it"
-            )

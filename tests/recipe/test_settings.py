@@ -73,7 +73,7 @@ def test_the_rate_falls_with_the_root_of_few_examples(examples: int, rate: float
     assert line == f"learning rate {rate:g}"
 
 
-@pytest.mark.parametrize("rate", [2e-3, 1e-5, -1.0])
+@pytest.mark.parametrize("rate", [2e-3, 1e-5, 5.0])
 def test_a_rate_that_was_asked_for_stays(rate: float) -> None:
     args = arguments(learning_rate=rate)
     assert choose_rate(args, 10) == f"learning rate {rate:g}"

@@ -483,13 +483,12 @@ def test_the_users_own_collator_is_kept(tmp_path):
 
 
 def test_a_search_over_hyperparameters_makes_and_trains_a_model_for_each_trial(tmp_path, monkeypatch):
-    """A stand-in for optuna: trials one after the other, each released before the next is made."""
+    """A stand-in for a library that searches: trials one after the other, each released before the next is made."""
     seen = []
 
     def search(run, n_trials, direction, **_):
         for number in range(n_trials):
-            trial = SimpleNamespace(number=number, params={"learning_rate": 10.0**-number})
-            run.train(trial=trial)
+            run.train(trial={"learning_rate": 10.0**-number})
             seen.append((run.args.learning_rate, run.model, adapter_tensors(run.model)))
             run.model_wrapped = run.model = None
             run.accelerator.clear()
@@ -497,15 +496,16 @@ def test_a_search_over_hyperparameters_makes_and_trains_a_model_for_each_trial(t
 
     backend = SimpleNamespace(ensure_available=lambda: None, default_hp_space=lambda t: t.params, run=search)
     monkeypatch.setitem(
-        trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, lambda: backend
+        trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, lambda: backend
     )
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
     run = LoRATrainer(
         model_init=lambda: injected(),
         args=arguments(tmp_path, max_steps=2),
         train_dataset=dataset(),
         eval_dataset=dataset(),
     )
-    run.hyperparameter_search(backend="optuna", n_trials=3)
+    run.hyperparameter_search(backend="wandb", n_trials=3)
     assert [rate for rate, *_ in seen] == [1.0, 0.1, 0.01]
     assert len({id(model) for _, model, _ in seen}) == 3
     # Each is what a trainer of its own makes with that rate.

@@ -21,6 +21,7 @@ from hf_lora.training import _trainer_hooks as hooks
 from hf_lora.training.trainer import LoRATrainer
 
 OVERRIDDEN = {
+    "_determine_best_metric": ["metrics", "trial"],
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
     "_get_dataloader": [
         "dataset",
