@@ -16,7 +16,7 @@ from helpers_recipe import run_training
 from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.dummy import DummyClassifier
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_lora import TextClassifier
 from hf_lora.adapters.directory import read_adapter
@@ -79,14 +79,22 @@ def test_the_probe_is_served_like_any_adapter(probe_run, files, capsys, tmp_path
     )
 
 
-def test_peft_loads_the_probe(probe_run, tiny_bert_dir: Path) -> None:
+def test_peft_loads_the_probe_and_no_classifier_with_a_head_that_it_cannot_have(
+    probe_run, tiny_bert_dir: Path
+) -> None:
     output, _ = probe_run
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=2).eval()
+    classifier = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=2).eval()
     ids = torch.arange(5, 15)[None]
+    if output.name == "native":
+        adapted = PeftModel.from_pretrained(classifier, str(output)).base_model.model.base_model
+    else:
+        with pytest.raises(ValueError, match="not found in the base model"):
+            PeftModel.from_pretrained(classifier, str(output))
+        adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_bert_dir), str(output))
+    plain = AutoModel.from_pretrained(tiny_bert_dir).eval()
     with torch.no_grad():
-        states = base.base_model(ids).last_hidden_state
-        adapted = PeftModel.from_pretrained(base, str(output)).eval()
-        torch.testing.assert_close(adapted.base_model.model.base_model(ids).last_hidden_state, states)
+        states = plain(ids).last_hidden_state
+        torch.testing.assert_close(adapted.eval()(ids).last_hidden_state, states)
 
 
 @pytest.mark.slow
