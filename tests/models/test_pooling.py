@@ -265,7 +265,11 @@ def test_the_cards_lines_for_peft_give_our_logits(pooled_dir: Path) -> None:
         "cls": "first token",
         "mean_layers": "means of the tokens in three layers",
     }
-    assert f"Its head is a linear layer on the {words[info.pooling]}. " in card
+    first = card.split("\n# ")[1].split("\n\n")[1]
+    assert first.startswith(
+        "> **Load it with hf_lora.** Its head is a linear layer on the " + words[info.pooling]
+    )
+    assert "raise an error" in first and "trust_remote_code" not in first
     assert f"| head | linear, on the {words[info.pooling]} |" in card
     (lines,) = (block for block in re.findall(r"```python\n(.*?)```", card, re.S) if "from peft" in block)
     found: dict[str, Any] = {}
