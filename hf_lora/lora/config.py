@@ -166,7 +166,9 @@ def _check_rank(what: str, rank: object) -> None:
 
 
 def _check_alpha(what: str, alpha: Any) -> None:
-    _expect(is_number(alpha) and alpha > 0, f"{what} is not usable", alpha, "a number above 0, such as 16")
+    # More than single precision holds is no scaling.
+    usable = is_number(alpha) and 0 < alpha <= 1e30
+    _expect(usable, f"{what} is not usable", alpha, "a number above 0, such as 16")
 
 
 def _check_patterns(what: str, patterns: Mapping[str, Any], check: Callable[[str, object], None]) -> None:

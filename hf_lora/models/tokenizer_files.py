@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
 )
 _ENDINGS = (".json", ".txt", ".model", ".codes")
 _CONFIG, _FILE = "tokenizer_config.json", "tokenizer.json"
-_PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_BEFORE, _AFTER = ("normalizer", "pre_tokenizer"), ("post_processor", "decoder")
 # What a tokenizer may cost: far more than any that is in use.
 _MAX_GROWTH, _MAX_PARTS, _MAX_TEXT = 100, 50, 1000
 _PROBES = ["", "a", "A text of words, 123 numbers. \u00dcnknown \u6f22\u5b57 \U0001f642\n\tx" + "y" * 200]
@@ -73,9 +73,10 @@ def load_tokenizer_files(contents: Mapping[str, bytes], source: str) -> PreTrain
 
 def _check_costs(values: Mapping[str, Any], source: str) -> None:
     """Refuse a tokenizer that makes a text much longer, or has expressions that unfold."""
-    parts = list(_objects([values.get(name) for name in _PIPELINE]))
+    before, after = (list(_objects([values.get(name) for name in names])) for names in (_BEFORE, _AFTER))
+    parts = before + after
     _expect(sum("type" in part for part in parts) <= _MAX_PARTS, source, f"{len(parts)} parts")
-    growth = math.prod(map(_growth, parts))
+    growth = math.prod(map(_growth, before))
     _expect(growth <= _MAX_GROWTH, source, f"normalizers that make a text {growth:.3g} times as long")
     for part in parts:
         if isinstance(expression := part.get("Regex"), str):

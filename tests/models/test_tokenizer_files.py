@@ -146,6 +146,43 @@ def test_a_tokenizer_that_costs_too_much_is_refused(
     refused_in_one_line({**files, "tokenizer.json": json.dumps(values).encode()}, "is not usable")
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SPLIT = {"type": "Split", "pattern": {"Regex": GPT4}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": sequence({"type": "Prepend", "prepend": "_"}, replace({"String": " "}, "_"))},
+        {"normalizer": sequence({"type": "NFKD"}, {"type": "Lowercase"}, replace({"Regex": " {2,}"}, " "))},
+        {"normalizer": {"type": "NFC"}, "pre_tokenizer": BYTES, "decoder": BYTES},
+        {
+            "normalizer": BYTES,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]},
+            "decoder": BYTES,
+        },
+        {
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "_",
+                "prepend_scheme": "always",
+                "split": True,
+            }
+        },
+    ],
+)
+def test_the_parts_of_usual_tokenizers_are_usable(parts: dict[str, Any], files: dict[str, bytes]) -> None:
+    values = {**json.loads(files["tokenizer.json"]), **parts}
+    assert (
+        load_tokenizer_files({**files, "tokenizer.json": json.dumps(values).encode()}, "somewhere")
+        is not None
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
