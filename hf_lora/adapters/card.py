@@ -39,6 +39,8 @@ _BASELINE_ENDS = tuple(f"_{name}" for name in BASELINES)
 # The endings of keys that are no results of the adapter itself.
 _OTHER_ENDS = ("_runtime", "_per_second", "_disabled", "_uncalibrated", "calibration_error", *_BASELINE_ENDS)
 
+# What a model reads, by the name of its main input; another one is not named.
+READS = {"input_ids": "text", "pixel_values": "image", "input_values": "audio", "input_features": "audio"}
 # The lines of the training curve, by their keys in the Trainer's log: matplotlib's options.
 _LINES: dict[str, dict[str, Any]] = {
     "loss": {"label": "training loss", "color": "#4a6fa5"},
@@ -55,7 +57,7 @@ class RunSummary:
     metrics: by name; `eval_...` for the validation split, `test_...` for the test split.
     label_counts: by split and label. class_errors: by label, as `class_errors` and `class_errors_beside` count them.
     seconds: the time of the training, without evaluations. device: the name of the device.
-    place: the repository or relative directory that the snippets name.
+    place: the repository or relative directory that the snippets name. reads: what is classified, a key of `READS`.
     """
 
     model_name: str | None = None
@@ -68,6 +70,7 @@ class RunSummary:
     seconds: float | None = None
     device: str | None = None
     place: str | None = None
+    reads: str = "text"
 
 
 def render_card(
@@ -116,6 +119,21 @@ def render_card(
     )
 
 
+def of_log(state: Any, best: bool) -> dict[str, float]:
+    """The results by name that a Trainer's log, in its state, has of the weights as they are.
+
+    best: whether those are the weights of the best evaluation, and not of the last step.
+    """
+    steps = {"eval_": (best and state.best_global_step) or state.global_step, "test_": state.global_step}
+    found = {
+        key: value
+        for entry in state.log_history
+        for key, value in entry.items()
+        if key[:5] in steps and entry.get("step") == steps[key[:5]]
+    }
+    return {key: value for key, value in found.items() if not key.endswith("_model_preparation_time")}
+
+
 def training_curve(log_history: Sequence[Mapping[str, Any]]) -> bytes | None:
     """A PNG of losses and accuracy by step; None for a log without two points, or without matplotlib.
 
@@ -148,7 +166,7 @@ def _metadata(info: AdapterInfo, run: RunSummary) -> ModelCardData:
     listed = [(split, name) for split, _, name in parts if split in _SPLITS and name in _HUB_METRICS]
     results = [
         EvalResult(
-            task_type="text-classification",
+            task_type=f"{run.reads}-classification",
             dataset_type=run.dataset_name or "local",
             dataset_name=run.dataset_name or "local files",
             dataset_split=_SPLITS[split],
@@ -165,9 +183,9 @@ def _metadata(info: AdapterInfo, run: RunSummary) -> ModelCardData:
         language=run.language,
         license=run.license,
         library_name="peft",
-        pipeline_tag="text-classification",
+        pipeline_tag=f"{run.reads}-classification" if run.reads else None,
         tags=["lora", "transformers", "hf_lora", "peft", *([f"base_model:adapter:{base}"] if base else [])],
-        model_name=run.model_name or "LoRA text classifier",
+        model_name=run.model_name or " ".join(f"LoRA {run.reads} classifier".split()),
         eval_results=results or None,
         metrics=sorted({_HUB_METRICS[name] for _, name in listed}) or None,
     )

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from hf_lora._files import write_text
-from hf_lora.adapters.card import CURVE, RunSummary, render_card, training_curve
+from hf_lora.adapters.card import CURVE, READS, RunSummary, of_log, render_card, training_curve
 from hf_lora.adapters.directory import TENSORS, adapter_info, read_adapter, save_adapter
 from hf_lora.adapters.hub import adapter_contents, create_repository, push_contents
 from hf_lora.adapters.loading import load_tensors
@@ -90,8 +91,11 @@ class CheckpointingTrainer(Trainer):
     def _card(self, curve: str | None = None) -> str:
         model = self.accelerator.unwrap_model(self.model)
         facts = (adapter_info(model), injection(model).config, trainable_parameter_count(model))
+        best = self.args.load_best_model_at_end and not self.is_in_train
+        reads = READS.get(getattr(model, "main_input_name", "input_ids"), "")
+        run = replace(self.facts, metrics=self.facts.metrics or of_log(self.state, best), reads=reads)
         log = self.state.log_history
-        return render_card(*facts, run=self.facts, args=self.args, log_history=log, curve=curve)
+        return render_card(*facts, run=run, args=self.args, log_history=log, curve=curve)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository to push to before time is spent on training. Raises ValueError in every process."""

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from helpers_insight import HOSTILE, LABELS, MULTI_INFO, REGRESSION_INFO, Page, judge, judged, outputs
 from sklearn import metrics as sk
+from tiny_run import HANGS
 
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.insight.page import render
@@ -172,7 +173,7 @@ def opened(chromium: str, text: str, folder: Path) -> tuple[str, str]:
         *(f"--log-net-log={folder / 'net.json'}", "--dump-dom", f"file://{folder / 'page.html'}"),
     ]
     environment = {**os.environ, "HOME": str(folder)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-500:]
     return run.stdout, (folder / "net.json").read_text()
 

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from fake_hub import FakeHub, folder_files
+from tiny_run import HANGS
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
@@ -123,5 +124,5 @@ def elsewhere(hub: FakeHub, home: Path, *argv: str, **environment: str) -> subpr
     """A new process whose Hub this is, with its own cache."""
     variables = {**os.environ, **hub.environment("hf_me", home), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, *argv], env=variables, capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, *argv], env=variables, capture_output=True, text=True, cwd=ROOT, timeout=HANGS
     )

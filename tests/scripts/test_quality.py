@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import quality
 from data_sets import QualitySet, fold, quality_sets, write_rows
+from tiny_run import HANGS
 
 OWN = ("accuracy", "probe", "majority")
 
@@ -203,7 +204,7 @@ def test_jobs_are_runs_at_the_same_time(made: Callable[..., dict[str, Any]]) -> 
     both = threading.Barrier(2)
 
     def run(side: str, data_set: QualitySet, seed: int) -> dict[str, float]:
-        both.wait(timeout=120)  # Raises where the other run does not come.
+        both.wait(timeout=HANGS)  # Raises where the other run does not come.
         return own(seed / 10)
 
     runs = made(run, "--sets", "words", "--sides", "hf_lora", "--seeds", "4", "--jobs", "2")
@@ -225,7 +226,7 @@ def test_a_run_that_fails_ends_it_and_what_is_under_way_is_kept(
         if seed == 1:
             failed.set()
             raise RuntimeError("out of paper")
-        assert failed.wait(timeout=120)
+        assert failed.wait(timeout=HANGS)
         sleep(0.2)  # The other one's failure is noticed meanwhile.
         return own(0.5)
 

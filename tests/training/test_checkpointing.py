@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from helpers_training import arguments, assert_same_tensors, dataset, injected, trainer
+from transformers import ViTConfig, ViTForImageClassification
 
-from hf_lora import LoRATrainer
+from hf_lora import LoRAConfig, LoRATrainer, inject_lora
 from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.training.checkpoints import checkpoints, problem
 
@@ -102,3 +103,53 @@ def test_a_failing_write_ends_in_one_line_and_keeps_what_was_there(tmp_path, mon
     assert "\n" not in str(caught.value)
     assert steps(tmp_path) == [2] and problem(tmp_path / "checkpoint-2") is None
     assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+def card_of(run, directory):
+    run.save_model(str(directory))
+    return (directory / "README.md").read_text()
+
+
+def test_the_card_has_what_was_measured_whoever_measured_it(tmp_path):
+    run = trainer(tmp_path / "run", max_steps=2)
+    run.compute_metrics = lambda _: {"accuracy": 0.8125}
+    assert "No results were measured." in card_of(run, tmp_path / "before")
+    run.train()
+    run.evaluate()
+    run.evaluate(metric_key_prefix="test")
+    card = card_of(run, tmp_path / "measured")
+    assert "| accuracy | 0.8125 | 0.8125 |" in card and "No results" not in card
+    assert "value: 0.8125" in card
+    assert "preparation_time" not in card
+    run.args.max_steps = 3
+    run.train(resume_from_checkpoint=None)
+    run.state.log_history = [{"eval_loss": 0.5, "eval_accuracy": 0.8125, "step": 2, "epoch": 1.0}]
+    assert "No results of these weights were measured." in card_of(run, tmp_path / "later")
+
+
+def test_the_card_of_the_best_weights_has_their_results(tmp_path):
+    scores = iter([0.25, 0.75, 0.5])
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True}
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    data = dataset()
+    run = LoRATrainer(
+        model=injected(),
+        args=arguments(tmp_path / "run", max_steps=3, **best, **steps),
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=lambda _: {"accuracy": next(scores)},
+    )
+    run.train()
+    assert "| accuracy | 0.7500 |" in card_of(run, tmp_path / "best")
+    assert "| accuracy | 0.2500 |" in (tmp_path / "run" / "checkpoint-1" / "README.md").read_text()
+
+
+def test_an_image_classifier_is_no_text_classifier(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8))
+    inject_lora(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    card = card_of(LoRATrainer(model=model, args=arguments(tmp_path / "run")), tmp_path / "saved")
+    assert "into an image classifier." in card and "pipeline_tag: image-classification" in card
+    assert (
+        "text classifier" not in card and "TextClassifier" not in card and "text-classification" not in card
+    )
