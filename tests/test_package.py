@@ -1,5 +1,6 @@
 """The shape of the package: layers, sizes, what importing it costs, and its public names."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -44,6 +45,12 @@ def test_no_room_is_crowded():
     sizes = {room.name: len(set(room.glob("*.py")) - {room / "__init__.py"}) for room in rooms}
     assert max(sizes.values()) <= 10, sizes
     assert len(list(PACKAGE.glob("*.py"))) <= 5
+
+
+def test_a_wheel_has_every_room():
+    line = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if "packages = [" in line)
+    rooms = {f"hf_lora.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(json.loads(line.partition("=")[2])) - {"hf_lora", "hf_lora.accelerate_configs"}
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["train", "--help"], ["--version"]], ids=" ".join)

@@ -6,18 +6,19 @@ Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv:1706.04599), se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy import ndarray
-from scipy.optimize import brentq
-from scipy.special import logsumexp, softmax
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 
 TEMPERATURES = (1e-3, 1e3)
 """The temperatures that an adapter may have: those outside make certainties or nothing of any logits."""
 LOWEST, HIGHEST = 0.05, 20.0
 """The range of fitted temperatures."""
+FLATTER, SHARPER = 0.5, 0.1
+"""How far log T is expected to be from 0, above and below: chosen on four data sets at 100 and 400 examples."""
 MIN_EXAMPLES = 20
 """Fewer examples do not tell how sure a classifier may be."""
 MIN_OF_EACH = 5
@@ -92,27 +93,26 @@ def reliability(confidence: ndarray, correct: ndarray, bins: int = 15) -> Reliab
 
 
 def fit_temperature(excess: ndarray) -> float:
-    """The temperature T at which softmax(logits / T), for multi-label the sigmoid, makes the references likeliest.
+    """The temperature T in [0.05, 20] that is likeliest after the decisions of validation examples.
 
     excess: how far each answer's logit is above the true one's, a row for each decision.
-    T is in [0.05, 20], and not so low that the mean confidence passes (n + 1) / (n + 2), which n right ones of n
-    allow by the rule of succession: where all are right the likelihood alone would make them certain.
-    1 where nothing else is better.
+    Likeliest: by softmax(logits / T), for multi-label the sigmoid, and by Student's distribution of log T, with 3
+    degrees of freedom around T = 1. The few examples of a small validation split tell little: their own best T made
+    other texts' loss up to 0.17 higher than T = 1. Probabilities that are too sharp cost more than those that are too
+    flat, so the distribution is narrower below 1. 1 where nothing else is likelier.
     """
 
-    # Functions of 1 / T: the first is convex, the second its derivative, the third grows where T falls.
-    def loss(inverse: float) -> float:
-        return float(logsumexp(inverse * excess, axis=1).mean())
+    def cost(log_temperature: float) -> float:
+        spread = FLATTER if log_temperature > 0 else SHARPER
+        unlikely = 2 * math.log1p((log_temperature / spread) ** 2 / 3)
+        return float(logsumexp(math.exp(-log_temperature) * excess, axis=1).sum()) + unlikely
 
-    def slope(inverse: float) -> float:
-        return float((softmax(inverse * excess, axis=1) * excess).sum(1).mean())
-
-    def overconfidence(inverse: float) -> float:
-        confidence = softmax(inverse * excess, axis=1).max(1).mean()
-        return float(confidence) - (len(excess) + 1) / (len(excess) + 2)
-
-    inverse = _root(slope, 1 / HIGHEST, _root(overconfidence, 1 / HIGHEST, 1 / LOWEST))
-    return 1 / inverse if loss(inverse) < loss(1.0) else 1.0
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    grid = np.linspace(low, high, 41)
+    best, step = float(min(grid, key=cost)), float(grid[1] - grid[0])
+    bounds = (max(low, best - step), min(high, best + step))
+    found = minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-9})
+    return math.exp(found.x) if found.fun < cost(0.0) else 1.0
 
 
 def fit_thresholds(probabilities: ndarray, references: ndarray, prior: float = PRIOR) -> tuple[float, ...]:
@@ -128,13 +128,6 @@ def fit_thresholds(probabilities: ndarray, references: ndarray, prior: float = P
     """
     columns = zip(np.asarray(probabilities, np.float64).T, np.asarray(references).T > 0, strict=True)
     return tuple(_threshold(scores, truth, prior) for scores, truth in columns)
-
-
-def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a growing function is 0 between two bounds, or the nearer bound."""
-    if function(high) <= 0:
-        return high
-    return low if function(low) >= 0 else float(brentq(function, low, high))
 
 
 def _threshold(scores: ndarray, truth: ndarray, prior: float) -> float:
