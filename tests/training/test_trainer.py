@@ -488,7 +488,7 @@ def test_a_search_over_hyperparameters_makes_and_trains_a_model_for_each_trial(t
 
     def search(run, n_trials, direction, **_):
         for number in range(n_trials):
-            run.train(trial={"learning_rate": 10.0**-number})
+            run.train(trial=SimpleNamespace(number=number, params={"learning_rate": 10.0**-number}))
             seen.append((run.args.learning_rate, run.model, adapter_tensors(run.model)))
             run.model_wrapped = run.model = None
             run.accelerator.clear()
@@ -496,21 +496,22 @@ def test_a_search_over_hyperparameters_makes_and_trains_a_model_for_each_trial(t
 
     backend = SimpleNamespace(ensure_available=lambda: None, default_hp_space=lambda t: t.params, run=search)
     monkeypatch.setitem(
-        trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, lambda: backend
+        trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, lambda: backend
     )
-    monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     run = LoRATrainer(
         model_init=lambda: injected(),
         args=arguments(tmp_path, max_steps=2),
         train_dataset=dataset(),
         eval_dataset=dataset(),
     )
-    run.hyperparameter_search(backend="wandb", n_trials=3)
+    run.hyperparameter_search(backend="optuna", n_trials=3)
     assert [rate for rate, *_ in seen] == [1.0, 0.1, 0.01]
     assert len({id(model) for _, model, _ in seen}) == 3
     # Each is what a trainer of its own makes with that rate.
     for rate, _, tensors in seen:
-        alone = trainer(tmp_path, max_steps=2, learning_rate=rate)
+        args = arguments(tmp_path, max_steps=2, learning_rate=rate)
+        alone = LoRATrainer(model_init=lambda: injected(), args=args, train_dataset=dataset())
         alone.train()
         assert_same_tensors(tensors, adapter_tensors(alone.model))
 
