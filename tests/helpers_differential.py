@@ -41,6 +41,7 @@ class Case:
     model_type: str = field(init=False)
     inputs: dict[str, Tensor] = field(init=False)
     dtype: torch.dtype = field(init=False)
+    saved: list[str] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
@@ -88,11 +89,19 @@ class Case:
         for _ in range(50):
             model = self.plain()
             try:
-                wrapped = peft.get_peft_model(model, peft.LoraConfig(**self._peft_options(model)))
+                config = peft.LoraConfig(**self._peft_options(model))
+                self.saved = config.modules_to_save
+                wrapped = peft.get_peft_model(model, config)
             except (AttributeError, NotImplementedError, TypeError, ValueError):
                 continue
             return self._trained(wrapped)
         raise AssertionError("no usable options in 50 tries")
+
+    def saves_twice(self, model: nn.Module) -> bool:
+        """Whether peft's `modules_to_save` names a module of a plain model and another inside it."""
+        ends = tuple(self.saved or ())
+        names = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
+        return any(belongs_to(name.rpartition(".")[0], names) for name in names)
 
     def _head(self, model: nn.Module) -> list[str] | None:
         """None for the usual head, or with a norm of the encoder too, which is then trained and saved whole."""

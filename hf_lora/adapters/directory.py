@@ -21,6 +21,7 @@ from hf_lora._files import (
     parse_tensors,
     read_bytes,
     replacing,
+    shortened,
 )
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
@@ -281,11 +282,18 @@ def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
 def _with_head(files: AdapterFiles, model: nn.Module, head: list[str]) -> Mapping[str, Tensor]:
     """The adapter's tensors, with the model's own for the parts of the head that an adapter of peft leaves out.
 
-    So what is saved from the model is whole.
+    So what is saved from the model is whole. Raises ValueError for a module inside another: peft writes both under the
+    same names, and cannot load them itself.
     """
     if files.info is not None:
         return files.tensors
     brought = brought_whole(files.peft_config, files.tensors, model)
+    if twice := [name for name in brought if belongs_to(name.rpartition(".")[0], brought)]:
+        raise ValueError(
+            f"the adapter in {str(files.directory)!r} has {twice[0]!r} twice, by itself and as a part; got "
+            f"modules_to_save={shortened(files.peft_config['modules_to_save'])}; expected none inside another; train "
+            "with one of the two"
+        )
     own = {name: tensor for name, tensor in model.state_dict().items() if belongs_to(name, head)}
     left_out = {PREFIX + name: own[name] for name in own if not belongs_to(name, brought)}
     return {**left_out, **files.tensors}

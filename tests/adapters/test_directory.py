@@ -393,6 +393,16 @@ def test_a_part_of_a_module_to_save_is_no_whole_one(tmp_path):
         load_adapter(tiny_classifier("roberta"), tmp_path / "a")
 
 
+def test_a_module_that_is_saved_by_itself_and_as_a_part_is_refused(tmp_path):
+    peft_adapter(
+        tiny_classifier("roberta"), tmp_path / "a", modules_to_save=["classifier", "classifier.dense"]
+    )
+    model = tiny_classifier("roberta")
+    with pytest.raises(ValueError, match="twice, by itself and as a part; got modules_to_save="):
+        load_adapter(model, tmp_path / "a")
+    assert not is_injected(model)
+
+
 KINDS = {
     "TOKEN_CLS": (AutoModelForTokenClassification, "token classification, such as NER"),
     "QUESTION_ANS": (AutoModelForQuestionAnswering, "question answering"),

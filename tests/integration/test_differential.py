@@ -35,6 +35,10 @@ def test_a_random_adapter_gives_the_same_logits_everywhere(seed: int, tmp_path: 
         theirs.save_pretrained(tmp_path / "theirs")
         in_older_form(tmp_path / "theirs", case.random.choice(FORMS))
         model = case.plain()
+        if case.saves_twice(model):
+            with pytest.raises(ValueError, match="twice, by itself and as a part"):
+                load_adapter(model, tmp_path / "theirs")
+            return
         load_adapter(model, tmp_path / "theirs")
         case.assert_close(model, expected)
     check_merge(case, model, expected)
@@ -97,8 +101,9 @@ def check_classifier(case: Case, model: nn.Module, directory: Path) -> None:
     base, tokenizer = directory.parent / "base", numbered_tokenizer()
     case.plain().save_pretrained(base)
     tokenizer.save_pretrained(base)
-    texts = ["5 6 7 8 9 10", "63", "40 41 42"]
     classifier = TextClassifier.from_pretrained(directory, base=str(base), precision="fp32")
-    with torch.no_grad():
-        expected = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
-    torch.testing.assert_close(classifier.logits(texts), expected, atol=1e-4, rtol=1e-4)
+    # One by one, since some models read the padding of a batch.
+    for text in ("5 6 7 8 9 10", "63", "40 41 42"):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits
+        torch.testing.assert_close(classifier.logits([text]), expected, atol=1e-4, rtol=1e-4)
