@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import MISSING, field
-from typing import Any, Generic, TypeVar
+from dataclasses import MISSING, field, fields
+from typing import Any, ClassVar, Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+
+def nearest(
+    name: object, known: Iterable[object], *, prefix: str = "", meant: Mapping[str, str] | None = None
+) -> str:
+    """What an error says at its end of a name that is nearly right: "; did you mean 'x'?", or nothing.
+
+    The first word of a known name, up to an underscore, is near it too. prefix: what is said before the name, such as
+    dashes. meant: known names by what other tools call them.
+    """
+    names = [str(entry) for entry in known]
+    spelled = {entry.partition("_")[0].casefold(): entry for entry in reversed(names)}
+    spelled |= {entry.casefold(): entry for entry in names} | dict(meant or {})
+    spelled.pop("", None)
+    close = difflib.get_close_matches(str(name)[:200].casefold(), spelled, n=1)
+    return f"; did you mean {prefix + spelled[close[0]]!r}?" if close else ""
+
+
+def unknown(what: str, got: object, known: Iterable[object]) -> ValueError:
+    """The error of a name that is none of the known ones."""
+    names = [str(name) for name in known]
+    expected = f"expected one of {', '.join(names)}{nearest(got, names)}"
+    return ValueError(f"unknown {what}; got {repr(got)[:80]}; {expected}")
+
+
+class Keywords:
+    """What a dataclass inherits for a ValueError that names the nearest field, where a keyword is none."""
+
+    MEANT: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *args: Any, **values: Any) -> Any:
+        known = [entry.name for entry in fields(cls)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in known:
+                expected = f"expected some of {', '.join(known)}{nearest(name, known, meant=cls.MEANT)}"
+                raise ValueError(f"unknown keyword of {cls.__name__}; got {name!r}; {expected}")
+        return super().__new__(cls)
 
 
 class Registry(Generic[K, V]):
@@ -34,12 +71,7 @@ class Registry(Generic[K, V]):
         # What cannot be a key, such as a list out of a file, is unknown too.
         if isinstance(key, Hashable) and key in self._entries:
             return self._entries[key]
-        names = [str(name) for name in self._entries]
-        close = difflib.get_close_matches(str(key), names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"unknown {self.what}; got {repr(key)[:80]}; expected one of {', '.join(names)}{hint}"
-        )
+        raise unknown(self.what, key, self._entries)
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import copy
+import pickle
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
-from hf_lora._choices import Registry, option
+from hf_lora._choices import Registry, nearest, option
+from hf_lora.data import DataConfig
+from hf_lora.lora.config import LoRAConfig
+from hf_lora.recipe.options import FinetuneOptions
 
 
 @pytest.fixture
@@ -26,6 +31,53 @@ def test_unknown_key_lists_the_known_and_suggests_the_closest(registry):
         ValueError, match=r"unknown fruit; got 'aple'; expected one of apple, pear; did you mean 'apple'"
     ):
         registry.get("aple")
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "near"),
+    [
+        ("adamm", ["sgd", "adamw_torch", "adamw_bnb_8bit", "adalomo"], "adamw_torch"),
+        ("f1", ["loss", "f1_macro", "f1_micro"], "f1_macro"),
+        ("cosin", ["linear", "cosine", "cosine_with_restarts"], "cosine"),
+        ("BF16", ["auto", "bf16"], "bf16"),
+        ("Label", ["text", "LABEL"], "LABEL"),
+        (3, [1, 30], "30"),
+        ("speed", ["loss", "accuracy"], None),
+        ("", ["_hidden", "loss"], None),
+        (["mean"] * 100_000, ["mean", "cls"], None),
+    ],
+)
+def test_the_nearest_of_known_names_is_suggested(name, known, near):
+    assert nearest(name, known) == (f"; did you mean {near!r}?" if near else "")
+
+
+def test_a_suggestion_has_its_prefix_and_knows_other_tools():
+    assert nearest("lr", ["learning_rate"], prefix="--", meant={"lr": "learning_rate"}) == (
+        "; did you mean '--learning_rate'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "keyword", "near"),
+    [
+        *((LoRAConfig, name, "rank") for name in ("rnk", "r", "lora_rank")),
+        *((LoRAConfig, f"lora_{name}", name) for name in ("alpha", "dropout")),
+        (LoRAConfig, "layers_to_transform", "layers"),
+        (LoRAConfig, "use_dora", "variant"),
+        (DataConfig, "txt_column", "text_column"),
+        (FinetuneOptions, "poolng", "pooling"),
+    ],
+)
+def test_an_unknown_keyword_is_answered_with_the_nearest_field(kind, keyword, near):
+    expected = rf"^unknown keyword of {kind.__name__}; got '{keyword}'; expected some of .*; did you mean '{near}'\?$"
+    with pytest.raises(ValueError, match=expected):
+        kind(**{keyword: 4})
+
+
+def test_a_dataclass_that_checks_its_keywords_is_copied_and_pickled_as_any():
+    config = LoRAConfig(rank=3, rank_pattern={"query": 2})
+    copies = [copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config, alpha=16.0)]
+    assert copies == [config] * 3
 
 
 def test_a_key_is_not_replaced_by_accident(registry):

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_lora._choices import nearest
 from hf_lora.cli import change, inspect, predict, share, sweep, train
+from hf_lora.cli.shared import Parser
 from hf_lora.cli.train import LAUNCH
 from hf_lora.version import __version__
 
@@ -58,7 +60,7 @@ def _run(argv: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command but `train`, which has hundreds of options of its own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-lora",
         description="LoRA fine-tuning for BERT-style text classifiers.",
         epilog="Set HF_LORA_TRACEBACK=1 to see where an error comes from.",
@@ -147,7 +149,8 @@ def _file(name: str) -> Path:
         return Path(name)
     if name not in launch_names():
         raise ValueError(
-            f"no such accelerate configuration; got {name!r}; expected a file or one of {', '.join(launch_names())}"
+            f"no such accelerate configuration; got {name!r}; expected a file or one of "
+            f"{', '.join(launch_names())}{nearest(name, launch_names())}"
         )
     return _folder() / f"{name}.yaml"
 
@@ -188,7 +191,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     if "train_argv" in options:
         options.train_argv = others
     elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        near = nearest(others[0].lstrip("-"), vars(options), prefix="--")
+        parser.error(f"unrecognized arguments: {' '.join(others)}{near}")
     return options
 
 

@@ -5,11 +5,12 @@ Light, so that `--help` is quick: heavy modules are imported inside the function
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from hf_lora._choices import nearest
 from hf_lora.data.config import QUOTINGS
 
 if TYPE_CHECKING:
@@ -72,6 +73,21 @@ def add_options(parser: Any, *names: str) -> None:
     """Add some of `OPTIONS` to a parser or a group of one."""
     for name in names:
         parser.add_argument(f"--{name}", **OPTIONS[name])
+
+
+class Parser(ArgumentParser):
+    """Tells a mistake in one line, without the usage, and the nearest choice."""
+
+    def error(self, message: str) -> NoReturn:
+        more = "" if message.endswith("?") else f"; {self.prog} --help lists the options"
+        raise ValueError(message + more)
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except ArgumentError as error:
+            error.message += nearest(value, action.choices or ())
+            raise
 
 
 class Labelled(NamedTuple):

@@ -133,7 +133,7 @@ def _settings(options: argparse.Namespace, kind: Any) -> tuple[dict[str, Any], P
     from hf_lora.recipe.sweep import refuse
 
     argv = options.train_argv
-    check_flags(argv)
+    check_flags(argv, also=vars(options))
     names = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     names |= {name.removeprefix("no_") for name in names}
     if argv and not argv[0].startswith("-"):

@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from hf_lora._choices import option
+from hf_lora.cli.shared import Parser
 from hf_lora.recipe import options as known
 from hf_lora.recipe.options import FROM_DATA, Option, all_options, options_of
 
@@ -88,13 +89,16 @@ def run(argv: Sequence[str]) -> None:
     leave()
 
 
-def check_flags(argv: Sequence[str]) -> None:
-    """Raise ValueError, with the nearest known one, for an unknown flag: before anything heavy is imported."""
+def check_flags(argv: Sequence[str], also: Iterable[str] = ()) -> None:
+    """Raise ValueError, with the nearest known one, for an unknown flag: before anything heavy is imported.
+
+    also: flags that the caller knows.
+    """
     flags = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     ours = [entry.name for entry in options_of(TerminalOptions)]
     # --no_x switches off what is on by default.
     names = [flag for flag in flags if not flag.startswith("no_")]
-    known.check_names(names, also=[*ours, *LAUNCH, "accelerate_config", "help_all"], prefix="--")
+    known.check_names(names, also=[*also, *ours, *LAUNCH, "accelerate_config", "help_all"], prefix="--")
 
 
 def parse_settings(argv: Sequence[str]) -> dict[str, Any]:
@@ -117,18 +121,15 @@ def make_parser() -> HfArgumentParser:
 
     from hf_lora.training.arguments import LoRATrainingArguments
 
-    class TrainingParser(HfArgumentParser):
-        """Tells a mistake in one line, without the usage of hundreds of flags."""
-
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(f"{message}; hf-lora train --help lists the options")
+    class TrainingParser(HfArgumentParser, Parser):
+        """transformers' parser, whose mistakes are told as ours are."""
 
     ours = [
         *(all_options()[title] for title in ("model", "data", "LoRA", "run")),
         options_of(TerminalOptions),
     ]
     groups = [*map(_flag_class, ours), LoRATrainingArguments]
-    parser = TrainingParser(groups, prog="hf-lora train", allow_abbrev=False)
+    parser = TrainingParser(groups, prog="hf-lora train", allow_abbrev=False)  # type: ignore[misc, arg-type]
     parser.set_defaults(**known.training_defaults())
     for action in parser._actions:
         action.required |= action.dest == "output_dir"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow.compute
 
+from hf_lora._choices import nearest
 from hf_lora.data.config import MAX_TEXT, DataConfig
 from hf_lora.tasks import MULTI, TASKS
 from hf_lora.tasks.labels import as_text, bad_label, is_missing, label_name, read_labels
@@ -70,7 +71,8 @@ def choose_text_columns(
 def require_column(columns: Sequence[str], name: str, source: str) -> str:
     """Return `name`, or raise a ValueError that lists the columns of `source`."""
     if name not in columns:
-        raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
+        known = f"its columns are {', '.join(map(repr, columns))}{nearest(name, columns)}"
+        raise ValueError(f"{source} has no column {name!r}; {known}")
     return name
 
 

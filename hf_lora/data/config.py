@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hf_lora._choices import option
+from hf_lora._choices import Keywords, option, unknown
 
 DEFAULT_SEED = 42
 MAX_TEXT = 1_000_000
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
             raise ValueError(f"delimiter is {delimiter!r}; expected one character, such as ';', or tab")
         if quoting not in (None, *QUOTINGS):
-            raise ValueError(f"unknown quoting {quoting!r}; expected one of {', '.join(QUOTINGS)}")
+            raise unknown("quoting", quoting, QUOTINGS)
         codec_for(encoding)
         return cls(encoding, delimiter, quoting)
 
@@ -45,7 +45,7 @@ def separator_name(mark: str) -> str:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Keywords):
     """Where the data is, which columns it has, and how it is split and cut.
 
     Data in memory is not named here: `prepare_data` takes it as `tables`.
@@ -168,9 +168,8 @@ class DataConfig:
             # Imported here, since it takes a second.
             from hf_lora.tasks import TASKS
 
-            known = ", ".join(TASKS)
-            message = f"unknown problem_type {self.problem_type!r}; expected one of {known}"
-            refuse(self.problem_type not in TASKS, message)
+            if self.problem_type not in TASKS:
+                raise unknown("problem_type", self.problem_type, TASKS)
             several = len(self.label_columns) > 1 and self.problem_type != "multi_label_classification"
             refuse(
                 several,

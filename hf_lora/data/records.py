@@ -14,6 +14,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 
+from hf_lora._choices import unknown
 from hf_lora.data.columns import choose_text_columns
 from hf_lora.data.config import MAX_TEXT, Reading
 from hf_lora.data.delimited import Record, bounded_lines, delimited_records, fail
@@ -211,5 +212,5 @@ def check_delimited(reading: Reading, sources: Iterable[Any]) -> None:
 def format_of(path: Path) -> FileFormat:
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
-        raise ValueError(f"{path} has the unknown suffix {suffix!r}; expected one of {', '.join(FORMATS)}")
+        raise unknown(f"suffix of {path}", suffix, FORMATS)
     return FORMATS[suffix]

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from hf_lora._choices import unknown
 from hf_lora.data.config import DataConfig
 from hf_lora.data.files import read_path, read_table
 from hf_lora.data.records import check_delimited
@@ -82,7 +83,7 @@ def _sources(config: DataConfig, tables: Mapping[str, Any]) -> dict[str, Any]:
     sources: dict[str, Any] = {split: path for split, path in files.items() if path}
     for split, table in tables.items():
         if split not in files:
-            raise ValueError(f"unknown split {split!r}; expected one of {', '.join(files)}")
+            raise unknown("split", split, files)
         other = sources.get(split) or (config.dataset_name if split == "train" else None)
         if other:
             raise ValueError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora._choices import nearest
 from hf_lora._text import Pattern, dotted_ends
 from hf_lora.lora import initializers
 from hf_lora.lora.architectures import ARCHITECTURES, ROLE_NAMES, ROW_LAYOUTS, Architecture, Projection
@@ -201,7 +202,7 @@ def _by_name(
         if suffix not in ends:
             raise ValueError(
                 f"target_modules names a module that {type(model).__name__} does not have; got {suffix!r}; "
-                f"candidates: {_candidates(model, names)}"
+                f"candidates: {_candidates(model, names)}{nearest(suffix, sorted(ends))}"
             )
     return [name for name in everything if not chosen.isdisjoint(dotted_ends(name))]
 

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lora._choices import unknown
 from hf_lora.lora.head import base_prefix, belongs_to, cast_inputs, find_head
 from hf_lora.lora.inject import injection, lora_parameters
 from hf_lora.models._transformers_private import record_origin
@@ -51,8 +52,7 @@ def choose_precision(
     Raises ValueError for another word than those in `PRECISIONS`.
     """
     if requested not in PRECISIONS:
-        expected = ", ".join(PRECISIONS)
-        raise ValueError(f"precision is not usable; got {requested!r}; expected one of {expected}")
+        raise unknown("precision", requested, PRECISIONS)
     if requested != "auto":
         return Precision(requested, "as asked for")
     if autocast:

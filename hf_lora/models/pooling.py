@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_lora._choices import Registry
+from hf_lora._choices import Registry, unknown
 from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes
 from hf_lora.models._transformers_private import AnyAttention, optional_file
 from hf_lora.models.bundled import is_known_absent, readable, resolve_base, warn_once
@@ -198,10 +198,7 @@ def blank_like(model: PreTrainedModel, config: Any) -> PreTrainedModel:
 def check_pooling(pooling: str) -> None:
     """Raise ValueError for a name that is neither "native" nor registered."""
     if pooling != NATIVE and pooling not in POOLINGS:
-        known = ", ".join([NATIVE, *POOLINGS])
-        raise ValueError(
-            f"unknown pooling; got {pooling!r}; expected one of {known}; as an option also {AUTO}"
-        )
+        raise unknown("pooling", pooling, [NATIVE, *POOLINGS])
 
 
 AUTO = "auto"

@@ -21,7 +21,7 @@ from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import trainable_parameter_count
 from hf_lora.models.cpu import set_threads
 from hf_lora.models.loading import choose_precision, load_tokenizer
-from hf_lora.models.pooling import AUTO, check_pooling, choose_pooling
+from hf_lora.models.pooling import AUTO, choose_pooling
 from hf_lora.models.reconcile import check_known
 from hf_lora.models.verify import probe_batch, verify_injection
 from hf_lora.recipe.compare import Snapshot, baseline_logits, keep_the_better, refit, refit_probe, watched
@@ -112,8 +112,6 @@ class Finetuning:
             raise ValueError(
                 "nothing would be trained; got lora_rank=0 with head_init=random; expected head_init=probe with it"
             )
-        if self.options.pooling != AUTO:
-            check_pooling(self.options.pooling)
         output = Path(self.args.output_dir)
         alone = reserved(output) if self.args.process_index == 0 else nullcontext()
         with ending_on_sigterm(gives_way=True), alone:

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_lora._choices import unknown
 from hf_lora.data.collation import is_stream, label_column, some_of
 from hf_lora.lora.head import output_layer_in
 from hf_lora.lora.inject import injection
 from hf_lora.models.pooling import PooledClassifier, pooling_of
 from hf_lora.models.verify import evaluating, relative_difference
-from hf_lora.recipe.options import HEAD_PENALTY
+from hf_lora.recipe.options import HEAD_INITS, HEAD_PENALTY
 from hf_lora.tasks import task_of
 from hf_lora.tasks.metrics import first_output
 from hf_lora.tasks.probe import Probe, fit_probe
@@ -34,7 +35,6 @@ from hf_lora.training.trainer import LoRATrainer
 
 logger = logging.getLogger(__name__)
 
-HEAD_INITS = ("auto", "probe", "random")
 # A linear layer that has seen so many examples changes little with more of them.
 MAX_EXAMPLES = 50_000
 _NEEDS, _EXPECTED = "a linear probe needs examples with labels", "expected a column 'labels' or 'label'"
@@ -204,7 +204,7 @@ def start_head(
     above 0, training data without labels, and where a probe was asked for that cannot be had.
     """
     if head_init not in HEAD_INITS:
-        raise ValueError(f"unknown head_init; got {head_init!r}; expected one of {', '.join(HEAD_INITS)}")
+        raise unknown("head_init", head_init, HEAD_INITS)
     if not (penalty > 0 and math.isfinite(penalty)):
         raise ValueError(f"head_penalty is not usable; got {penalty!r}; expected a number above 0")
     start = time.perf_counter()

@@ -7,7 +7,6 @@ An option is a dataclass field with type, default and help. Light: neither torch
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import types
 import typing
@@ -17,13 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hf_lora._choices import option
+from hf_lora._choices import Keywords, nearest, option, unknown
 from hf_lora.data.config import DataConfig
-from hf_lora.lora.config import LoRAConfig
+from hf_lora.lora.config import OTHER_NAMES, LoRAConfig
 from hf_lora.training.options import LoRATrainingOptions
 
 # How many times the probe's penalty the head that LoRA starts from is fitted with. Measured: docs/benchmarks.
 HEAD_PENALTY = 30.0
+HEAD_INITS = ("auto", "probe", "random")
+REFITS = ("auto", "always", "never")
 # Training arguments that are chosen from the data where they are 0, see `recipe.settings`.
 FROM_DATA = {"learning_rate": "rate", "num_train_epochs": "epochs"}
 
@@ -48,7 +49,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions:
+class FinetuneOptions(Keywords):
     """How a run starts, ends and is described."""
 
     lora_init: str = option(
@@ -88,6 +89,11 @@ class FinetuneOptions:
     overwrite_output_dir: bool = option(False, help="Replace what an earlier run left in output_dir.")
     model_card_license: str | None = option(None, help="Licence of the adapter, for its model card.")
     language: str | None = option(None, help="Language of the texts, for the model card.")
+
+    def __post_init__(self) -> None:
+        for name, known in (("head_init", HEAD_INITS), ("refit", REFITS)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,16 +170,15 @@ COMMON = (
 
 # Names that other tools have for options of ours.
 _MEANT = {
+    **{name: f"lora_{ours}" for name, ours in OTHER_NAMES.items()},
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "model": "model_name_or_path",
     "max_length": "max_seq_length",
     "rank": "lora_rank",
-    "r": "lora_rank",
     "alpha": "lora_alpha",
     "target_modules": "lora_target_modules",
-    "init_lora_weights": "lora_init",
 }
 
 
@@ -227,11 +232,8 @@ def check_names(
     known = option_names() | set(also)
     for name in names:
         if name not in known:
-            likely = [[*ours, *also], known]
-            near = [_MEANT[name]] if name in _MEANT else []
-            near += [match for group in likely for match in difflib.get_close_matches(name, group, 1)]
-            hint = f"did you mean {prefix}{near[0]}?" if near else "hf-lora train --help_all lists them"
-            raise ValueError(f"unknown {what}{prefix}{name}; {hint}")
+            near = nearest(name, [*ours, *also, *sorted(known)], prefix=prefix, meant=_MEANT)
+            raise ValueError(f"unknown {what}{prefix}{name}{near or '; hf-lora train --help_all lists them'}")
 
 
 def _flag_type(hint: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
+from hf_lora._choices import nearest
 from hf_lora._files import write_text
 from hf_lora.adapters.directory import TENSORS, adapter_info
 from hf_lora.adapters.info import AdapterInfo
@@ -55,7 +56,9 @@ class Scores(dict[str, float]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"no metric {name!r}; expected one of {', '.join(self) or 'none'}") from None
+            raise AttributeError(
+                f"no metric {name!r}; expected one of {', '.join(self) or 'none'}{nearest(name, self)}"
+            ) from None
 
 
 @dataclass(frozen=True)

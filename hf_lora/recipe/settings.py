@@ -19,6 +19,8 @@ from hf_lora.data import ClassificationData
 from hf_lora.data.config import DataConfig
 from hf_lora.data.splits import FEW_EXAMPLES
 from hf_lora.lora.config import LoRAConfig
+from hf_lora.models.loading import choose_precision
+from hf_lora.models.pooling import AUTO, check_pooling
 from hf_lora.recipe.options import FinetuneOptions, ModelOptions, all_options, check_names, training_defaults
 from hf_lora.tasks import Task
 from hf_lora.training import resuming
@@ -31,8 +33,6 @@ LAST = "last"
 """The value of `resume_from_checkpoint` that means the newest complete checkpoint."""
 # A linear probe is the smallest adapter there is, whose B stays zero: PEFT's files have no rank 0.
 PROBE_CONFIG = LoRAConfig(rank=1, alpha=1.0, projections="q", layers=(-1,))
-# Whether a run retrains on all examples, the held-out ones included, once it has been measured.
-REFITS = ("auto", "always", "never")
 # Where the examples are few, each step is led by what only these have, and there are as many steps all the same.
 RATE, ENOUGH_EXAMPLES = 2e-3, 500
 # Two epochs where they make so many steps, else three, and more where those make hardly any.
@@ -53,6 +53,13 @@ class Recipe:
     options: FinetuneOptions
     args: LoRATrainingArguments
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a word of the options that has no meaning: before data are read."""
+        choose_precision(self.options.precision)
+        if self.options.pooling != AUTO:
+            check_pooling(self.options.pooling)
+        _ = self.lora_config  # its initialization is checked
 
     @classmethod
     def from_settings(
@@ -223,11 +230,9 @@ def choose_smoothing(args: LoRATrainingArguments, task: Task) -> None:
 def choose_refit(options: FinetuneOptions, args: LoRATrainingArguments, data: ClassificationData) -> bool:
     """Whether a run trains again on all examples in the end; docs/benchmarks says how that was measured.
 
-    Raises ValueError for an unknown word, and where it cannot be.
+    Raises ValueError where it cannot be.
     """
     refit = options.refit
-    if refit not in REFITS:
-        raise ValueError(f"unknown refit; got {refit!r}; expected one of {', '.join(REFITS)}")
     problem = "FSDP or DeepSpeed, whose weights are sharded" if is_sharded(args) else None
     if options.early_stopping_patience is not None or args.load_best_model_at_end:
         problem = "early stopping or load_best_model_at_end, for which something has to be held out"

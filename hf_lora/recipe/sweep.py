@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hf_lora._choices import unknown
 from hf_lora._files import reserved
 from hf_lora.lora.config import LoRAConfig
 from hf_lora.lora.inject import inject_lora, remove_lora, trainable_parameter_count
@@ -206,7 +207,5 @@ def choose_metric(wanted: str | None, task: Task) -> str:
     names = ["loss", *result_names(task)]
     name = (wanted or task.metric_names[0]).removeprefix("eval_").removeprefix("test_")
     if name not in names:
-        raise ValueError(
-            f"the metric is not measured for these labels; got {name!r}; expected one of {', '.join(names)}"
-        )
+        raise unknown("metric for these labels", name, names)
     return name

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_lora._choices import nearest
 from hf_lora._files import shortened, whole_file
 from hf_lora._text import json_line
 from hf_lora.adapters.info import AdapterInfo
@@ -126,7 +127,8 @@ def format_of(path: str | Path) -> Format:
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ValueError(
-            f"the ending of output_file names no format; got {str(path)!r}; expected one of {', '.join(FORMATS)}"
+            f"the ending of output_file names no format; got {str(path)!r}; expected one of "
+            f"{', '.join(FORMATS)}{nearest(suffix, FORMATS)}"
         )
     package = FORMATS[suffix].package
     if package is not None and find_spec(package) is None:

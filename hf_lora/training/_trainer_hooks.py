@@ -29,6 +29,8 @@ from transformers import trainer as trainer_module
 from transformers.integrations import deepspeed, is_deepspeed_available
 from transformers.trainer_utils import has_length
 
+from hf_lora._choices import nearest, unknown
+
 
 def with_batches(loader: DataLoaderShard, batches: Sampler[list[int]]) -> DataLoaderShard:
     """The loader that accelerate prepared, with batches that are divided between processes already."""
@@ -150,7 +152,8 @@ def check_types(args: TrainingArguments) -> None:
         if value is not None and kinds and kinds <= {int, float, bool}:
             usable = isinstance(value, Integral) or (float in kinds and isinstance(value, Real))
         if not usable:
-            raise ValueError(f"{name} is not usable; got {value!r}; expected {expected}")
+            near = nearest(value, words)
+            raise ValueError(f"{name} is not usable; got {value!r}; expected {expected}{near}")
 
 
 @cache
@@ -188,9 +191,7 @@ def try_arguments(args: TrainingArguments) -> None:
         backends = torch._dynamo.list_backends(exclude_tags=())
         backend = args.torch_compile_backend
         if backend not in backends:
-            raise ValueError(
-                f"torch_compile_backend is not usable; got {backend!r}; expected one of {', '.join(backends)}"
-            )
+            raise unknown("torch_compile_backend", backend, backends)
         mode, modes = args.torch_compile_mode, torch._inductor.list_mode_options()
         if mode is not None and mode not in modes:
             raise ValueError(f"torch_compile_mode is not usable; got {mode!r}; expected {', '.join(modes)}")

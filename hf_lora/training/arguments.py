@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode, trainer_log_levels
 from transformers.utils import is_liger_kernel_available
 
+from hf_lora._choices import nearest, unknown
 from hf_lora.lora.inject import head_parameters, injection
 from hf_lora.tasks import TASKS, Task, task_of
 from hf_lora.tasks.metrics import CLASS_F1
@@ -100,9 +101,8 @@ class LoRATrainingArguments(LoRATrainingOptions, TrainingArguments):
         for name in ("head_learning_rate", "lora_plus_ratio", "frozen_prefix_cache_gb"):
             value = getattr(self, name)
             self._check(name, value is None or (value > 0 and math.isfinite(value)), above)
-        self._check(
-            "cache_frozen_prefix", self.cache_frozen_prefix in CACHE_MODES, f"one of {', '.join(CACHE_MODES)}"
-        )
+        if self.cache_frozen_prefix not in CACHE_MODES:
+            raise unknown("cache_frozen_prefix", self.cache_frozen_prefix, CACHE_MODES)
         if budget is None:
             return
         self._check("max_tokens_per_batch", isinstance(budget, int) and budget > 0, "a whole number above 0")
@@ -165,16 +165,17 @@ def check_arguments(args: TrainingArguments, metrics: Iterable[str] | None = Non
         value = getattr(args, name)
         _refuse_unless(value is None or low <= value < high, name, value, f"at least {low} and below {high}")
     for name, choices in _CHOICES.items():
-        _refuse_unless(
-            getattr(args, name) in choices, name, getattr(args, name), f"one of {', '.join(choices)}"
-        )
+        value = getattr(args, name)
+        _refuse_unless(value in choices, name, value, f"one of {', '.join(choices)}{nearest(value, choices)}")
     for name, (values, why) in _NO_USE.items():
         _refuse_unless(getattr(args, name) in values, name, getattr(args, name), f"{values[-1]}: {why}")
     for name, contradiction, expected in _contradictions(args):
         _refuse_unless(not contradiction, name, getattr(args, name), expected)
     installed = get_available_reporting_integrations()
     for name in args.report_to or ():
-        expected = f"one whose package is installed: {', '.join(installed) or 'none is'}"
+        expected = (
+            f"one whose package is installed: {', '.join(installed) or 'none is'}{nearest(name, installed)}"
+        )
         _refuse_unless(name in installed, "report_to", name, expected)
     if metrics is not None:
         token = not args.push_to_hub or args.hub_token or get_token()
@@ -242,7 +243,7 @@ def check_metric(args: TrainingArguments, known: Iterable[str]) -> None:
     """Raise ValueError where `metric_for_best_model` is neither the loss nor among the names that are known."""
     name, names = args.metric_for_best_model, dict.fromkeys([*_ALWAYS, *known])
     usable = name is None or name.removeprefix("eval_") in names
-    _refuse_unless(usable, "metric_for_best_model", name, f"one of {', '.join(names)}")
+    _refuse_unless(usable, "metric_for_best_model", name, f"one of {', '.join(names)}{nearest(name, names)}")
 
 
 def _refuse_unless(usable: bool, name: str, value: Any, expected: str) -> None:

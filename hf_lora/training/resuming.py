@@ -6,7 +6,6 @@ trained. A run that goes on from it compares them with its own, name by name.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.types as kinds
 from transformers import Trainer, TrainingArguments
 
+from hf_lora._choices import nearest
 from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes, shortened
 from hf_lora.adapters.directory import adapter_info
 from hf_lora.lora.inject import base_parameters, injection
@@ -69,8 +69,7 @@ def parse_allowed(names: str | Sequence[str] | None) -> tuple[str, ...]:
     found = tuple(name.strip() for word in words for name in word.split(",") if name.strip())
     for name in found:
         if name not in ALLOWED:
-            near = difflib.get_close_matches(name, ALLOWED, 1)
-            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(ALLOWED)}"
+            hint = f"expected some of {', '.join(ALLOWED)}{nearest(name, ALLOWED)}"
             raise ValueError(f"allow_changed names what cannot be changed; got {name!r}; {hint}")
     return found
 

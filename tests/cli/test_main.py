@@ -107,7 +107,32 @@ def test_unusable_command_line_exits_2(argv: list[str], capsys: pytest.CaptureFi
     assert call(*argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "hf-lora" in captured.err and "error:" in captured.err.splitlines()[-1]
+    (line,) = captured.err.splitlines()
+    assert line.startswith("hf-lora: ") and line.endswith(" --help lists the options")
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("predct text --adapter x", "predict"),
+        ("predict text --adapter x --precision bf1", "bf16"),
+        ("predict text --adapter x --txt_column a", "--text_column"),
+        ("predict --adapter @adapter --input_file @csv --text_column txt", "text"),
+        ("predict --adapter @adapter --input_file @csv --output_file out.cvs", ".csv"),
+        ("evaluate --adapter @adapter --test_file @csv --label_column lable", "label"),
+        ("train --accelerate_config cpu2", "cpu_2"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_answered_with_the_nearest(
+    line: str,
+    near: str,
+    adapter_dir: Path,
+    tiny_csv: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = line.replace("@adapter", str(adapter_dir)).replace("@csv", str(tiny_csv))
+    assert call(*line.split()) == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {near!r}?\n")
 
 
 def test_a_missing_flag_of_train_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +174,7 @@ MISTAKES = {
     f"{DATA} --lora_dropout 1": ["dropout", "got 1"],
     f"{DATA} --lora_init zeros": ["'zeros'", "kaiming"],
     f"{DATA} --lora_target_modules q_proj": ["'q_proj'", "query"],
+    f"{DATA} --lora_target_modules qury": ["'qury'", "did you mean 'query'?"],
     f"{DATA} --lora_layers 2": ["layers", "[2]", "-2 to 1"],
     f"{DATA} --lora_rank_pattern {{8": ["lora_rank_pattern", "JSON", "{8"],
     f"{DATA} --lora_alpha_pattern [8]": ["lora_alpha_pattern", "JSON object", "[8]"],

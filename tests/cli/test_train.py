@@ -153,7 +153,10 @@ def test_resume_without_a_value_means_the_last(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (YAML + "learing_rate: 1\nrank: 4\n", ["run.yaml", "unknown key", "learing_rate", "learning_rate?"]),
+        (
+            YAML + "learing_rate: 1\nrank: 4\n",
+            ["run.yaml", "unknown key", "learing_rate", "'learning_rate'?"],
+        ),
         ("- a\n- b\n", ["run.yaml", "no configuration", "learning_rate: 1e-3"]),
         ("", ["run.yaml", "no configuration"]),
         ("a: [1\n", ["run.yaml", "not valid YAML", "line 2"]),
@@ -190,8 +193,37 @@ def test_required_flags_are_asked_for(missing: str) -> None:
     ],
 )
 def test_an_unknown_flag_is_answered_with_the_nearest(flag: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"^unknown option .*; did you mean --{near}\\?$"):
+    with pytest.raises(ValueError, match=f"^unknown option .*; did you mean '--{near}'\\?$"):
         check_flags([*FLAGS, flag, "1"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "near"),
+    [
+        ("optim", "adamm", "adamw_torch"),
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("eval_strategy", "epochs", "epoch"),
+        ("cache_frozen_prefix", "memry", "memory"),
+        ("log_level", "inof", "info"),
+        ("metric_for_best_model", "acuracy", "accuracy"),
+        ("report_to", "tensorbord", "tensorboard"),
+        ("problem_type", "regresion", "regression"),
+        ("quoting", "dubble", "double"),
+        ("lora_variant", "dorra", "dora"),
+        ("lora_bias", "lora", "lora_only"),
+        ("lora_init", "gradint", "gradient"),
+        ("pooling", "men", "mean"),
+        ("precision", "bf1", "bf16"),
+        ("refit", "alway", "always"),
+        ("head_init", "prob", "probe"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_nearest_before_data_are_read(
+    option: str, value: str, near: str
+) -> None:
+    with pytest.raises(ValueError, match=f"got '{value}'|invalid choice: '{value}'") as refused:
+        recipe_of([*FLAGS, f"--{option}", value])
+    assert str(refused.value).endswith(f"; did you mean '{near}'?")
 
 
 def test_flags_of_every_kind_are_known() -> None:
@@ -206,7 +238,7 @@ def test_an_unknown_flag_is_answered_before_anything_heavy_is_imported() -> None
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "2 []\n"
-    assert run.stderr == "hf-lora: unknown option --lora_rnk; did you mean --lora_rank?\n"
+    assert run.stderr == "hf-lora: unknown option --lora_rnk; did you mean '--lora_rank'?\n"
 
 
 @pytest.mark.parametrize("name", ["head_learning_rate", "lora_plus_ratio"])

@@ -25,12 +25,12 @@ class TestConfig:
             ({"validation_fraction": 1.0}, "validation_fraction is 1.0; expected a number between 0 and 1"),
             (
                 {"problem_type": "ranking"},
-                "unknown problem_type 'ranking'; expected one of single_label",
+                "unknown problem_type; got 'ranking'; expected one of single_label",
             ),
             ({"encoding": "utf-9"}, "unknown encoding 'utf-9'; try utf-8"),
             ({"delimiter": "::"}, "delimiter is '::'; expected one character, such as ';', or tab"),
             ({"delimiter": '"'}, "delimiter is '\"'; expected one character"),
-            ({"quoting": "single"}, "unknown quoting 'single'; expected one of double, none"),
+            ({"quoting": "single"}, "unknown quoting; got 'single'; expected one of double, none"),
             (
                 {"label_column": ["a", "b", "a"]},
                 "one column has two roles; got text, pair and label columns a, b, a",

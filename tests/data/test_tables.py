@@ -170,7 +170,7 @@ def test_the_format_of_a_dataset_does_not_matter() -> None:
             {},
             r"column 'extra' of the train data cannot be read; got values of type object \(.*; leave the column out",
         ),
-        ({"dev": []}, {}, "unknown split 'dev'; expected one of train, validation, test"),
+        ({"dev": []}, {}, "unknown split; got 'dev'; expected one of train, validation, test"),
         ({"train": []}, {"train_file": "t.csv"}, r"two sources of the train data; got 't\.csv' and a list"),
         ({"train": []}, {"dataset_name": "a/b"}, "two sources of the train data; got 'a/b' and a list"),
         ({}, {}, "no data given; expected a dataset_name, a train_file or a test_file"),

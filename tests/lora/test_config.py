@@ -71,7 +71,9 @@ def test_json_round_trip():
 
 
 def test_unknown_key_is_refused():
-    with pytest.raises(ValueError, match=r"unknown LoRAConfig keys; got \['ranks'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown keyword of LoRAConfig; got 'ranks'; .*; did you mean 'rank'\?"
+    ):
         LoRAConfig.from_dict({"ranks": 3})
 
 

@@ -152,7 +152,8 @@ def test_a_device_without_a_rule_is_fp32():
 
 def test_another_word_is_refused():
     with pytest.raises(
-        ValueError, match="precision is not usable; got 'fp16'; expected one of auto, fp32, bf16"
+        ValueError,
+        match="unknown precision; got 'fp16'; expected one of auto, fp32, bf16; did you mean 'bf16'",
     ):
         choose_precision("fp16")
 

@@ -676,7 +676,7 @@ def test_a_run_tells_what_it_understood_and_how_far_it_is(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_rnk": 4}, "unknown option lora_rnk; did you mean lora_rank?"),
+        ({"lora_rnk": 4}, "unknown option lora_rnk; did you mean 'lora_rank'?"),
         ({"output_dir": None}, "output_dir is missing; expected such as 'runs/mine'"),
         ({"train": None}, "no data given; expected a train_file or a dataset_name"),
         ({"train": 3}, "train"),

@@ -55,5 +55,5 @@ def test_every_option_has_words(entry) -> None:
     ("name", "near"), [("lora_rnk", "lora_rank"), ("lr", "learning_rate"), ("weight_deca", "weight_decay")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(ValueError, match=f"^unknown option {name}; (did you mean {near}|hf-lora train)"):
+    with pytest.raises(ValueError, match=f"^unknown option {name}; did you mean '{near}'\\?$"):
         check_names([name])

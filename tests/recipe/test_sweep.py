@@ -334,7 +334,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown option": (
         swept,
         {"learning_rte": 1.0},
-        "unknown option learning_rte; did you mean learning_rate",
+        "unknown option learning_rte; did you mean 'learning_rate'",
     ),
     "shots twice": (drawn, {"shots": (8, None, 8)}, "shots has 8 twice"),
     "all twice": (drawn, {"shots": (None, None)}, "shots has all twice"),

@@ -197,7 +197,7 @@ def test_a_checkpoint_of_an_earlier_version_is_used_with_one_warning(run, tmp_pa
 @pytest.mark.parametrize(
     ("names", "hint"),
     [
-        ("learning_rates", "did you mean learning_rate?"),
+        ("learning_rates", "did you mean 'learning_rate'?"),
         (["data", "optim"], "got 'optim'; expected some of data, labels"),
     ],
 )
