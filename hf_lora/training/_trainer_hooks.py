@@ -30,6 +30,7 @@ from transformers.integrations import deepspeed, is_deepspeed_available
 from transformers.trainer_utils import has_length
 
 from hf_lora._choices import nearest, unknown
+from hf_lora.lora.inject import lora_layers
 
 
 def with_batches(loader: DataLoaderShard, batches: Sampler[list[int]]) -> DataLoaderShard:
@@ -205,6 +206,15 @@ def one_line(what: str) -> Iterator[None]:
     except (ValueError, OSError, TypeError, KeyError, ImportError, RuntimeError, AssertionError) as error:
         told = " ".join(str(error).split())
         raise ValueError(f"{what}: {told}") from error
+
+
+def check_acting(model: nn.Module) -> None:
+    """Raises ValueError for a model whose LoRA would get no gradient: without it, merged or disabled."""
+    if wrong := [name for name, layer in lora_layers(model).items() if layer.merged or not layer.enabled]:
+        raise ValueError(
+            f"cannot train a merged or disabled adapter; got {len(wrong)} such layers, first {wrong[0]!r}; "
+            "call unmerge_lora first, and train outside lora_disabled"
+        )
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

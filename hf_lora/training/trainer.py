@@ -45,7 +45,8 @@ class LoRATrainer(CheckpointingTrainer):
     The optimizer holds LoRA, head and trained biases and nothing else. Losses under gradient accumulation
     and on several processes are means over examples (stock Trainer multiplies them for classifiers).
     `train_sampling_strategy="group_by_length"` is ours, see `batching`, in evaluation too. `args` may be plain
-    TrainingArguments. Raises ValueError for a model without LoRA, and for an optimizer that misses a trained parameter.
+    TrainingArguments. Raises ValueError for a model without LoRA, or with it merged, and for an optimizer that misses a
+    trained parameter.
 
     facts: what the card tells besides the training. lora_start: how A and B began, once `start_lora` has run.
     starts: what `start_head` and `start_lora` do, once more for every model that `model_init` makes.
@@ -66,7 +67,7 @@ class LoRATrainer(CheckpointingTrainer):
         with hooks.trainable_if_quantized(model):
             super().__init__(model=model, args=args, **kwargs)
         distributed.check_met()
-        injection(self.model)
+        hooks.check_acting(self.model)
         self._reconcile()
         check_callbacks(self.args, self.callback_handler.callbacks)
         if self.compute_metrics is None and not isinstance(self.eval_dataset, dict):
@@ -112,6 +113,7 @@ class LoRATrainer(CheckpointingTrainer):
         resume = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.model_init is not None:
             self._begin_anew(trial, started=resume is None)
+        hooks.check_acting(self.model)
         if distributed.process_count() > 1:
             lengths = batching.token_lengths(self.train_dataset)
             distributed.check_processes(self.model, lengths, self._is_sharded)

@@ -20,7 +20,10 @@ from hf_lora import (
     LoRATrainer,
     head_parameters,
     inject_lora,
+    lora_disabled,
     lora_parameters,
+    merge_lora,
+    unmerge_lora,
 )
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.peft_format import adapter_tensors
@@ -292,6 +295,25 @@ def test_other_problem_types_train_and_save(problem_type, labels, tmp_path):
 def test_a_model_without_lora_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no LoRA layers; .* call inject_lora"):
         LoRATrainer(model=tiny_classifier("bert"), args=arguments(tmp_path), train_dataset=dataset())
+
+
+def test_a_merged_or_disabled_adapter_is_not_trained(tmp_path):
+    """The update in a merged weight gets no gradient: the head alone would be trained, without a word."""
+    model = injected()
+    merge_lora(model)
+    with pytest.raises(
+        ValueError, match=r"^cannot train a merged .* got 8 such layers, .* unmerge_lora first"
+    ):
+        trainer(tmp_path, model)
+    unmerge_lora(model)
+    run = trainer(tmp_path, model)
+    merge_lora(model)
+    with pytest.raises(ValueError, match="cannot train a merged"):
+        run.train()
+    unmerge_lora(model)
+    with lora_disabled(model), pytest.raises(ValueError, match="outside lora_disabled"):
+        run.train()
+    run.train()
 
 
 def test_a_saved_model_has_a_card_and_no_pickle(tmp_path):
