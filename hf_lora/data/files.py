@@ -136,6 +136,12 @@ def read_table(table: Any, split: str) -> datasets.Dataset | datasets.DatasetDic
     Raises ValueError: `table` is something else, or has a column that cannot be held.
     """
     if isinstance(table, datasets.Dataset | datasets.DatasetDict):
+        parts = table.values() if isinstance(table, datasets.DatasetDict) else [table]
+        if any(part.format["type"] == "custom" for part in parts):
+            raise ValueError(
+                f"the {split} data has a transform, which acts only where rows are read one by one; expected rows as "
+                "they are trained on; use map in the place of with_transform or set_transform"
+            )
         return table.with_format(None)
     if isinstance(table, list | tuple):
         for row, example in enumerate(table, 1):
@@ -168,7 +174,7 @@ def _array(values: Sequence[Any], what: str) -> pyarrow.Array:
         values = [None if value is None else as_text(value) for value in values]
     try:
         return pyarrow.array(values, from_pandas=True)
-    except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+    except (pyarrow.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         reason = str(error).splitlines()[0]
         raise ValueError(

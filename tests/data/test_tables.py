@@ -25,6 +25,9 @@ COLUMNS: dict[str, list[Any]] = {
     "floats": [0.5, 2.0, -1.25, 1e-3] * 10,
     "several": ["x|y", "x", "", "y"] * 10,
 }
+SHOUTED = datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 20}).with_transform(
+    lambda batch: batch
+)
 PROBLEMS = {"several": "multi_label_classification"}
 
 
@@ -160,6 +163,13 @@ def test_the_format_of_a_dataset_does_not_matter() -> None:
             r"the train data holds a str in row 2; expected a list of dicts",
         ),
         ({"train": []}, {}, "the train split is empty; expected at least one example"),
+        ({"train": SHOUTED}, {}, "the train data has a transform, which .*; use map in the place of"),
+        ({"train": datasets.DatasetDict(test=SHOUTED)}, {}, "the train data has a transform"),
+        (
+            {"train": [{"text": "a \ud83d"}]},
+            {},
+            "column 'text' of the train data cannot be read; got .*surrogates",
+        ),
         (
             {"train": pandas.DataFrame([["a", "b"]], columns=["text", "text"])},
             {},
