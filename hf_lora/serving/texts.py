@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ Text = str | Sequence[str] | Mapping[str, str]
 """A text; for models of text pairs (first, second); or either as a dictionary with the adapter's `text_columns`."""
 
 _KINDS = {1: "one text", 2: "a pair"}
+# What bytes of another encoding, or half an emoji of JSON, leave in a string. No tokenizer takes it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_pair(texts: Any, columns: Sequence[str]) -> bool:
@@ -26,9 +29,13 @@ def is_pair(texts: Any, columns: Sequence[str]) -> bool:
 
 
 def several(texts: Any) -> Any:
-    """The same. Raises ValueError for what is no collection, or one text: its letters would be the texts."""
+    """The same. Raises ValueError for what is no collection of texts, or one text: its letters would be they."""
     if not isinstance(texts, Iterable) or isinstance(texts, str | bytes | Mapping):
         raise ValueError(f"not texts; got {shortened(texts)}; expected a string or a list of strings")
+    if hasattr(texts, "columns"):  # a DataFrame gives the names of its columns
+        raise ValueError(
+            f"not texts; got a {type(texts).__name__}; expected one of its columns, or a list of strings"
+        )
     return texts
 
 
@@ -65,5 +72,9 @@ def _parts(text: Any, columns: Sequence[str]) -> tuple[str, ...]:
         text = tuple(text[name] for name in columns)
     parts = (text,) if isinstance(text, str) else text
     if isinstance(parts, list | tuple) and len(parts) in (1, 2) and all(isinstance(p, str) for p in parts):
+        if any(_SURROGATE.search(part) for part in parts):
+            raise ValueError(
+                f"not a text; got {shortened(text)}, with half a character; expected valid Unicode"
+            )
         return tuple(parts)
     raise ValueError(f"not a text; got {text!r}; expected a string or a pair of strings")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import peft
 import pytest
 import torch
@@ -181,6 +182,9 @@ def test_empty_list_gives_an_empty_list(classifier: TextClassifier) -> None:
         (["good", ("a", "b")], ["single texts and text pairs", "mixed"]),
         (5, ["not", "text", "5"]),
         (None, ["not", "text", "None"]),
+        (pandas.DataFrame({"text": ["good", "bad"]}), ["not texts; got a DataFrame", "one of its columns"]),
+        (["good", "bad \ud83d"], ["not a text", r"'bad \ud83d'", "valid Unicode"]),
+        ("bad \udcff", ["not a text", r"'bad \udcff'", "valid Unicode"]),
     ],
 )
 def test_anything_but_texts_is_refused(classifier: TextClassifier, texts: Any, words: list[str]) -> None:
