@@ -342,7 +342,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "metric": (
         drawn,
         {"metric": "speed"},
-        "not measured for these labels; got 'speed'; expected one of loss,",
+        "unknown metric for these labels; got 'speed'; expected one of loss,",
     ),
 }
 
