@@ -138,6 +138,8 @@ def readable(what: str, source: str | None = None, **hub: Any) -> Iterator[None]
         if source is not None and optional_file(source, "config.json", **hub) is None:
             _refuse_adapter(source, **hub)
         reason = " ".join(str(error).split())
+        if "weights_only" in reason:  # torch proposes to run what the file holds
+            reason = "a file is damaged, or holds more than tensors"
         message = (
             f"{what} cannot be loaded; got {type(error).__name__}: {reason[:_LONGEST]}; expected a directory with all "
             "files of a model, or the id of one on the Hub"
