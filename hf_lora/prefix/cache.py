@@ -175,7 +175,6 @@ class PrefixCache:
 
 # What wraps the model's own forward, or is random before the blocks: (what, whether a trainer has it, instead).
 _REFUSED: tuple[tuple[str, Callable[[Trainer], bool], str], ...] = (
-    ("model_init", lambda trainer: trainer.model_init is not None, "give the trainer a model"),
     ("FSDP", lambda trainer: trainer.is_fsdp_enabled, "run on several GPUs with DDP"),
     ("DeepSpeed", lambda trainer: trainer.is_deepspeed_enabled, "run on several GPUs with DDP"),
     ("several GPUs in one process", lambda trainer: trainer.args.n_gpu > 1, "use accelerate launch"),

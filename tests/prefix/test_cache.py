@@ -304,6 +304,15 @@ def test_a_run_with_the_cache_gives_the_adapter_of_the_run_without(cache, option
     )
 
 
+def test_each_model_of_model_init_has_a_cache_of_its_own(tmp_path):
+    runs = [trainer(tmp_path / kind, kind) for kind in ("memory", "no")]
+    for run in runs:
+        run.model_init = lambda: classifier()
+        for _ in range(2):
+            run.train()
+    assert_same_training(*runs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_trains_the_same(use_reentrant, tmp_path):
@@ -417,7 +426,6 @@ def test_a_stream_of_examples_is_refused(tmp_path):
         ("neftune_noise_alpha", 5.0),
         ("is_fsdp_enabled", True),
         ("is_deepspeed_enabled", True),
-        ("model_init", classifier),
     ],
 )
 def test_what_goes_around_the_models_forward_is_refused(name, value, tmp_path):
