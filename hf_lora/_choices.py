@@ -45,7 +45,7 @@ class Keywords:
         for name in values:
             if name not in known:
                 expected = f"expected some of {', '.join(known)}{nearest(name, known, meant=cls.MEANT)}"
-                raise ValueError(f"unknown keyword of {cls.__name__}; got {name!r}; {expected}")
+                raise ValueError(f"unknown keyword of {cls.__name__}; got {repr(name)[:80]}; {expected}")
         return super().__new__(cls)
 
 

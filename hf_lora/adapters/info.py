@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from hf_lora._files import check_types, parse_object, shortened
+from hf_lora._text import one_line
 from hf_lora.tasks import SINGLE, Task, task_of
 from hf_lora.tasks.calibration import Calibration
 
@@ -124,4 +125,4 @@ class AdapterInfo:
         try:
             return cls(**given, base_model=BaseModel(**base))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{source} cannot be read: {error}") from None
+            raise ValueError(f"{source} cannot be read: {one_line(error, 300)}") from None

@@ -102,7 +102,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
             in_head = belongs_to(key.removeprefix(PREFIX), injection(model).head)
             raise ValueError(
                 f"{source} does not fit the model; {key!r} has shape {got}, expected {want}"
-                + (f"; load the base with num_labels={got[0]}" if in_head else "")
+                + (f"; load the base with num_labels={got[0]}" if in_head and got else "")
             )
         # NaN and infinity survive in a sum, and summing is quicker than looking at every value.
         if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():

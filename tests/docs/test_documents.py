@@ -181,6 +181,8 @@ def task_of(snippet: Snippet) -> dict[str, Any] | None:
         return None
     if snippet.language == "python":
         code = snippet.text
+        if snippet.document.startswith("model_cards/"):
+            code = code.replace("runs/demo", "runs/native")  # the card's adapter has the base's own head
         for placeholder, value in PYTHON_PLACEHOLDERS.items():
             code = code.replace(placeholder, value)
         namespace = snippet.document if snippet.document in CONTINUED else ""
@@ -224,6 +226,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = tiny_tokenizer()
         tokenizer.model_max_length = 128
         tokenizer.save_pretrained(snapshot)
+        if name.startswith("sentence-transformers/"):
+            (snapshot / "1_Pooling").mkdir()
+            pooling = {"word_embedding_dimension": _SIZES["hidden_size"], "pooling_mode_mean_tokens": True}
+            (snapshot / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     write_data(folder)
     (config,) = [s.text for s in QUICK if s.language == "yaml"]
     (folder / "config.yaml").write_text(config)
