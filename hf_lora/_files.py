@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from hf_lora._text import shortened
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -229,12 +231,6 @@ def is_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond all floats
         return False
-
-
-def shortened(value: Any, limit: int = 80) -> str:
-    """`repr` of a value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 @contextmanager

@@ -26,6 +26,12 @@ def printable(text: str) -> str:
     return _escaped(text, lambda character: character.encode("unicode_escape").decode())
 
 
+def shortened(value: Any, limit: int = 80) -> str:
+    """`repr` of a value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def one_line(error: object, limit: int = 2000) -> str:
     """What an error says, for a terminal: in one line that is cut where it is long."""
     text = printable(" ".join(str(error).split()))
@@ -89,8 +95,8 @@ class Budget:
         self.left -= steps
         if self.left < 0:
             raise ValueError(
-                f"a pattern takes too long to match; got {_cut(pattern)}; expected less than {self.STEPS:,} steps for "
-                "all patterns of an adapter; use module names, or no nested repetitions"
+                f"a pattern takes too long to match; got {shortened(pattern)}; expected less than {self.STEPS:,} steps "
+                "for all patterns of an adapter; use module names, or no nested repetitions"
             )
 
 
@@ -108,7 +114,7 @@ class Pattern:
         expected = "expected a regular expression"
         if not isinstance(pattern, str) or len(pattern) > self.MAX_LENGTH:
             expected += f" of at most {self.MAX_LENGTH} characters"
-            raise ValueError(f"{what} has an unusable pattern; got {_cut(pattern)}; {expected}")
+            raise ValueError(f"{what} has an unusable pattern; got {shortened(pattern)}; {expected}")
         self.pattern, self._budget = pattern, budget or Budget()
         self._budget.spend(len(pattern), pattern)
         try:
@@ -120,7 +126,7 @@ class Pattern:
             self._check(self._parts, 0)
         except (re.error, RecursionError, OverflowError, MemoryError) as error:
             raise ValueError(
-                f"{what} has an invalid pattern; got {_cut(pattern)}; {expected} ({error})"
+                f"{what} has an invalid pattern; got {shortened(pattern)}; {expected} ({error})"
             ) from None
 
     def _check(self, parts: Any, depth: int) -> None:
@@ -238,11 +244,6 @@ def dotted_ends(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.partition(".")[2]
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _inner(kind: str, value: Any) -> Sequence[Any]:

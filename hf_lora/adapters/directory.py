@@ -21,8 +21,8 @@ from hf_lora._files import (
     parse_tensors,
     read_bytes,
     replacing,
-    shortened,
 )
+from hf_lora._text import shortened
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
 from hf_lora.adapters.loading import load_tensors

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from hf_lora._files import check_types, parse_object, shortened
-from hf_lora._text import one_line
+from hf_lora._files import check_types, parse_object
+from hf_lora._text import one_line, shortened
 from hf_lora.tasks import SINGLE, Task, task_of
 from hf_lora.tasks.calibration import Calibration
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_lora._files import shortened
+from hf_lora._text import shortened
 from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.adapters.peft_format import PREFIX, own_tensors
 from hf_lora.lora.config import LoRAConfig

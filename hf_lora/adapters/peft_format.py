@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lora._files import check_types, shortened
-from hf_lora._text import dotted_ends
+from hf_lora._files import check_types
+from hf_lora._text import dotted_ends, shortened
 from hf_lora.lora.config import FACTORS, VARIANTS, LoRAConfig
 from hf_lora.lora.head import belongs_to, unwrapped
 from hf_lora.lora.inject import injection, lora_layers, trained_biases

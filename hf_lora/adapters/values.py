@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lora._files import shortened
+from hf_lora._text import shortened
 from hf_lora.adapters import peft_format
 from hf_lora.adapters.directory import AdapterFiles, write_files
 from hf_lora.adapters.info import AdapterInfo

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from hf_lora._choices import Keywords, Registry, option, unknown
-from hf_lora._files import is_number, shortened
-from hf_lora._text import Budget, Pattern, PatternTable
+from hf_lora._files import is_number
+from hf_lora._text import Budget, Pattern, PatternTable, shortened
 from hf_lora.lora.architectures import ROLES
 
 FACTORS = ("lora_A", "lora_B", "lora_magnitude")

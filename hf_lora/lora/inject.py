@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_lora._files import shortened
+from hf_lora._text import shortened
 from hf_lora.lora.config import FACTORS, LoRAConfig
 from hf_lora.lora.head import ParameterCount as ParameterCount
 from hf_lora.lora.head import belongs_to, find_head, shared, unwrapped

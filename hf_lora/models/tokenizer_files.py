@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_lora._files import parse_object, read_bytes, shortened
+from hf_lora._files import parse_object, read_bytes
+from hf_lora._text import shortened
 
 # A pattern such as `tokenizer*` fits files of any kind: these endings only.
 TOKENIZER_FILES = (

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_lora._choices import nearest
-from hf_lora._files import shortened, whole_file
-from hf_lora._text import json_line
+from hf_lora._files import whole_file
+from hf_lora._text import json_line, shortened
 from hf_lora.adapters.info import AdapterInfo
 
 Answer = Mapping[str, Any]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_lora._files import shortened
+from hf_lora._text import shortened
 
 Text = str | Sequence[str] | Mapping[str, str]
 """A text; for models of text pairs (first, second); or either as a dictionary with the adapter's `text_columns`."""

@@ -13,7 +13,7 @@ from unicodedata import category, normalize
 
 import datasets
 
-from hf_lora._files import shortened
+from hf_lora._text import shortened
 from hf_lora.tasks.task import MULTI, REGRESSION, SINGLE, TASKS, Task, task_of
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

@@ -13,7 +13,8 @@ from scipy.special import expit, softmax
 from torch import Tensor
 
 from hf_lora._choices import Registry
-from hf_lora._files import is_number, shortened
+from hf_lora._files import is_number
+from hf_lora._text import shortened
 from hf_lora.tasks import calibration as fits
 from hf_lora.tasks.calibration import Calibration, Reliability
 from hf_lora.tasks.probe import Fit, Problem

@@ -21,7 +21,8 @@ import pyarrow.types as kinds
 from transformers import Trainer, TrainingArguments
 
 from hf_lora._choices import nearest
-from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes, shortened
+from hf_lora._files import MAX_JSON_BYTES, parse_object, read_bytes
+from hf_lora._text import shortened
 from hf_lora.adapters.directory import adapter_info
 from hf_lora.lora.inject import base_parameters, injection
 from hf_lora.training._trainer_hooks import chosen_rows
