@@ -217,26 +217,30 @@ class PatternTable:
         if len(values) > self.MAX_PATTERNS:
             expected = f"expected at most {self.MAX_PATTERNS:,}"
             raise ValueError(f"{what} has too many patterns; got {len(values):,}; {expected}")
-        self._exact: dict[str, tuple[int, Any]] = {}
-        self._others: list[tuple[int, Pattern, Any]] = []
-        self._known: dict[str, Any] = {}
-        for order, (pattern, value) in enumerate(values.items()):
+        self._values = values
+        self._exact: dict[str, tuple[int, str]] = {}
+        self._others: list[tuple[int, Pattern]] = []
+        self._known: dict[str, str | None] = {}
+        for order, pattern in enumerate(values):
             # Large models have thousands of patterns, all of them names: these are looked up.
             if isinstance(pattern, str) and re.fullmatch(r"\^?(?:\w|\\[.-]){1,500}", pattern):
-                self._exact.setdefault(pattern.replace("\\", ""), (order, value))
+                self._exact.setdefault(pattern.replace("\\", ""), (order, pattern))
             else:
-                self._others.append((order, Pattern(what, pattern, budget), value))
+                self._others.append((order, Pattern(what, pattern, budget)))
+
+    def first(self, name: str) -> str | None:
+        """The pattern that decides about a name; None if none matches. Raises ValueError if that takes too long."""
+        if name not in self._known:
+            ends = (self._exact[end] for end in (f"^{name}", *dotted_ends(name)) if end in self._exact)
+            order, exact = min(ends, default=(self.MAX_PATTERNS, None))
+            earlier = (other for at, other in self._others if at < order)
+            self._known[name] = next((o.pattern for o in earlier if o.matches(name, end=True)), exact)
+        return self._known[name]
 
     def get(self, name: str, default: Any) -> Any:
         """The value for a name. Raises ValueError if that takes too long."""
-        if name not in self._known:
-            ends = (self._exact[end] for end in (f"^{name}", *dotted_ends(name)) if end in self._exact)
-            order, value = min(ends, key=lambda found: found[0], default=(self.MAX_PATTERNS, default))
-            first = (
-                other for at, pattern, other in self._others if at < order and pattern.matches(name, end=True)
-            )
-            self._known[name] = next(first, value)
-        return self._known[name]
+        pattern = self.first(name)
+        return default if pattern is None else self._values[pattern]
 
 
 def dotted_ends(name: str) -> Iterator[str]:

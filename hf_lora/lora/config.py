@@ -146,9 +146,8 @@ class LoRAConfig(Keywords):
         """The patterns of ranks and alphas that decide about none of the adapted modules `names`."""
         names = list(names)
         unused = []
-        for patterns in (self.rank_pattern, self.alpha_pattern):
-            table = PatternTable("a pattern", {pattern: pattern for pattern in patterns}, Budget())
-            deciding = {table.get(name, None) for name in names}
+        for patterns, table in zip((self.rank_pattern, self.alpha_pattern), self._patterns, strict=True):
+            deciding = {table.first(name) for name in names}
             unused += [pattern for pattern in patterns if pattern not in deciding]
         return unused
 
