@@ -156,13 +156,14 @@ def load_files(model: nn.Module, files: AdapterFiles, *, check_base: bool = True
             f"the adapter in {place!r} has a head with pooling={info.pooling!r}; got a model with "
             f"{pooling_of(model)!r}; load it with TextClassifier.from_pretrained, or into load_base(..., pooling=...)"
         )
-    fit = adapted_modules(files.tensors) <= {name for name, _ in model.named_modules()}
+    fit = (adapted := adapted_modules(files.tensors)) <= {name for name, _ in model.named_modules()}
     # Updates alone may suit a model with another head.
     if info is not None or not fit or any(".lora_" not in key for key in files.tensors):
         check_task(files, peft_format.task_of_class(type(model).__name__))
-    head = _head_in(files, model)
+    brought = brought_whole(files.peft_config, files.tensors, model)
+    head = _head_in(model, adapted, brought)
     _check_ranks(model, files, head)
-    tensors = _with_head(files, model, head)
+    tensors = _with_head(files, model, head, brought)
     inject_lora(model, files.config, head=head, blank=True)
     try:
         trained_on = info.base_model.fingerprint if check_base and info is not None else None
@@ -271,15 +272,16 @@ def _check_ranks(model: nn.Module, files: AdapterFiles, head: list[str]) -> None
             )
 
 
-def _head_in(files: AdapterFiles, model: nn.Module) -> list[str]:
+def _head_in(model: nn.Module, adapted: set[str], brought: list[str]) -> list[str]:
     """The modules that are saved whole: the head, but for what is adapted in it, and others of `modules_to_save`."""
-    head, prefix = parts_without(model, find_head(model), adapted_modules(files.tensors)), base_prefix(model)
-    brought = brought_whole(files.peft_config, files.tensors, model)
+    head, prefix = parts_without(model, find_head(model), adapted), base_prefix(model)
     saved = [name for name in brought if not prefix or belongs_to(name, [prefix])]
     return head + [name for name in saved if not belongs_to(name.rpartition(".")[0], saved)]
 
 
-def _with_head(files: AdapterFiles, model: nn.Module, head: list[str]) -> Mapping[str, Tensor]:
+def _with_head(
+    files: AdapterFiles, model: nn.Module, head: list[str], brought: list[str]
+) -> Mapping[str, Tensor]:
     """The adapter's tensors, with the model's own for the parts of the head that an adapter of peft leaves out.
 
     So what is saved from the model is whole. Raises ValueError for a module inside another: peft writes both under the
@@ -287,7 +289,6 @@ def _with_head(files: AdapterFiles, model: nn.Module, head: list[str]) -> Mappin
     """
     if files.info is not None:
         return files.tensors
-    brought = brought_whole(files.peft_config, files.tensors, model)
     if twice := [name for name in brought if belongs_to(name.rpartition(".")[0], brought)]:
         raise ValueError(
             f"the adapter in {str(files.directory)!r} has {twice[0]!r} twice, by itself and as a part; got "

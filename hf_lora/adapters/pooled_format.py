@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lora._files import check_types
 from hf_lora.adapters.peft_format import NO_OTHER_TARGETS, PREFIX, by_pattern, from_peft, int_if_whole
 from hf_lora.lora.head import belongs_to
 from hf_lora.models.pooling import HEAD
@@ -68,8 +67,7 @@ def _expression(names: Iterable[str]) -> str:
 def of_classifier(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], encoder: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of `of_encoder`: tensors and configuration with the names that the classifier has."""
-    check_types(config, dict.fromkeys(_PATTERNS, (dict,)), "the adapter's PEFT configuration")
+    """The inverse of `of_encoder`: tensors and configuration, of checked types, with the names of the classifier."""
     changed: dict[str, Any] = {
         key: {
             rf"^{re.escape(encoder)}\.{pattern.removeprefix('^')}": number
