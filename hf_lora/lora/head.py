@@ -79,23 +79,27 @@ def belongs_to(name: str, modules: Iterable[str]) -> bool:
 def shared(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """Of the parameters in `names`, those in whose memory another is, with its name; both as `names` calls them."""
     held = [
-        (f"{name}.{which}".lstrip("."), parameter)
+        (f"{name}.{which}".lstrip("."), id(parameter), _place(parameter))
         for name, module in model.named_modules()
         for which, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
-    wanted = [(name, parameter) for name, parameter in held if name in names]
-    pairs = ((name, other, one, two) for name, one in wanted for other, two in held if other != name)
-    return {names[name]: names.get(other, other) for name, other, one, two in pairs if _overlap(one, two)}
+    wanted = [entry for entry in held if entry[0] in names]
+    return {
+        names[name]: names.get(other, other)
+        for name, own, place in wanted
+        for other, its, another in held
+        if other != name and (own == its or _overlap(place, another))
+    }
 
 
-def _overlap(left: nn.Parameter, right: nn.Parameter) -> bool:
-    if left is right:
-        return True
-    # Of other types and on the meta device there is no address to compare.
-    if type(left) is not nn.Parameter or type(right) is not nn.Parameter or left.device != right.device:
-        return False
-    (first, size), (second, other) = ((p.data_ptr(), p.numel() * p.element_size()) for p in (left, right))
-    return bool(first and second) and first < second + other and second < first + size
+def _place(parameter: nn.Parameter) -> tuple[torch.device, int, int] | None:
+    """Device, first and last address. Of other types and on the meta device there are none to compare."""
+    start = parameter.data_ptr() if type(parameter) is nn.Parameter else 0
+    return (parameter.device, start, start + parameter.numel() * parameter.element_size()) if start else None
+
+
+def _overlap(one: tuple[torch.device, int, int] | None, two: tuple[torch.device, int, int] | None) -> bool:
+    return bool(one and two) and one[0] == two[0] and one[1] < two[2] and two[1] < one[2]  # type: ignore[index]
 
 
 def fresh_modules(model: nn.Module, missing_keys: Iterable[str]) -> tuple[str, ...]:
