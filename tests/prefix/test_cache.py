@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import randomize, tiny_classifier, tiny_tokenizer
 from datasets import Dataset
+from helpers_training import arguments
 from tiny_models import LENGTH, PAD, ROWS, TEXT, tiny_inputs, tiny_model
 
-from hf_lora import LoRAConfig, LoRATrainer, LoRATrainingArguments, inject_lora
+from hf_lora import LoRAConfig, LoRATrainer, inject_lora
 from hf_lora.adapters.peft_format import adapter_tensors
 from hf_lora.lora.architectures import ARCHITECTURES, ROLES
 from hf_lora.prefix.cache import PaddedBatch, PrefixCache
@@ -238,21 +239,10 @@ def classifier(dropout=0.0):
 
 
 def trainer(directory, cache="memory", model=None, cls=LoRATrainer, **options):
-    defaults = {
-        "output_dir": str(directory),
-        "use_cpu": True,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 0,
-    }
+    defaults = {"max_steps": -1, "num_train_epochs": 3, "cache_frozen_prefix": cache}
     return cls(
         model=model or classifier(),
-        args=LoRATrainingArguments(**{**defaults, "cache_frozen_prefix": cache, **options}),
+        args=arguments(directory, **{**defaults, **options}),
         train_dataset=examples(),
         eval_dataset=examples(6),
         processing_class=tiny_tokenizer(),
