@@ -73,21 +73,17 @@ def predict(options: Namespace) -> None:
     """The prediction for each text, in order, while the texts are being read: a line of JSON, or a row of a file."""
     from tqdm import tqdm
 
-    from hf_lora.serving.answers import format_of, write_answers, write_line
+    from hf_lora.serving.answers import format_of, write_answers, write_lines
 
     if options.output_file is not None:
         format_of(options.output_file)  # before anything is loaded
     classifier = classifier_of(options, precision=options.precision)
     texts = texts_of(options, classifier)
-    if options.output_file is not None:
-        texts = tqdm(texts, unit=" texts", disable=None)
-    answers = _answers(classifier, texts, options.batch_size)
-    if options.output_file is not None:
-        write_answers(options.output_file, answers, classifier.info)
+    if options.output_file is None:
+        write_lines(_answers(classifier, texts, options.batch_size), (), sys.stdout)
         return
-    for answer in answers:
-        write_line(answer, sys.stdout)
-        sys.stdout.flush()
+    texts = tqdm(texts, unit=" texts", disable=None)
+    write_answers(options.output_file, _answers(classifier, texts, options.batch_size), classifier.info)
 
 
 def texts_of(options: Namespace, classifier: TextClassifier) -> Iterator[Text]:

@@ -30,7 +30,7 @@ _READ_THE_END = {"xlnet", "t5gemma"}
 # A vocabulary this many times smaller than the model's is another one, or what is left without its files.
 _FAR_SMALLER = 8
 # Tokenizers without a limit report a huge number.
-_NO_LIMIT = 1_000_000
+NO_LIMIT = 1_000_000
 
 
 def reconcile(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,7 +54,7 @@ def reconcile(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
         tokenizer.padding_side = side
     limit = most_tokens(model)
     if limit is not None and limit < tokenizer.model_max_length:
-        if tokenizer.model_max_length < _NO_LIMIT:
+        if tokenizer.model_max_length < NO_LIMIT:
             changes.append(f"longest text {tokenizer.model_max_length:,} to {limit:,}, the model's positions")
         tokenizer.model_max_length = limit
     if changes:

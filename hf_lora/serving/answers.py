@@ -36,14 +36,10 @@ class Format(NamedTuple):
     package: str | None = None
 
 
-def write_line(answer: Answer, stream: Any) -> None:
-    """Write an answer as one line of JSON."""
-    stream.write(json_line(answer) + "\n")
-
-
-def _json_lines(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
+def write_lines(answers: Iterable[Answer], columns: Sequence[str], stream: Any) -> None:
+    """Write each answer as a line of JSON, as soon as it is there."""
     for answer in answers:
-        write_line(answer, stream)
+        stream.write(json_line(answer) + "\n")
         stream.flush()
 
 
@@ -113,7 +109,7 @@ def _unwritable(text: str) -> bool:
 
 
 FORMATS: dict[str, Format] = {
-    ".jsonl": Format(_json_lines),
+    ".jsonl": Format(write_lines),
     ".json": Format(_json),
     ".csv": Format(partial(_delimited, delimiter=",")),
     ".tsv": Format(partial(_delimited, delimiter="\t")),

@@ -30,11 +30,10 @@ from hf_lora.models.loading import (
     load_tokenizer,
     meta_classifier,
 )
-from hf_lora.models.reconcile import usable_length
+from hf_lora.models.reconcile import NO_LIMIT, usable_length
 from hf_lora.models.tokenizer_files import load_tokenizer_files
 from hf_lora.serving.texts import Text, in_columns, is_pair, several, shown
 
-_NO_LIMIT = 1_000_000
 # Texts of a stream that are held, and sorted by length, at a time.
 WINDOW = 2048
 # Tokens of a batch, padding included. With more, activations grow and leave a CPU's caches.
@@ -170,7 +169,7 @@ class TextClassifier:
     def longest(self) -> int:
         """The tokens to which texts are cut."""
         # Tokenizers without a limit report a number that they cannot take themselves.
-        limit = int(min(self.tokenizer.model_max_length, _NO_LIMIT))
+        limit = int(min(self.tokenizer.model_max_length, NO_LIMIT))
         positions = getattr(self.model.config, "max_position_embeddings", None) or limit
         return self.info.max_length or min(limit, positions if positions > 0 else limit)
 
