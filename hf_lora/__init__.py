@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_lora.adapters.directory import load_adapter, save_adapter
     from hf_lora.adapters.hub import push_adapter
     from hf_lora.adapters.loading import load_classifier
+    from hf_lora.bank.bank import AdapterBank
     from hf_lora.lora.config import LoRAConfig
     from hf_lora.lora.inject import (
         head_parameters,
@@ -53,6 +54,7 @@ _HOMES = {
     "load_classifier": "adapters.loading",
     "LoRATrainer": "training.trainer",
     "LoRATrainingArguments": "training.arguments",
+    "AdapterBank": "bank.bank",
     "TextClassifier": "serving.classifier",
     "finetune": "recipe.finetune",
     "FinetuneOptions": "recipe.options",
@@ -64,6 +66,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterBank",
     "FinetuneOptions",
     "FinetuneResult",
     "LoRAConfig",

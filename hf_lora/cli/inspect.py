@@ -191,7 +191,7 @@ def inspect(options: Namespace) -> None:
 def _updates(options: Namespace) -> tuple[list[Update], Any, list[str]]:
     """The updates, the base's configuration, and notes; without a base model no amplification and no configuration."""
     from hf_lora.insight.inspect import amplify, updates_of
-    from hf_lora.serving.classifier import load_trained
+    from hf_lora.serving.loading import load_trained
 
     files = _read(options.adapter, options.revision)
     try:

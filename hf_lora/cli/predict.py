@@ -21,7 +21,7 @@ from hf_lora.cli.shared import (
 
 if TYPE_CHECKING:
     from hf_lora.serving.classifier import TextClassifier
-    from hf_lora.serving.texts import Text
+    from hf_lora.serving.encoding import Text
 
 
 def register(commands: Any) -> None:

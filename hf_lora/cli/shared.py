@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_lora.adapters.info import AdapterInfo
     from hf_lora.data import ClassificationData
     from hf_lora.serving.classifier import TextClassifier
-    from hf_lora.serving.texts import Text
+    from hf_lora.serving.encoding import Text
     from hf_lora.tasks.mistakes import Evaluation
 
 _TRUE = "store_true"

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from hf_lora._choices import unknown
 from hf_lora.lora.head import base_prefix, belongs_to, cast_inputs, find_head
-from hf_lora.lora.inject import injection, lora_parameters
+from hf_lora.lora.inject import injection, is_injected, lora_parameters
 from hf_lora.models._transformers_private import record_origin
 from hf_lora.models.bundled import readable, resolve_base
 from hf_lora.models.pooling import HEAD, NATIVE, PooledClassifier, check_pooling
@@ -164,14 +164,16 @@ def load_base(
 
 @torch.no_grad()
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the encoder of an injected model to `dtype`, merged or not; LoRA and the head outside it are fp32.
+    """Cast the encoder of a model to `dtype`, with LoRA, merged or not, or without; LoRA and head outside it are fp32.
 
     As in `from_pretrained(dtype=...)`, tables of angles keep their precision: buffers that no checkpoint holds, of
     modules without parameters.
     """
     prefix = base_prefix(model)
-    head = [name for name in injection(model).head if not belongs_to(name, [prefix])]
-    lora = {id(parameter) for parameter in lora_parameters(model).values()}
+    injected = is_injected(model)
+    head = injection(model).head if injected else find_head(model)
+    head = tuple(name for name in head if not belongs_to(name, [prefix]))
+    lora = {id(parameter) for parameter in (lora_parameters(model) if injected else {}).values()}
     tensors = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
         if any(True for _ in model.get_submodule(name.rpartition(".")[0]).parameters()):

@@ -24,8 +24,8 @@ from hf_lora.lora.inject import is_injected, lora_layers, merge_lora, unmerge_lo
 from hf_lora.models._transformers_private import set_eager_attention
 from hf_lora.models.pooling import blank_like, native_class
 from hf_lora.serving.classifier import TextClassifier
+from hf_lora.serving.encoding import Text
 from hf_lora.serving.onnx import MODEL, MODEL_INT8, OnnxClassifier, onnx_package
-from hf_lora.serving.texts import Text
 
 # Of a logit, for logits up to 1; for greater ones in proportion, as rounding is.
 TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ from conftest import LABELS, randomize, tiny_classifier, tiny_tokenizer, without
 from hf_lora import LoRAConfig, head_parameters, load_classifier, lora_parameters, save_adapter
 from hf_lora.lora.head import output_layer_in
 from hf_lora.lora.inject import injection
-from hf_lora.serving.classifier import load_trained
+from hf_lora.serving.loading import load_trained
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from hf_lora.adapters.arithmetic import combine, resize
 from hf_lora.adapters.directory import read_adapter
 from hf_lora.adapters.info import FILE
 from hf_lora.adapters.values import Adapter, write_adapter
-from hf_lora.serving.classifier import load_trained
+from hf_lora.serving.loading import load_trained
 
 TEXTS = ["the film was good", "a dull book", "we had a very warm and lovely day"]
 # Every way in which PEFT's names or numbers depend on the module.

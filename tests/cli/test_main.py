@@ -14,7 +14,7 @@ from helpers_commands import call
 
 from hf_lora.cli import main as cli
 from hf_lora.models.loading import PRECISIONS
-from hf_lora.serving.classifier import CPU_TOKENS, TOKENS
+from hf_lora.serving.encoding import CPU_TOKENS, TOKENS
 from hf_lora.version import __version__
 
 COMMANDS = (

@@ -16,8 +16,8 @@ from hf_lora import TextClassifier
 from hf_lora.cli.main import main as hf_lora
 from hf_lora.data import ClassificationData, DataConfig, prepare_data
 from hf_lora.models.loading import load_base, load_tokenizer
-from hf_lora.serving.classifier import load_trained
 from hf_lora.serving.export import TOLERANCE, export_onnx
+from hf_lora.serving.loading import load_trained
 from hf_lora.serving.onnx import MODEL, load_onnx
 
 pytestmark = pytest.mark.slow

@@ -33,7 +33,7 @@ from hf_lora.models.pooling import (
     mean_of_tokens,
     pooling_of,
 )
-from hf_lora.serving.classifier import load_trained
+from hf_lora.serving.loading import load_trained
 
 POOLINGS = ["mean", "cls", "mean_layers"]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from hf_lora.lora.inject import base_parameters
 from hf_lora.models.fingerprint import fingerprint
 from hf_lora.models.loading import Precision
 from hf_lora.serving import classifier as inference
-from hf_lora.serving.classifier import CPU_TOKENS, WINDOW, _labels_of, _rounded, load_trained
+from hf_lora.serving.encoding import CPU_TOKENS, WINDOW, encode
+from hf_lora.serving.loading import _labels_of, load_trained
 
 
 @pytest.fixture(scope="module")
@@ -560,48 +561,6 @@ def test_a_text_longer_than_the_budget_goes_alone(
     assert shapes[0] == (1, 32) and max(rows * tokens for rows, tokens in shapes[2:]) <= 10
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("texts", [TEXTS, PAIRS])
-def test_padding_is_the_tokenizers_with_the_length_rounded_up(
-    side: str,
-    texts: Sequence[Any],
-    classifier: TextClassifier,
-    of_pairs: TextClassifier,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    classifier = of_pairs if texts is PAIRS else classifier
-    monkeypatch.setattr(classifier.tokenizer, "padding_side", side)
-    encoded = classifier._encode(texts)
-    expected = classifier.tokenizer.pad(encoded, padding="max_length", max_length=32, return_tensors="pt")
-    actual = classifier._padded(encoded)
-    assert actual.keys() == expected.keys()
-    columns = actual["input_ids"].shape[1]
-    longest = max(len(ids) for ids in encoded["input_ids"])
-    assert longest <= columns == min(_rounded(longest), 32)
-    for name, tensor in expected.items():
-        kept = tensor[:, :columns] if side == "right" else tensor[:, 32 - columns :]
-        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], kept), name
-
-
-def test_a_model_that_is_not_told_what_is_padding_gets_no_more_than_it_needs(
-    classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded = {"input_ids": [list(range(17))]}
-    assert classifier._padded(encoded)["input_ids"].shape == (1, 17)
-    masked = {**encoded, "attention_mask": [[1] * 17]}
-    assert classifier._padded(masked)["input_ids"].shape == (1, 18)
-    monkeypatch.setattr(classifier.model.config, "pad_token_id", None)
-    assert classifier._padded(masked)["input_ids"].shape == (1, 17)
-
-
-def test_lengths_are_rounded_to_few_sizes_at_little_cost() -> None:
-    lengths = range(1, 513)
-    rounded = [_rounded(length) for length in lengths]
-    assert all(a >= b for a, b in zip(rounded, lengths, strict=True))
-    assert max(a / b for a, b in zip(rounded, lengths, strict=True)) < 1.125
-    assert len(set(rounded)) <= 15 + 8 * 5 + 1
-
-
 def test_a_trained_directory_needs_no_other_argument(adapter_dir: Path) -> None:
     model, tokenizer, info = load_trained(adapter_dir)
     assert info.labels == LABELS and info.max_length == 32 and not model.training
@@ -696,5 +655,5 @@ def test_a_tokenizer_without_a_limit_truncates_to_the_positions_if_there_are_any
     monkeypatch.setattr(classifier, "info", replace(classifier.info, max_length=None))
     monkeypatch.setattr(classifier.tokenizer, "model_max_length", 10**30)
     monkeypatch.setattr(classifier.model.config, "max_position_embeddings", positions)
-    (row,) = classifier._encode([" ".join(["good"] * 100)])["input_ids"]
+    (row,) = encode(classifier.tokenizer, [" ".join(["good"] * 100)], (), classifier.longest)["input_ids"]
     assert len(row) == (102 if positions < 1 else positions)

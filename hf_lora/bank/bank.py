@@ -1,0 +1,276 @@
+"""Many classifiers on one encoder: each text goes to the adapters that are asked for, all of them in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_lora._choices import unknown
+from hf_lora._text import shortened
+from hf_lora.adapters.directory import adapter_info
+from hf_lora.adapters.hub import adapter_directory
+from hf_lora.adapters.info import AdapterInfo
+from hf_lora.bank.loading import BankLoader, Loaded
+from hf_lora.bank.passes import Passes
+from hf_lora.bank.slots import Entry, Slots
+from hf_lora.serving.classifier import TextClassifier
+from hf_lora.serving.encoding import WINDOW, Text, several, shown
+from hf_lora.serving.loading import describe
+
+ALL = "*"
+Names = str | Sequence[str]
+"""The name of an adapter, "*" for all of them, or several names."""
+
+
+class AdapterBank:
+    """Classifiers that share one encoder, in memory once, and one tokenizer; each has labels and a head of its own.
+
+    Adapters may be added and removed by one thread while others predict: an answer is always that of a whole adapter.
+    capacity: how many adapters are loaded at a time; the least recently used one makes room, and is loaded again from
+    where it came when it is asked for. None: all of them.
+    """
+
+    def __init__(self, loader: BankLoader, capacity: int | None = None) -> None:
+        self._loader, self._slots = loader, Slots(loader, capacity)
+        self._passes = Passes(loader, self._slots)
+        self._entries: dict[str, Entry] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapters: Sequence[str | Path] | Mapping[str, str | Path],
+        *,
+        base: str | None = None,
+        check_base: bool = True,
+        device: str | torch.device | None = None,
+        precision: str | None = "auto",
+        capacity: int | None = None,
+        token: str | None = None,
+    ) -> AdapterBank:
+        """A bank of adapter directories and Hub ids, such as "me/mood" or "me/mood@v2"; or of a mapping from names.
+
+        Without names an adapter is called like the last part of its path. The first one says what the base model and
+        the tokenizer are. base, check_base, device, precision, token: as of `TextClassifier.from_pretrained`.
+        Raises ValueError for an adapter of another base or tokenizer, and for anything that does not fit.
+        """
+        named = adapters if isinstance(adapters, Mapping) else _named(several(adapters))
+        if not named:
+            raise ValueError("a bank needs an adapter; got none; expected directories or Hub ids")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        source, revision = split_revision(next(iter(named.values())))
+        first = describe(adapter_directory(source, revision=revision, token=token), base=base, token=token)
+        bank = cls(BankLoader(first, device, precision), capacity)
+        for name, place in named.items():
+            bank.add(place, name, check_base=check_base, token=token)
+        return bank
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """What is known of each adapter, by name, in the order in which they came."""
+        with self._slots.changed:
+            return {name: entry.info for name, entry in self._entries.items()}
+
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the adapters that are in memory now."""
+        with self._slots.changed:
+            return [name for name, entry in self._entries.items() if entry.slot is not None]
+
+    @property
+    def setting(self) -> str:
+        """How the bank runs, in one line for people."""
+        precision = self._loader.precision or "precision: as the model was loaded"
+        return f"{precision}; {len(self._entries)} adapters on one encoder"
+
+    def add(
+        self,
+        adapter: str | Path | TextClassifier | PreTrainedModel,
+        name: str | None = None,
+        *,
+        labels: Sequence[str] | None = None,
+        check_base: bool = True,
+        token: str | None = None,
+        replace: bool = False,
+    ) -> str:
+        """Add an adapter: a directory, a Hub id with or without "@revision", or a model in memory; returns its name.
+
+        name: default: the last part of the path. labels: names for an adapter of peft that has none.
+        replace: an adapter of that name is taken out; calls that have it end with it.
+        Raises ValueError, and leaves the bank as it was, for an adapter that does not fit.
+        """
+        if isinstance(adapter, str | Path):
+            name = name or Path(split_revision(adapter)[0]).name
+        if not name or name == ALL:
+            raise ValueError(f"an adapter needs a name; got {name!r}; expected a word, but for {ALL!r}")
+        with self._slots.loading:
+            if name in self._entries and not replace:
+                raise ValueError(
+                    f"the bank has an adapter of that name; got {name!r}; expected another name, or replace=True"
+                )
+            if isinstance(adapter, str | Path):
+                options: dict[str, Any] = {"labels": labels, "check_base": check_base, "token": token}
+                entry, loaded = self._read(name, *split_revision(adapter), **options)
+            else:
+                entry, loaded = self._taken(name, adapter)
+            self._slots.fill(entry, loaded)
+            with self._slots.changed:
+                before = self._entries.get(name)
+                self._entries[name] = entry
+            if before is not None:
+                self._slots.remove(before)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; calls that have it end with it. Raises ValueError for an unknown name."""
+        with self._slots.loading, self._slots.changed:
+            self._slots.remove(self._entry(name))
+            del self._entries[name]
+
+    def predict(
+        self,
+        texts: Text | Sequence[Text],
+        adapter: Names | Sequence[Names],
+        *,
+        batch_size: int | None = None,
+    ) -> Any:
+        """The answers of adapters to texts, in order; all texts share the passes of the encoder.
+
+        adapter: a name for all texts, or one for each; "*" for all adapters, or a list of names for each text, or for
+        the only one. An answer is that of `TextClassifier.predict` with "adapter", the name, besides. Of several
+        adapters it is `{"text", "answers"}`, with the answers by name.
+        Raises ValueError for a name that the bank does not have, before anything is computed.
+        """
+        one = isinstance(texts, str | Mapping | tuple)
+        listed = [cast(Text, texts)] if one else list(several(texts))
+        asked: list[Any] = [adapter] if one else list(adapter)
+        if isinstance(adapter, str):
+            asked = [adapter] * len(listed)
+        if len(asked) != len(listed):
+            raise ValueError(
+                f"expected a name for each text; got {len(asked)} names for {len(listed)} texts; for several adapters "
+                "on every text pass a list of names for each"
+            )
+        self._known(asked)
+        parts = (slice(start, start + WINDOW) for start in range(0, len(listed), WINDOW))
+        answers = [
+            answer for part in parts for answer in self._answers(listed[part], asked[part], batch_size)
+        ]
+        return answers[0] if one else answers
+
+    def predict_stream(
+        self, texts: Iterable[Text], adapter: Names, *, batch_size: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """As `predict` for any number of texts, holding 2,048 of them at a time; adapter: those of every text."""
+        self._known([adapter])
+        stream = iter(several(texts))
+        while window := list(islice(stream, WINDOW)):
+            yield from self._answers(window, [adapter] * len(window), batch_size)
+
+    def logits(
+        self, texts: Sequence[Text], adapter: Names, *, batch_size: int | None = None, enabled: bool = True
+    ) -> list[Tensor]:
+        """The outputs of each text's adapter, each `(labels,)`, fp32 on the CPU, not calibrated.
+
+        adapter: a name for all texts, or one for each. enabled: False for the encoder without the updates.
+        """
+        names = [adapter] * len(texts) if isinstance(adapter, str) else list(adapter)
+        results: list[Tensor] = []
+        for start in range(0, len(texts), WINDOW):
+            part = slice(start, start + WINDOW)
+            asked = self._known(names[part])
+            with self._slots.call({entry for own in asked for entry in own}):
+                results += [
+                    row for [row] in self._passes.logits(list(texts[part]), asked, batch_size, enabled)
+                ]
+        return results
+
+    def _answers(
+        self, texts: list[Text], asked: Sequence[Names], batch_size: int | None
+    ) -> Iterator[dict[str, Any]]:
+        entries = self._known(asked)
+        with self._slots.call({entry for own in entries for entry in own}):
+            rows = self._passes.logits(texts, entries, batch_size)
+        outputs: dict[Entry, dict[int, Tensor]] = {}
+        for index, own in enumerate(entries):
+            for entry, output in zip(own, rows[index], strict=True):
+                outputs.setdefault(entry, {})[index] = output
+        answers: list[dict[str, Any]] = [{} for _ in texts]
+        for entry, given in outputs.items():
+            info = entry.info
+            found = info.task.predictions(torch.stack(list(given.values())), info.labels, info.calibration)
+            for index, answer in zip(given, found, strict=True):
+                answers[index][entry.name] = answer
+        for text, names, own, answer in zip(texts, asked, entries, answers, strict=True):
+            told = {"text": shown(text, own[0].info.text_columns if own else ())}
+            if isinstance(names, str) and names != ALL:
+                yield {**told, "adapter": names, **answer[names]}
+            else:
+                yield {**told, "answers": {entry.name: answer[entry.name] for entry in own}}
+
+    def _read(
+        self, name: str, source: str, revision: str | None, *, token: str | None, **options: Any
+    ) -> tuple[Entry, Loaded]:
+        directory = Path(adapter_directory(source, revision=revision, token=token))
+        if directory.parent.name == "snapshots":
+            revision = (
+                directory.name
+            )  # the commit that a branch is at now: it is the same when it is loaded again
+
+        def load() -> Loaded:
+            place = adapter_directory(source, revision=revision, token=token)
+            return self._loader.load(place, token=token, **options)
+
+        loaded = load()
+        return Entry(name, loaded.info, load, source, revision), loaded
+
+    def _taken(self, name: str, adapter: TextClassifier | PreTrainedModel) -> tuple[Entry, Loaded]:
+        if isinstance(adapter, TextClassifier):
+            loaded = self._loader.take(adapter.model, adapter.info, adapter.tokenizer)
+        else:
+            loaded = self._loader.take(adapter, adapter_info(adapter))
+        return Entry(name, loaded.info, partial(replace, loaded, model=None)), loaded
+
+    def _known(self, asked: Sequence[Names]) -> list[list[Entry]]:
+        with self._slots.changed:
+            everything = list(self._entries.values())
+            return [
+                everything
+                if names == ALL
+                else [self._entry(name) for name in ([names] if isinstance(names, str) else names)]
+                for names in asked
+            ]
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise unknown("adapter", name, self._entries)
+        return self._entries[name]
+
+
+def split_revision(adapter: str | Path) -> tuple[str, str | None]:
+    """The directory or Hub id, and the revision behind an "@" if there is one."""
+    text = str(adapter)
+    if Path(text).exists() or "@" not in text:
+        return text, None
+    source, _, revision = text.rpartition("@")
+    return source, revision
+
+
+def _named(adapters: Iterable[str | Path]) -> dict[str, str | Path]:
+    named: dict[str, str | Path] = {}
+    for place in adapters:
+        name = Path(split_revision(place)[0]).name
+        if name in named:
+            raise ValueError(
+                f"two adapters have one name; got {shortened([str(named[name]), str(place)])}; expected a mapping from "
+                "names to them"
+            )
+        named[name] = place
+    return named

@@ -1,0 +1,164 @@
+"""Which adapter is in which slot of a bank's model: taken for a batch, filled, emptied; the oldest one makes room."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import cast
+
+import psutil
+import torch
+
+from hf_lora.adapters.info import AdapterInfo
+from hf_lora.bank.loading import BankLoader, Loaded
+
+# The slots of a bank without a capacity at first; they are doubled.
+_FIRST = 16
+
+
+@dataclass(eq=False)
+class Entry:
+    """An adapter of a bank. source: its directory or Hub id; None: it was in memory.
+
+    load: gives what is put into a slot. slot: None: in none now. used: when it was used last. calls: how many have
+    it now; once it is `removed`, its slot is emptied after the last one.
+    """
+
+    name: str
+    info: AdapterInfo
+    load: Callable[[], Loaded]
+    source: str | None = None
+    revision: str | None = None
+    slot: int | None = None
+    used: int = 0
+    calls: int = 0
+    removed: bool = False
+
+
+class Slots:
+    """The slots of a bank's model. One changes only while no batch runs with it; other batches go on meanwhile.
+
+    capacity: how many adapters are in slots at a time; None: all of them. Raises ValueError for less than one.
+    `loading` is held by whoever changes slots, and `changed` for a moment where their state is read or written.
+    """
+
+    def __init__(self, loader: BankLoader, capacity: int | None) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity is not usable; got {capacity}; expected at least 1 adapter")
+        self.capacity = capacity
+        self._loader, self._model = loader, loader.model
+        # By slot: the adapter in it, and how many batches run with it.
+        self._entries: dict[int, Entry] = {}
+        self._running: dict[int, int] = {}
+        self._clock = count(1)
+        self.loading = threading.RLock()
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def call(self, entries: Collection[Entry]) -> Iterator[None]:
+        """Inside, these adapters can be used, even where they are removed meanwhile."""
+        with self.changed:
+            for entry in entries:
+                entry.calls += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                for entry in entries:
+                    entry.calls -= 1
+                    self._empty(entry)
+
+    @contextmanager
+    def batch(self, entries: Collection[Entry]) -> Iterator[dict[Entry, int]]:
+        """Inside, these adapters are in slots and stay there; at most `capacity` of them."""
+        taken = list[Entry]()
+        try:
+            if self._take(entries):
+                taken += entries
+            else:
+                # Who waits for the batches of others holds no slot itself.
+                with self.loading:
+                    for entry in entries:
+                        if not self._take([entry]):
+                            self.fill(entry, entry.load())
+                            self._take([entry])
+                        taken.append(entry)
+            yield {entry: cast(int, entry.slot) for entry in entries}
+        finally:
+            with self.changed:
+                for entry in taken:
+                    self._running[cast(int, entry.slot)] -= 1
+                self.changed.notify_all()
+
+    def fill(self, entry: Entry, loaded: Loaded) -> None:
+        """Put an adapter into a free slot. Raises ValueError, with no slot changed, if it does not fit."""
+        with self.loading:
+            slot = self._free(loaded)
+            try:
+                self._model.put(slot, loaded.info.pooling, loaded.contents)
+                self._loader.verify(loaded, slot)
+            except BaseException:
+                self._model.remove(slot)
+                raise
+            with self.changed:
+                entry.info, entry.slot, entry.used = loaded.info, slot, next(self._clock)
+                self._entries[slot] = entry
+
+    def remove(self, entry: Entry) -> None:
+        """Empty the slot of an adapter when the calls that have it have ended."""
+        with self.changed:
+            entry.removed = True
+            self._empty(entry)
+
+    def _take(self, entries: Collection[Entry]) -> bool:
+        """Count a batch that runs with adapters, if all of them are in slots."""
+        with self.changed:
+            if any(entry.slot is None for entry in entries):
+                return False
+            for entry in entries:
+                slot = cast(int, entry.slot)
+                self._running[slot] = self._running.get(slot, 0) + 1
+                entry.used = next(self._clock)
+            return True
+
+    def _empty(self, entry: Entry) -> None:
+        if entry.removed and not entry.calls and entry.slot is not None:
+            self._model.remove(entry.slot)
+            del self._entries[entry.slot]
+            entry.slot = None
+            self.changed.notify_all()
+
+    def _free(self, loaded: Loaded) -> int:
+        """A slot without an adapter: of those that no batch runs with, the one that was used longest ago."""
+        with self.changed:
+            there = self._model.slots - 1
+            wanted = self.capacity or there if len(self._entries) < there else max(_FIRST, 2 * there)
+            wanted = self.capacity or wanted
+            self._check_memory(wanted, loaded)
+            self._model.reserve(wanted)
+            while True:
+                free = next((slot for slot in range(1, wanted + 1) if slot not in self._entries), None)
+                if free is not None:
+                    return free
+                idle = [slot for slot in self._entries if not self._running.get(slot)]
+                if idle:
+                    oldest = min(idle, key=lambda slot: self._entries[slot].used)
+                    self._entries.pop(oldest).slot = None
+                    return oldest
+                self.changed.wait()
+
+    def _check_memory(self, slots: int, loaded: Loaded) -> None:
+        """Raise ValueError if the stacks would not fit into memory, before they are made."""
+        needed, device = self._model.bytes_of(slots, loaded.contents), self._loader.device
+        more = needed - self._model.bytes_of(self._model.slots - 1)
+        free = (
+            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        )
+        if more > free:
+            raise ValueError(
+                f"{slots:,} adapters of rank {max(self._model.rank, loaded.contents.rank)} do not fit into memory; got "
+                f"{needed / 1e9:,.1f} GB for them, and {free / 1e9:,.1f} GB free; expected a lower capacity"
+            )

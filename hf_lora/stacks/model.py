@@ -1,0 +1,230 @@
+"""One encoder with the updates of many adapters, and the head of each on its own rows."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lora.lora.head import base_prefix, belongs_to
+from hf_lora.stacks.batch import Batch, running
+from hf_lora.stacks.contents import Contents
+from hf_lora.stacks.layers import ReplacedModule, StackedLinear, replaced_module, stacked_linear
+
+# The slot of no adapter: rows with it have the encoder as it was pretrained.
+NONE = 0
+
+
+class StackedModel:
+    """A classifier's encoder, its adapters in slots, and heads of several kinds on one pass of it.
+
+    model: a plain classifier, whose encoder is taken over. inputs: a few sequences for it, of which no other size in
+    the model is a multiple of their number. Slots are counted from 1; `reserve` makes room.
+    A kind is whatever tells heads of different classes apart. Adapters of one kind may have any number of labels.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        self.prefix = base_prefix(model)
+        self.encoder: nn.Module = model.get_submodule(self.prefix)
+        self.heads: dict[str, nn.Module] = {}
+        self.slots, self.rank = 1, 1
+        self._linear: dict[str, StackedLinear] = {}
+        self._replaced: dict[str, ReplacedModule] = {}
+        self._kinds: dict[int, str] = {}
+        with torch.no_grad(), _calls(model) as shapes:
+            model(**inputs)
+        count = len(inputs["input_ids"])
+        self.called = list(shapes)
+        """The modules of the encoder, and those of the head, in the order of their first calls."""
+        self._dimensions = {name: _dimension(shape, count) for name, shape in shapes.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return next(self.encoder.parameters()).device
+
+    def add_kind(self, kind: str, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        """Make heads of a kind usable. model: a classifier of it, of which all but the encoder is copied."""
+        encoder = model.get_submodule(self.prefix)
+        shared = _SharedEncoder(self.encoder)
+        with torch.no_grad(), _calls(model) as shapes:
+            model(**inputs)
+        head = copy.deepcopy(model, {id(encoder): shared}).requires_grad_(False).eval()
+        for name, shape in shapes.items():
+            if not belongs_to(name, [self.prefix]):
+                self._dimensions.setdefault(name, _dimension(shape, len(inputs["input_ids"])))
+        self.heads[kind] = head
+
+    def check(self, contents: Contents) -> None:
+        """Raise ValueError, by name, for modules whose inputs are not those of single sequences."""
+        names = [*contents.updates, *contents.modules]
+        unusable = [name for name in names if self._dimensions.get(name) is None]
+        if unusable:
+            raise ValueError(
+                f"the adapter cannot share its model with others; got {len(unusable)} modules that the model does not "
+                f"call for each sequence, first {unusable[0]!r}; expected such that it does; load it with "
+                "TextClassifier"
+            )
+
+    def bytes_of(self, slots: int, contents: Contents | None = None) -> int:
+        """The bytes of the stacks with so many slots, once an adapter with these contents has one."""
+        rank = max(self.rank, contents.rank if contents else 0)
+        sizes = {name: layer.factors for name, layer in self._linear.items()}
+        widths = {name: f.lora_A.shape[-1] + f.lora_B.shape[-1] for name, f in sizes.items()}
+        for name, update in contents.updates.items() if contents else ():
+            if update.lora_A is not None and update.lora_B is not None:
+                widths[name] = update.lora_A.shape[-1] + update.lora_B.shape[-1]
+        own = next(p for p in self.encoder.parameters() if p.is_floating_point())
+        return (slots + 1) * rank * sum(widths.values()) * own.element_size()
+
+    def reserve(self, slots: int) -> None:
+        """Make room for so many adapters."""
+        self.slots = max(self.slots, slots + 1)
+        for layer in self._linear.values():
+            layer.reserve(self.slots, self.rank)
+
+    def put(self, slot: int, kind: str, contents: Contents) -> None:
+        """Put an adapter that `check` accepts into a slot that no running batch has."""
+        self.rank = max(self.rank, contents.rank)
+        for name in contents.updates.keys() - self._linear.keys():
+            module = self.encoder.get_submodule(name.removeprefix(f"{self.prefix}."))
+            dimension = self._dimensions[name] or 0
+            self._linear[name] = stacked_linear(module, self.slots, self.rank, sequences=dimension)
+        for name in contents.modules:
+            key = name if belongs_to(name, [self.prefix]) else f"{kind}:{name}"
+            if key not in self._replaced:
+                inside = belongs_to(name, [self.prefix])
+                owner = self.encoder if inside else self.heads[kind]
+                module = owner.get_submodule(name.removeprefix(f"{self.prefix}.") if inside else name)
+                self._replaced[key] = replaced_module(module, sequences=self._dimensions[name] or 0)
+        for name, layer in self._linear.items():
+            layer.reserve(self.slots, self.rank)
+            layer.put(slot, contents.updates.get(name))
+        for key, place in self._replaced.items():
+            of_kind, _, name = key.rpartition(":")
+            place.put(slot, contents.modules.get(name) if of_kind in ("", kind) else None)
+        self._kinds[slot] = kind
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot that no running batch has."""
+        self.put(slot, self._kinds[slot], Contents())
+        del self._kinds[slot]
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], slots: Sequence[int], *, enabled: bool = True
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of groups of rows, each `(rows, labels of the widest head)`; rows without a head are left out.
+
+        inputs: what the classifier takes, each `(rows, ...)`. slots: of the rows, those of one kind and in it those of
+        one slot side by side. enabled: False for the pretrained encoder under the adapters' heads.
+        """
+        batch = Batch.of(slots, self.device, enabled=enabled)
+        kinds: dict[str, list[slice]] = {}
+        for slot, rows in batch.groups():
+            if slot in self._kinds:
+                kinds.setdefault(self._kinds[slot], []).append(rows)
+        places = {kind: slice(parts[0].start, parts[-1].stop) for kind, parts in kinds.items()}
+        if not places:
+            raise ValueError("no row has an adapter; expected one at least")
+        # The first one's head gets all rows, and the others what the encoder gave to it.
+        lead, *others = places
+        with running(batch), _pass(hidden_states=len(others) > 0) as kept:
+            logits, outputs = self.heads[lead](**inputs).logits, kept.outputs
+        yield places[lead], logits[places[lead]]
+        for kind in others:
+            rows = places[kind]
+            part = Batch.of(slots[rows], self.device, enabled=enabled)
+            with running(part), _pass(_rows_of(outputs, rows, len(batch))):
+                own = {name: value[rows] for name, value in inputs.items()}
+                yield rows, self.heads[kind](**own).logits
+
+
+class _Pass(threading.local):
+    """What a thread's encoder pass gave, or what is given in its place."""
+
+    outputs: Any = None
+    given: bool = False
+    hidden_states: bool = False
+
+
+_PASS = _Pass()
+
+
+@contextmanager
+def _pass(outputs: Any = None, *, hidden_states: bool = False) -> Iterator[_Pass]:
+    """Inside, `_SharedEncoder` gives `outputs`, or else runs and keeps its outputs."""
+    before = _PASS.outputs, _PASS.given, _PASS.hidden_states
+    _PASS.outputs, _PASS.given, _PASS.hidden_states = outputs, outputs is not None, hidden_states
+    try:
+        yield _PASS
+    finally:
+        _PASS.outputs, _PASS.given, _PASS.hidden_states = before
+
+
+class _SharedEncoder(nn.Module):
+    """What stands in a head's classifier in the place of the encoder, which it shares with others."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        # In a tuple: it is no part of the head.
+        self._encoder = (encoder,)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The encoder's outputs, from its one pass for a batch."""
+        if _PASS.given:
+            return _PASS.outputs
+        if _PASS.hidden_states:
+            options["output_hidden_states"] = True
+        _PASS.outputs = self._encoder[0](*inputs, **options)
+        return _PASS.outputs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._encoder[0], name)
+
+
+def _rows_of(outputs: Any, rows: slice, count: int) -> Any:
+    """Some rows of an encoder's outputs."""
+    if isinstance(outputs, Tensor):
+        return outputs[rows] if outputs.ndim and len(outputs) == count else outputs
+    if isinstance(outputs, tuple):
+        return tuple(_rows_of(part, rows, count) for part in outputs)
+    if isinstance(outputs, Mapping):
+        values = {name: _rows_of(part, rows, count) for name, part in outputs.items()}
+        return type(outputs)(**values)
+    return outputs
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Inside, collects the shape of the first input of each module, in the order of their first calls."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    hooks = []
+
+    def note(name: str, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        tensors = [value for value in (*inputs, *options.values()) if isinstance(value, Tensor)]
+        shapes.setdefault(name, tuple(tensors[0].shape) if tensors else ())
+
+    for name, module in model.named_modules():
+        if name:
+            hook = lambda _, inputs, options, name=name: note(name, inputs, options)  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield shapes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _dimension(shape: tuple[int, ...], count: int) -> int | None:
+    """The dimension that counts the sequences, or each several times; None where none does."""
+    if shape and shape[0] % count == 0:
+        return 0
+    return 1 if len(shape) > 2 and shape[1] == count else None
