@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_lora.models.pooling import NATIVE
 from hf_lora.models.reconcile import reconcile, usable_length
 from hf_lora.models.tokenizer_files import load_tokenizer_files
 from hf_lora.models.verify import probe_batch, relative_difference
+from hf_lora.prefix.shared import SharedPrefix
 from hf_lora.serving.loading import Described, describe, fill
 from hf_lora.stacks.contents import Contents, contents_of
 from hf_lora.stacks.model import NONE, StackedModel
@@ -37,10 +39,15 @@ _KEPT = 8
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter that fits a bank, not yet in a slot. model: what it was taken from, where it is of a new kind."""
+    """An adapter that fits a bank, not yet in a slot.
+
+    depth: how many blocks of the encoder run before the first that it changes; 0: they cannot be shared.
+    model: what it was taken from, where it is of a new kind.
+    """
 
     info: AdapterInfo
     contents: Contents
+    depth: int
     model: PreTrainedModel | None = None
 
 
@@ -72,6 +79,9 @@ class BankLoader:
         self._plain = {(NATIVE, 2): (own, frozenset(missing))}
         self._filled: dict[str, PreTrainedModel] = {}
         self.config, self.device = model.config, device
+        self.prefix: SharedPrefix | None = None
+        with suppress(ValueError):
+            self.prefix = SharedPrefix(self._encoder, lambda: model(**self._inputs), _ROWS)
         self.model = StackedModel(model, self._inputs)
 
     def load(
@@ -97,13 +107,13 @@ class BankLoader:
             model = self._filled[key]
             load_tensors(model, files.tensors, source=str(files.directory / TENSORS))
             info = replace(adapter.info, max_length=usable_length(adapter.info.max_length, model))
-            return Loaded(info, self._taken(model, info))
+            return self._taken(model, info)
         plain, missing = self._plain_of(adapter.info.pooling, len(adapter.info.labels))
         # It shares all weights but those that the adapter brings.
         brought = [name for name, _ in plain.named_parameters() if files.brings(name)]
         model = copy.deepcopy(plain, _same(plain, brought))
         info = fill(adapter, model, missing, check_base=check_base)
-        loaded = Loaded(info, self._taken(model.eval(), info), model)
+        loaded = replace(self._taken(model.eval(), info), model=model)
         if files.info is not None:
             self._filled[key] = model
             if len(self._filled) > _KEPT:
@@ -123,7 +133,7 @@ class BankLoader:
             )
         if tokenizer is not None and _meaning(tokenizer) != self._meaning:
             raise self._other_tokenizer("in memory")
-        return Loaded(info, self._taken(model, info), model)
+        return replace(self._taken(model, info), model=model)
 
     @torch.inference_mode()
     def verify(self, loaded: Loaded, slot: int) -> None:
@@ -145,13 +155,15 @@ class BankLoader:
                 "that it gives alone; expected the same; load it with TextClassifier"
             )
 
-    def _taken(self, model: PreTrainedModel, info: AdapterInfo) -> Contents:
+    def _taken(self, model: PreTrainedModel, info: AdapterInfo) -> Loaded:
         contents = contents_of(model)
         if info.pooling not in self.model.heads:
             plain, _ = self._plain_of(info.pooling, len(info.labels))
             self.model.add_kind(info.pooling, plain, self._inputs)
         self.model.check(contents)
-        return contents
+        names, start = [*contents.updates, *contents.modules], f"{self.model.prefix}."
+        inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+        return Loaded(info, contents, 0 if self.prefix is None else self.prefix.depth(inside))
 
     def _plain_of(self, pooling: str, labels: int) -> tuple[PreTrainedModel, frozenset[str]]:
         """The base's classifier with so many labels, on the one encoder, and what its checkpoint lacks."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hf_lora.bank.loading import BankLoader
 from hf_lora.bank.slots import Entry, Slots
+from hf_lora.prefix.shared import SharedPrefix
 from hf_lora.serving.encoding import CPU_TOKENS, TOKENS, Text, batches, encode, longest_text, to_tensors
 
 
@@ -42,11 +45,12 @@ class Passes:
         """The outputs of all adapters that are asked about each text."""
         tokens, rows = self._encoded(texts, asked)
         results: list[list[Tensor]] = [[torch.empty(0)] * len(entries) for entries in asked]
+        memo: dict[Any, Any] = {}
         budget = CPU_TOKENS if self.loader.device.type == "cpu" else TOKENS
         for part in self._in_parts(rows):
             lengths = [len(tokens[row.unit]["input_ids"]) for row in part]
             for chosen in batches(lengths, batch_size, budget):
-                for row, output in self._run([part[place] for place in chosen], tokens, enabled):
+                for row, output in self._run([part[place] for place in chosen], tokens, enabled, memo):
                     results[row.text][row.place] = output
         return results
 
@@ -81,19 +85,41 @@ class Passes:
             yield [row for row in rows if row.entry in chosen]
 
     def _run(
-        self, rows: list[_Row], tokens: list[dict[str, list[int]]], enabled: bool
+        self, rows: list[_Row], tokens: list[dict[str, list[int]]], enabled: bool, memo: dict[Any, Any]
     ) -> Iterator[tuple[_Row, Tensor]]:
-        """One batch."""
+        """One batch. memo: of the batch before."""
         loader = self.loader
-        with self.slots.batch({row.entry for row in rows}) as slots:
-            rows = sorted(rows, key=lambda row: (row.entry.info.pooling, slots[row.entry]))
-            chosen = [tokens[row.unit] for row in rows]
+        with self.slots.batch({row.entry for row in rows}) as taken:
+            rows = sorted(rows, key=lambda row: (row.entry.info.pooling, taken[row.entry]))
+            units = {unit: place for place, unit in enumerate(sorted({row.unit for row in rows}))}
+            chosen = [tokens[unit] for unit in units]
             columns = {name: [unit[name] for unit in chosen] for name in chosen[0]}
             longest = max(row.longest for row in rows)
             tensors = to_tensors(loader.tokenizer, columns, longest, loader.config.pad_token_id)
-            inputs = {name: tensor.to(loader.device) for name, tensor in tensors.items()}
-            groups = loader.model(inputs, [slots[row.entry] for row in rows], enabled=enabled)
-            outputs = [(part, logits.float().cpu()) for part, logits in groups]
+            texts = {name: tensor.to(loader.device) for name, tensor in tensors.items()}
+            which = torch.tensor([units[row.unit] for row in rows], device=loader.device)
+            slots, inputs = [taken[row.entry] for row in rows], {name: t[which] for name, t in texts.items()}
+            depth = min(row.entry.depth for row in rows)
+            begun: AbstractContextManager[None] = nullcontext()
+            if depth and 2 * len(units) <= len(rows):
+                shared = self._shared(tuple(units), texts, depth, memo)
+                below = [layer - 1 for layer in loader.model.read_below(slots)]
+                begun = cast(SharedPrefix, loader.prefix).replaying(depth, shared, which, below)
+            with begun:
+                groups = loader.model(inputs, slots, enabled=enabled)
+                outputs = [(part, logits.float().cpu()) for part, logits in groups]
         for part, logits in outputs:
             for row, output in zip(rows[part], logits, strict=True):
                 yield row, output[: len(row.entry.info.labels)]
+
+    def _shared(
+        self, units: tuple[int, ...], texts: Mapping[str, Tensor], depth: int, memo: dict[Any, Any]
+    ) -> Mapping[int, Tensor]:
+        """The states of texts behind the blocks that no adapter of the batch changes, or those of the batch before."""
+        key = units, depth, texts["input_ids"].shape
+        if key not in memo:
+            memo.clear()
+            with cast(SharedPrefix, self.loader.prefix).recording(depth) as states:
+                self.loader.model.pretrained(texts)
+            memo[key] = states
+        return cast(Mapping[int, Tensor], memo[key])

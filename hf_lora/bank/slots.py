@@ -23,8 +23,8 @@ _FIRST = 16
 class Entry:
     """An adapter of a bank. source: its directory or Hub id; None: it was in memory.
 
-    load: gives what is put into a slot. slot: None: in none now. used: when it was used last. calls: how many have
-    it now; once it is `removed`, its slot is emptied after the last one.
+    load: gives what is put into a slot. depth: as of `Loaded`. slot: None: in none now. used: when it was used last.
+    calls: how many have it now; once it is `removed`, its slot is emptied after the last one.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Entry:
     load: Callable[[], Loaded]
     source: str | None = None
     revision: str | None = None
+    depth: int = 0
     slot: int | None = None
     used: int = 0
     calls: int = 0
@@ -104,7 +105,8 @@ class Slots:
                 self._model.remove(slot)
                 raise
             with self.changed:
-                entry.info, entry.slot, entry.used = loaded.info, slot, next(self._clock)
+                entry.info, entry.depth = loaded.info, loaded.depth
+                entry.slot, entry.used = slot, next(self._clock)
                 self._entries[slot] = entry
 
     def remove(self, entry: Entry) -> None:

@@ -94,7 +94,7 @@ class FrozenPrefix:
         """
 
         def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            hidden = _hidden(args, kwargs)
+            hidden = hidden_states(args, kwargs)
             if hidden.shape != states.shape:
                 raise ValueError(
                     f"the kept states do not fit the batch; got {tuple(states.shape)}; "
@@ -114,7 +114,7 @@ class FrozenPrefix:
         found: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_hidden(args, kwargs))
+            found.append(hidden_states(args, kwargs))
             self.tolerance = _tolerance(found[-1])
 
         first_trained = self.blocks[self.depth]
@@ -138,7 +138,7 @@ class FrozenPrefix:
         before = {index: vars(self.blocks[index]).get("forward") for index in indices}
         try:
             for index in before:
-                vars(self.blocks[index])["forward"] = partial(_pass_through, self._returned.get(index))
+                vars(self.blocks[index])["forward"] = partial(pass_through, self._returned.get(index))
             yield
         finally:
             for index, forward in before.items():
@@ -162,7 +162,7 @@ def _unusable(what: str, got: str, instead: str = "run without it") -> ValueErro
     return ValueError(f"cache_frozen_prefix needs {what}; got {got}; {instead}")
 
 
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states among the arguments of a block: the first one, or the one of that name."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
@@ -182,7 +182,7 @@ def _tolerance(states: Tensor) -> float:
     return float(resolution ** (2 / 3))
 
 
-def _pass_through(returned: int | None, *args: Any, **kwargs: Any) -> Any:
+def pass_through(returned: int | None, *args: Any, **kwargs: Any) -> Any:
     """The forward of a block that does nothing; None for what it would return besides the hidden states."""
-    hidden = _hidden(args, kwargs)
+    hidden = hidden_states(args, kwargs)
     return hidden if returned is None else (hidden, *[None] * (returned - 1))

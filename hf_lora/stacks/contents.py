@@ -20,10 +20,14 @@ from hf_lora.stacks.layers import LinearUpdate
 
 @dataclass(frozen=True)
 class Contents:
-    """An adapter by the dotted names of modules: updates of linear layers, and modules with weights of its own."""
+    """An adapter by the dotted names of modules: updates of linear layers, and modules with weights of its own.
+
+    biased: those of the modules that are there for a trained bias, and are no part of the head.
+    """
 
     updates: dict[str, LinearUpdate] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    biased: set[str] = field(default_factory=set)
 
     @property
     def rank(self) -> int:
@@ -63,8 +67,8 @@ def contents_of(model: nn.Module) -> Contents:
         if isinstance(model.get_submodule(module), nn.Linear | Conv1D):
             contents.updates[module] = LinearUpdate(shift=(after - before).float())
         else:
-            own.add(module)
-    for name in sorted(own):
+            contents.biased.add(module)
+    for name in sorted(own | contents.biased):
         contents.modules[name] = copy.deepcopy(model.get_submodule(name)).requires_grad_(False).eval()
     return contents
 

@@ -168,14 +168,18 @@ class ReplacedModule(nn.Module):
 
     base_type: type[nn.Module]
     own: dict[int, nn.Module]
+    biased: set[int]
     sequences: int
 
-    def put(self, slot: int, module: nn.Module | None) -> None:
-        """Set or remove the module of a slot."""
+    def put(self, slot: int, module: nn.Module | None, *, biased: bool = False) -> None:
+        """Set or remove the module of a slot. biased: it is part of the update, and not of the head."""
+        self.biased.discard(slot)
         if module is None:
             self.own.pop(slot, None)
         else:
             self.own[slot] = module
+        if biased:
+            self.biased.add(slot)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The output of each sequence's own module; outputs of fewer features than others are filled up with zeros.
@@ -184,7 +188,7 @@ class ReplacedModule(nn.Module):
         """
         batch, parts = current(), []
         for slot, rows in batch.groups():
-            module = self.own.get(slot)
+            module = self.own.get(slot) if batch.enabled or slot not in self.biased else None
             own = module or self
             given = [self._part(value, rows, batch, own) for value in inputs]
             named = {name: self._part(value, rows, batch, own) for name, value in options.items()}
@@ -206,7 +210,7 @@ def replaced_module(module: nn.Module, *, sequences: int = 0) -> ReplacedModule:
     """Let adapters replace a module, which is changed in place; returns it."""
     layer, base_type = cast(ReplacedModule, module), type(module)
     # Not as a dictionary of torch's, which would make them parts of the model.
-    layer.own, layer.sequences = {}, sequences
+    layer.own, layer.biased, layer.sequences = {}, set(), sequences
     layer.__class__ = _subclass(ReplacedModule, base_type)  # type: ignore[assignment]
     return layer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,13 +107,28 @@ class StackedModel:
             layer.put(slot, contents.updates.get(name))
         for key, place in self._replaced.items():
             of_kind, _, name = key.rpartition(":")
-            place.put(slot, contents.modules.get(name) if of_kind in ("", kind) else None)
+            own = contents.modules.get(name) if of_kind in ("", kind) else None
+            place.put(slot, own, biased=own is not None and name in contents.biased)
         self._kinds[slot] = kind
 
     def remove(self, slot: int) -> None:
         """Empty a slot that no running batch has."""
         self.put(slot, self._kinds[slot], Contents())
         del self._kinds[slot]
+
+    def pretrained(self, inputs: Mapping[str, Tensor]) -> None:
+        """Run the encoder without any adapter, for whoever watches its modules."""
+        head = next(iter(self.heads.values()))
+        with (
+            running(Batch.of([NONE] * len(next(iter(inputs.values()))), self.device, enabled=False)),
+            _pass(),
+        ):
+            head(**inputs)
+
+    def read_below(self, slots: Iterable[int]) -> set[int]:
+        """The layers below the last one, from 1, whose states the heads of some slots read."""
+        heads = {self._kinds[slot] for slot in slots}
+        return {layer for kind in heads for layer in getattr(self.heads[kind], "layers", ())[:-1]}
 
     def __call__(
         self, inputs: Mapping[str, Tensor], slots: Sequence[int], *, enabled: bool = True

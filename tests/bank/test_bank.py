@@ -12,7 +12,7 @@ import torch
 from conftest import without_pooler
 from helpers_serving import TEXTS
 
-from hf_lora import AdapterBank, LoRAConfig, TextClassifier, load_classifier, save_adapter
+from hf_lora import AdapterBank, LoRAConfig, TextClassifier, load_classifier, lora_disabled, save_adapter
 
 # Options of LoRA, the number of labels, and what else `load_classifier` is given.
 CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
@@ -37,6 +37,10 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "regression": ({}, 2, {"problem_type": "regression"}),
     "short": ({}, 3, {"max_length": 5}),
 }
+# Those that leave the first of the two blocks as it is.
+TOP: dict[str, Any] = {"layers": (-1,)}
+for _name in ("native", "mean", "mean_layers"):
+    CASES[f"top_{_name}"] = (TOP, 2, {"pooling": _name})
 
 
 def make(base: str, directory: Path, name: str, seed: int = 0, **also: Any) -> Path:
@@ -103,3 +107,94 @@ def test_batches_of_one_adapter_give_what_it_gives_alone(
     for name, classifier in alone.items():
         got = torch.stack(bank.logits(TEXTS * 40, name, batch_size=64))
         torch.testing.assert_close(got, classifier.logits(TEXTS * 40), atol=1e-5, rtol=1e-5)
+
+
+def test_every_adapter_answers_one_text(bank: AdapterBank, alone: dict[str, TextClassifier]) -> None:
+    for names in (
+        "*",
+        ["dora", "mean_layers", "plain"],
+        ["top_native", "top_mean", "top_mean_layers", "last_block"],
+    ):
+        answer = bank.predict(TEXTS[1], names)
+        assert answer["text"] == TEXTS[1]
+        assert list(answer["answers"]) == (list(alone) if names == "*" else names)
+        for name, given in answer["answers"].items():
+            expected: Any = alone[name].predict(TEXTS[1])
+            assert given.keys() == expected.keys() - {"text"} and given["label"] == expected["label"], name
+            assert given["scores"] == pytest.approx(expected["scores"], abs=1e-5), name
+
+
+def test_blocks_that_no_adapter_changes_run_once_for_a_text(
+    bank: AdapterBank, alone: dict[str, TextClassifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["top_mean", "top_native", "top_mean_layers", "last_block"]
+    rows: list[int] = []
+    first = bank._loader.model.encoder.get_submodule("encoder.layer.0.intermediate.dense")
+    hook = first.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    answers = bank.predict(TEXTS[:3], [names, names[::-1], names[1:]], batch_size=11)
+    hook.remove()
+    assert rows == [3]
+    for text, answer in zip(TEXTS, answers, strict=False):
+        for name, given in answer["answers"].items():
+            assert given["scores"] == pytest.approx(alone[name].predict(text)["scores"], abs=1e-5), name
+    # The same where each text is in a batch of its own, or one text in several.
+    for size in (1, 2, 4):
+        assert [a["answers"].keys() for a in bank.predict(TEXTS[:3], [names] * 3, batch_size=size)] == [
+            dict.fromkeys(names).keys()
+        ] * 3
+
+
+def test_answers_are_those_of_the_asked_adapters_in_order(
+    bank: AdapterBank, alone: dict[str, TextClassifier]
+) -> None:
+    names = ["multi_label", "regression", "short", "cls", "plain", "rank_3"]
+    answers = bank.predict(TEXTS, names)
+    assert [(answer["text"], answer["adapter"]) for answer in answers] == list(zip(TEXTS, names, strict=True))
+    for answer, text, name in zip(answers, TEXTS, names, strict=True):
+        expected: Any = alone[name].predict(text)
+        assert answer["label"] == expected["label"] and answer["scores"] == pytest.approx(
+            expected["scores"], abs=1e-5
+        )
+    assert list(bank.predict_stream(iter(TEXTS), "cls")) == bank.predict(TEXTS, "cls")
+    assert bank.predict([], "cls") == [] and bank.predict_stream([], "*") is not None
+
+
+def test_an_unknown_name_is_an_error_with_the_nearest_one(bank: AdapterBank) -> None:
+    for call in (
+        lambda: bank.predict("good", "plian"),
+        lambda: bank.predict(["good", "bad"], ["plain", "plian"]),
+        lambda: bank.predict("good", ["plain", "plian"]),
+        lambda: bank.logits(["good"], "plian"),
+        lambda: bank.remove("plian"),
+        lambda: next(bank.predict_stream(["good"], "plian")),
+    ):
+        with pytest.raises(ValueError, match=r"unknown adapter; got 'plian'; .*did you mean 'plain'"):
+            call()
+    with pytest.raises(ValueError, match="a name for each text; got 1 names for 2 texts"):
+        bank.predict(["good", "bad"], ["plain"])
+
+
+def test_without_the_updates_the_encoder_is_the_pretrained_one(
+    bank: AdapterBank, alone: dict[str, TextClassifier]
+) -> None:
+    names = ["plain", "dora_biases", "all_biases", "mean_layers", "pissa"]
+    got = bank.logits(TEXTS[:5], names, enabled=False)
+    for text, name, logits in zip(TEXTS, names, got, strict=False):
+        with lora_disabled(alone[name].model):
+            torch.testing.assert_close(logits, alone[name].logits([text])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_least_recently_used_adapter_makes_room(
+    adapters: Mapping[str, Path], alone: dict[str, TextClassifier]
+) -> None:
+    chosen = {name: adapters[name] for name in ("plain", "dora", "mean", "all_biases")}
+    bank = AdapterBank.from_pretrained(chosen, precision="fp32", capacity=2)
+    assert list(bank.adapters) == list(chosen) and bank.loaded == ["mean", "all_biases"]
+    bank.predict("good", "mean")
+    bank.predict("good", "dora")
+    assert bank.loaded == ["dora", "mean"]
+    # More than there is room for, in one call.
+    texts, names = shuffled(chosen)
+    for text, name, got in zip(texts, names, bank.logits(texts, names), strict=True):
+        torch.testing.assert_close(got, alone[name].logits([text])[0], atol=1e-5, rtol=1e-5)
+    assert len(bank.loaded) == 2
