@@ -419,7 +419,7 @@ def test_disabled_on_the_merged_and_cast_model_is_the_head_on_the_base(
     assert fingerprint(base_parameters(classifier.model)) == trained_on
 
 
-@pytest.mark.parametrize("instruction", ["avx512_bf16", None])
+@pytest.mark.parametrize("instruction", ["amx_bf16", None])
 def test_auto_takes_what_the_hardware_is_good_at(
     instruction: str | None, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
