@@ -22,12 +22,12 @@ from hf_lora.stacks.layers import LinearUpdate
 class Contents:
     """An adapter by the dotted names of modules: updates of linear layers, and modules with weights of its own.
 
-    biased: those of the modules that are there for a trained bias, and are no part of the head.
+    plain: of those modules that an adapter switched off does not keep, what stands there then; None: the model's own.
     """
 
     updates: dict[str, LinearUpdate] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    biased: set[str] = field(default_factory=set)
+    plain: dict[str, nn.Module | None] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -55,7 +55,9 @@ def contents_of(model: nn.Module) -> Contents:
     contents = Contents()
     for target in state.targets:
         if not belongs_to(target.module, [prefix]):
-            contents.modules[target.module] = _merged(modules[target.module])
+            layer = modules[target.module]
+            contents.modules[target.module] = _without_lora(layer, merged=True)
+            contents.plain[target.module] = _without_lora(layer, merged=False)
             continue
         bias = biases.pop(f"{target.module}.bias", None)
         update = _update(layers[target.name], bias, modules[target.module])
@@ -64,13 +66,22 @@ def contents_of(model: nn.Module) -> Contents:
     own = set(_leaves(model, state.head))
     for name, (before, after) in biases.items():
         module = name.rpartition(".")[0]
-        if isinstance(model.get_submodule(module), nn.Linear | Conv1D):
+        if not belongs_to(module, [prefix]):
+            whole = contents.modules.setdefault(module, _copied(model.get_submodule(module)))
+            plain = contents.plain.setdefault(module, copy.deepcopy(whole))
+            cast(nn.Module, plain).get_parameter("bias").copy_(before)
+        elif isinstance(model.get_submodule(module), nn.Linear | Conv1D):
             contents.updates[module] = LinearUpdate(shift=(after - before).float())
         else:
-            contents.biased.add(module)
-    for name in sorted(own | contents.biased):
-        contents.modules[name] = copy.deepcopy(model.get_submodule(name)).requires_grad_(False).eval()
+            own.add(module)
+            contents.plain[module] = None
+    for name in sorted(own):
+        contents.modules[name] = _copied(model.get_submodule(name))
     return contents
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False).eval()
 
 
 def _unusable(got: str) -> ValueError:
@@ -80,12 +91,12 @@ def _unusable(got: str) -> ValueError:
     )
 
 
-def _merged(module: nn.Module) -> nn.Module:
-    """A copy of an adapted module with its update in the weight."""
+def _without_lora(module: nn.Module, *, merged: bool) -> nn.Module:
+    """A plain copy of an adapted module, with the update in its weight or without it."""
     module = copy.deepcopy(module)
     layer = next(part for part in module.modules() if isinstance(part, LoRALayer))
-    if not layer.merged:
-        layer.merge()
+    if layer.merged != merged:
+        (layer.merge if merged else layer.unmerge)()
     layer.detach()
     return module.requires_grad_(False).eval()
 

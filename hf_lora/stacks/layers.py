@@ -59,9 +59,11 @@ class Vectors:
     own: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, batch: Batch, like: Tensor) -> Tensor | None:
-        """The vectors of a batch `(sequences, 1, out)`, in fp32; None where no sequence has one."""
+        """The vectors of a batch `(sequences, 1, out)`, `(1, 1, out)` where all have one, in fp32; None: none has."""
         if not self.own or self.own.keys().isdisjoint(batch.slots):
             return None
+        if len(batch.slots) == 1:
+            return self.own[batch.slots[0]].view(1, 1, -1)
         plain = like.new_full(like.shape[-1:], self.neutral, dtype=torch.float32)
         stacked = torch.stack([self.own.get(slot, plain) for slot in batch.slots])
         return stacked.repeat_interleave(torch.tensor(batch.sizes, device=like.device), 0).unsqueeze(1)
@@ -136,7 +138,7 @@ class StackedLinear(nn.Module):
             rows.mul_(scale)
         if shift is not None:
             rows.add_(shift)
-        if self.sequences == 0:
+        if self.sequences == 0 or len(batch.slots) == 1:
             return rows.view(output.shape)
         return rows.view(output.transpose(0, 1).shape).transpose(0, 1).contiguous()
 
@@ -164,22 +166,23 @@ def stacked_linear(module: nn.Module, slots: int, rank: int, *, sequences: int =
 
 
 class ReplacedModule(nn.Module):
-    """A module in whose place each adapter that has one puts a copy of its own: of a head, or a LayerNorm."""
+    """A module in whose place each adapter that has one puts a copy of its own: of a head, or a LayerNorm.
+
+    own, plain: by slot, its module with the adapter and without it; None: this one.
+    """
 
     base_type: type[nn.Module]
     own: dict[int, nn.Module]
-    biased: set[int]
+    plain: dict[int, nn.Module]
     sequences: int
 
-    def put(self, slot: int, module: nn.Module | None, *, biased: bool = False) -> None:
-        """Set or remove the module of a slot. biased: it is part of the update, and not of the head."""
-        self.biased.discard(slot)
-        if module is None:
-            self.own.pop(slot, None)
-        else:
-            self.own[slot] = module
-        if biased:
-            self.biased.add(slot)
+    def put(self, slot: int, module: nn.Module | None, plain: nn.Module | None) -> None:
+        """Set the module of a slot, and that for a batch without adapters; None: this one."""
+        for modules, value in ((self.own, module), (self.plain, plain)):
+            if value is None:
+                modules.pop(slot, None)
+            else:
+                modules[slot] = value
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The output of each sequence's own module; outputs of fewer features than others are filled up with zeros.
@@ -187,8 +190,9 @@ class ReplacedModule(nn.Module):
         A sequence whose adapter has none gets the output of the module itself.
         """
         batch, parts = current(), []
+        modules = self.own if batch.enabled else self.plain
         for slot, rows in batch.groups():
-            module = self.own.get(slot) if batch.enabled or slot not in self.biased else None
+            module = modules.get(slot)
             own = module or self
             given = [self._part(value, rows, batch, own) for value in inputs]
             named = {name: self._part(value, rows, batch, own) for name, value in options.items()}
@@ -210,7 +214,7 @@ def replaced_module(module: nn.Module, *, sequences: int = 0) -> ReplacedModule:
     """Let adapters replace a module, which is changed in place; returns it."""
     layer, base_type = cast(ReplacedModule, module), type(module)
     # Not as a dictionary of torch's, which would make them parts of the model.
-    layer.own, layer.biased, layer.sequences = {}, set(), sequences
+    layer.own, layer.plain, layer.sequences = {}, {}, sequences
     layer.__class__ = _subclass(ReplacedModule, base_type)  # type: ignore[assignment]
     return layer
 
@@ -241,7 +245,9 @@ def _subclass(kind: type[nn.Module], base_type: type[nn.Module]) -> type[nn.Modu
 
 
 def _by_sequence(values: Tensor, batch: Batch, sequences: int) -> Tensor:
-    """`(sequences, tokens, features)`: a view where that is possible."""
+    """`(sequences, tokens, features)`: a view where that is possible. With one adapter they count as one sequence."""
+    if len(batch.slots) == 1:
+        return values.reshape(1, -1, values.shape[-1])
     values = values.transpose(0, 1) if sequences else values
     return values.reshape(len(batch), -1, values.shape[-1])
 

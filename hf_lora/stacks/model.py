@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,12 +37,14 @@ class StackedModel:
         self._linear: dict[str, StackedLinear] = {}
         self._replaced: dict[str, ReplacedModule] = {}
         self._kinds: dict[int, str] = {}
+        # Of each kind, what its classifier gives to the encoder.
+        self._given: dict[str, dict[str, Tensor]] = {}
         with torch.no_grad(), _calls(model) as shapes:
             model(**inputs)
         count = len(inputs["input_ids"])
         self.called = list(shapes)
         """The modules of the encoder, and those of the head, in the order of their first calls."""
-        self._dimensions = {name: _dimension(shape, count) for name, shape in shapes.items()}
+        self._dimensions = {name: _dimension(found, count) for name, found in shapes.items()}
 
     @property
     def device(self) -> torch.device:
@@ -52,23 +55,23 @@ class StackedModel:
         """Make heads of a kind usable. model: a classifier of it, of which all but the encoder is copied."""
         encoder = model.get_submodule(self.prefix)
         shared = _SharedEncoder(self.encoder)
-        with torch.no_grad(), _calls(model) as shapes:
+        with torch.no_grad(), _calls(model) as shapes, _tensors_given(encoder) as given:
             model(**inputs)
         head = copy.deepcopy(model, {id(encoder): shared}).requires_grad_(False).eval()
-        for name, shape in shapes.items():
+        for name, found in shapes.items():
             if not belongs_to(name, [self.prefix]):
-                self._dimensions.setdefault(name, _dimension(shape, len(inputs["input_ids"])))
-        self.heads[kind] = head
+                self._dimensions.setdefault(name, _dimension(found, len(inputs["input_ids"])))
+        self.heads[kind], self._given[kind] = head, given
 
     def check(self, contents: Contents) -> None:
-        """Raise ValueError, by name, for modules whose inputs are not those of single sequences."""
+        """Raise ValueError, by name, for modules that the model calls with anything but one input a sequence."""
         names = [*contents.updates, *contents.modules]
         unusable = [name for name in names if self._dimensions.get(name) is None]
         if unusable:
             raise ValueError(
-                f"the adapter cannot share its model with others; got {len(unusable)} modules that the model does not "
-                f"call for each sequence, first {unusable[0]!r}; expected such that it does; load it with "
-                "TextClassifier"
+                f"the adapter cannot share its model with others; got {len(unusable)} modules that do not map "
+                f"sequences to sequences in every call, first {unusable[0]!r}; expected such that do; "
+                "load it with TextClassifier"
             )
 
     def bytes_of(self, slots: int, contents: Contents | None = None) -> int:
@@ -108,13 +111,16 @@ class StackedModel:
         for key, place in self._replaced.items():
             of_kind, _, name = key.rpartition(":")
             own = contents.modules.get(name) if of_kind in ("", kind) else None
-            place.put(slot, own, biased=own is not None and name in contents.biased)
+            place.put(slot, own, contents.plain.get(name, own) if own else None)
         self._kinds[slot] = kind
 
     def remove(self, slot: int) -> None:
         """Empty a slot that no running batch has."""
-        self.put(slot, self._kinds[slot], Contents())
-        del self._kinds[slot]
+        for layer in self._linear.values():
+            layer.put(slot, None)
+        for place in self._replaced.values():
+            place.put(slot, None, None)
+        self._kinds.pop(slot, None)
 
     def pretrained(self, inputs: Mapping[str, Tensor]) -> None:
         """Run the encoder without any adapter, for whoever watches its modules."""
@@ -146,7 +152,7 @@ class StackedModel:
         places = {kind: slice(parts[0].start, parts[-1].stop) for kind, parts in kinds.items()}
         if not places:
             raise ValueError("no row has an adapter; expected one at least")
-        # The first one's head gets all rows, and the others what the encoder gave to it.
+        # The first one's head gets all rows, and the others what the encoder gave to it, if they call it alike.
         lead, *others = places
         with running(batch), _pass(hidden_states=len(others) > 0) as kept:
             logits, outputs = self.heads[lead](**inputs).logits, kept.outputs
@@ -154,7 +160,8 @@ class StackedModel:
         for kind in others:
             rows = places[kind]
             part = Batch.of(slots[rows], self.device, enabled=enabled)
-            with running(part), _pass(_rows_of(outputs, rows, len(batch))):
+            alike = _equal(self._given[kind], self._given[lead])
+            with running(part), _pass(_rows_of(outputs, rows, len(batch)) if alike else None):
                 own = {name: value[rows] for name, value in inputs.items()}
                 yield rows, self.heads[kind](**own).logits
 
@@ -218,19 +225,43 @@ def _rows_of(outputs: Any, rows: slice, count: int) -> Any:
 
 
 @contextmanager
-def _calls(model: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Inside, collects the shape of the first input of each module, in the order of their first calls."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _tensors_given(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inside, collects the tensors that a module is called with, by the names of its parameters."""
+    given: dict[str, Tensor] = {}
+
+    def note(_: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        bound = signature(module.forward).bind(*inputs, **options).arguments
+        given.update({name: value for name, value in bound.items() if isinstance(value, Tensor)})
+
+    with module.register_forward_pre_hook(note, with_kwargs=True):
+        yield given
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[dict[str, set[tuple[int, ...]]]]:
+    """Inside, collects the shapes of what each module is given and gives, in the order of their first calls.
+
+    () stands for what is no tensor but holds some.
+    """
+    shapes: dict[str, set[tuple[int, ...]]] = {}
     hooks = []
 
-    def note(name: str, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        tensors = [value for value in (*inputs, *options.values()) if isinstance(value, Tensor)]
-        shapes.setdefault(name, tuple(tensors[0].shape) if tensors else ())
+    def note(name: str, *values: Any) -> None:
+        found = shapes.setdefault(name, set())
+        found.update(tuple(value.shape) for value in values if isinstance(value, Tensor))
+        if any(isinstance(value, tuple | list | Mapping) for value in values):
+            found.add(())
 
     for name, module in model.named_modules():
         if name:
-            hook = lambda _, inputs, options, name=name: note(name, inputs, options)  # noqa: E731
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            before = lambda _, inputs, options, name=name: note(name, *inputs, *options.values())  # noqa: E731
+            after = lambda _, inputs, output, name=name: note(name, output)  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(after))
     try:
         yield shapes
     finally:
@@ -238,8 +269,10 @@ def _calls(model: nn.Module) -> Iterator[dict[str, tuple[int, ...]]]:
             hook.remove()
 
 
-def _dimension(shape: tuple[int, ...], count: int) -> int | None:
-    """The dimension that counts the sequences, or each several times; None where none does."""
-    if shape and shape[0] % count == 0:
-        return 0
-    return 1 if len(shape) > 2 and shape[1] == count else None
+def _dimension(shapes: Collection[tuple[int, ...]], count: int) -> int | None:
+    """The dimension that counts the sequences, or each several times; None where one does not in every call."""
+    found = {
+        0 if shape and shape[0] % count == 0 else 1 if len(shape) > 2 and shape[1] == count else None
+        for shape in shapes
+    }
+    return found.pop() if len(found) == 1 else None
