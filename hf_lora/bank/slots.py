@@ -54,6 +54,8 @@ class Slots:
         # By slot: the adapter in it, and how many batches run with it.
         self._entries: dict[int, Entry] = {}
         self._running: dict[int, int] = {}
+        # Slots whose adapters have gone, and are still there.
+        self._left: list[int] = []
         self._clock = count(1)
         self.loading = threading.RLock()
         self.changed = threading.Condition()
@@ -95,7 +97,7 @@ class Slots:
                 self.changed.notify_all()
 
     def fill(self, entry: Entry, loaded: Loaded) -> None:
-        """Put an adapter into a free slot. Raises ValueError, with no slot changed, if it does not fit."""
+        """Put an adapter into a free slot. Raises ValueError, with all others as they were, if it does not fit."""
         with self.loading:
             slot = self._free(loaded)
             try:
@@ -104,6 +106,7 @@ class Slots:
             except BaseException:
                 self._model.remove(slot)
                 raise
+            self._make_room()
             with self.changed:
                 entry.info, entry.depth = loaded.info, loaded.depth
                 entry.slot, entry.used = slot, next(self._clock)
@@ -111,9 +114,11 @@ class Slots:
 
     def remove(self, entry: Entry) -> None:
         """Empty the slot of an adapter when the calls that have it have ended."""
-        with self.changed:
-            entry.removed = True
-            self._empty(entry)
+        with self.loading:
+            with self.changed:
+                entry.removed = True
+                self._empty(entry)
+            self._clear()
 
     def _take(self, entries: Collection[Entry]) -> bool:
         """Count a batch that runs with adapters, if all of them are in slots."""
@@ -128,29 +133,39 @@ class Slots:
 
     def _empty(self, entry: Entry) -> None:
         if entry.removed and not entry.calls and entry.slot is not None:
-            self._model.remove(entry.slot)
-            del self._entries[entry.slot]
-            entry.slot = None
-            self.changed.notify_all()
+            self._leave(entry)
+
+    def _leave(self, entry: Entry) -> None:
+        slot, entry.slot = cast(int, entry.slot), None
+        del self._entries[slot]
+        self._left.append(slot)
+
+    def _clear(self) -> None:
+        """Empty the slots whose adapters have gone."""
+        while self._left:
+            self._model.remove(self._left.pop())
 
     def _free(self, loaded: Loaded) -> int:
-        """A slot without an adapter: of those that no batch runs with, the one that was used longest ago."""
+        """A slot without an adapter. There is one more than the capacity, so that none makes room for a failure."""
         with self.changed:
+            self._clear()
             there = self._model.slots - 1
-            wanted = self.capacity or there if len(self._entries) < there else max(_FIRST, 2 * there)
-            wanted = self.capacity or wanted
+            wanted = there if len(self._entries) < there else max(_FIRST, 2 * there)
+            wanted = wanted if self.capacity is None else self.capacity + 1
             self._check_memory(wanted, loaded)
             self._model.reserve(wanted)
-            while True:
-                free = next((slot for slot in range(1, wanted + 1) if slot not in self._entries), None)
-                if free is not None:
-                    return free
-                idle = [slot for slot in self._entries if not self._running.get(slot)]
+            return next(slot for slot in range(1, wanted + 1) if slot not in self._entries)
+
+    def _make_room(self) -> None:
+        """Take out the adapter that was used longest ago, of those that no batch runs with, if there are enough."""
+        with self.changed:
+            while self.capacity is not None and len(self._entries) >= self.capacity:
+                idle = [entry for slot, entry in self._entries.items() if not self._running.get(slot)]
                 if idle:
-                    oldest = min(idle, key=lambda slot: self._entries[slot].used)
-                    self._entries.pop(oldest).slot = None
-                    return oldest
-                self.changed.wait()
+                    self._leave(min(idle, key=lambda entry: entry.used))
+                else:
+                    self.changed.wait()
+        self._clear()
 
     def _check_memory(self, slots: int, loaded: Loaded) -> None:
         """Raise ValueError if the stacks would not fit into memory, before they are made."""
