@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lora.adapters.arithmetic import Truncation, balanced, check_budget
-from hf_lora.adapters.info import AdapterInfo
+from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.adapters.loading import load_tensors
 from hf_lora.adapters.peft_format import from_peft
 from hf_lora.adapters.values import Adapter, Factors
 from hf_lora.lora.config import LoRAConfig
-from hf_lora.lora.head import belongs_to, find_head
+from hf_lora.lora.head import belongs_to, find_head, fresh_modules
 from hf_lora.lora.inject import inject_lora, injection
 from hf_lora.lora.targets import ALL_LINEAR, find_targets
+from hf_lora.models._transformers_private import commit_of, optional_file
+from hf_lora.models.bundled import resolve_base
+from hf_lora.models.loading import labels_of, load_base, load_config, load_tokenizer
+from hf_lora.tasks import task_of
 
 # A randomized SVD is faster for matrices whose smaller side is at least the first number, and at least `rank` times the
 # second.
@@ -55,6 +61,88 @@ class Extraction:
     covered: Mapping[str, Change]
     carried: Mapping[str, Change]
     left_out: Mapping[str, Change]
+
+    @property
+    def kept_energy(self) -> float:
+        """The share of the squared norms of all changes outside the head that is in the adapter."""
+        kept = sum(
+            self.covered[name].moved ** 2 * entry.kept_energy for name, entry in self.truncations.items()
+        )
+        kept += sum(change.moved**2 for change in self.carried.values())
+        groups = (self.covered, self.carried, self.left_out)
+        total = sum(change.moved**2 for group in groups for change in group.values())
+        return kept / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fully fine-tuned classifier, its tokenizer, and `model`: its base with the extracted adapter in it."""
+
+    checkpoint: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    extraction: Extraction
+    info: AdapterInfo
+
+
+def extract_finetuned(
+    base: str,
+    finetuned: str,
+    *,
+    revision: str | None = None,
+    finetuned_revision: str | None = None,
+    projections: str | None = None,
+    dtype: torch.dtype | None = None,
+    hub: Mapping[str, Any] | None = None,
+    **budget: Any,
+) -> Finetuned:
+    """Load a fully fine-tuned classifier and its base model, and extract the adapter between them.
+
+    base, finetuned: Hub ids or directories; revision, finetuned_revision: theirs.
+    projections: as in `linear_modules`. budget: rank, energy and keep_vectors of `extract_adapter`.
+    dtype: of both; None: as they are stored. hub: options of `from_pretrained` for both, such as token.
+    A checkpoint without a tokenizer was trained with its base's.
+    Raises ValueError or OSError if one of them cannot be loaded, or if they do not belong together.
+    """
+    check_budget(budget.get("rank"), budget.get("energy"))
+    of_base = {**(hub or {}), "revision": revision}
+    of_tuned = {**(hub or {}), "revision": finetuned_revision}
+    tuned, labels, problem_type = _load_finetuned(finetuned, dtype, of_tuned)
+    model, missing = load_base(base, labels, problem_type=problem_type, dtype=dtype, **of_base)
+    if model.config.model_type != tuned.config.model_type:
+        raise ValueError(
+            f"the fine-tuned model is not one of this base; got a {tuned.config.model_type} in "
+            f"{finetuned!r}; expected a {model.config.model_type} as {base!r}"
+        )
+    head = (*find_head(model), *fresh_modules(model, missing))
+    extraction = extract_adapter(
+        dict(model.named_parameters()),
+        dict(tuned.named_parameters()),
+        modules=linear_modules(model, projections=projections, head=head),
+        head=head,
+        **budget,
+    )
+    base_model = BaseModel(base, revision or commit_of(model.config))
+    info = AdapterInfo(labels, problem_type, base_model=base_model, projections=projections)
+    inject_extraction(model, extraction, info)
+    own = optional_file(resolve_base(finetuned, **of_tuned), "tokenizer_config.json", **of_tuned)
+    source, options = (base, of_base) if own is None else (finetuned, of_tuned)
+    return Finetuned(tuned, load_tokenizer(source, **options), model, extraction, info)
+
+
+def _load_finetuned(
+    name: str, dtype: torch.dtype | None, hub: Mapping[str, Any]
+) -> tuple[PreTrainedModel, tuple[str, ...], str]:
+    """A fine-tuned classifier, its labels in order, and its problem type."""
+    labels = labels_of(name, **hub)
+    problem_type = task_of(load_config(name, **hub).problem_type, len(labels)).name
+    model, missing = load_base(name, labels, problem_type=problem_type, dtype=dtype, **hub)
+    if missing:
+        raise ValueError(
+            f"{name!r} is no fine-tuned classifier; it has no weights for {sorted(missing)[0]!r}; "
+            "expected a checkpoint with its classification head"
+        )
+    return model, labels, problem_type
 
 
 def extract_adapter(

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 from hf_lora.cli.shared import ADAPTER, add_command, new_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from hf_lora.adapters.extract import Change, Extraction
     from hf_lora.adapters.values import Adapter
 
@@ -132,42 +130,16 @@ def add(options: Namespace) -> None:
 
 def extract(options: Namespace) -> None:
     """What a full fine-tuning changed as an adapter of its base model, and what of it is left out."""
-    from hf_lora.adapters.arithmetic import check_budget
     from hf_lora.adapters.directory import save_adapter
-    from hf_lora.adapters.extract import extract_adapter, inject_extraction, linear_modules
-    from hf_lora.adapters.info import AdapterInfo, BaseModel
+    from hf_lora.adapters.extract import extract_finetuned
     from hf_lora.cli.tables import print_table
-    from hf_lora.lora.head import find_head, fresh_modules
-    from hf_lora.models.loading import load_base, load_tokenizer
 
     output = new_directory(options.output_dir)
-    check_budget(options.rank, options.energy)
-    tuned, labels, problem_type = _finetuned(options)
-    base, missing = load_base(options.base, labels, problem_type=problem_type, revision=options.base_revision)
-    if base.config.model_type != tuned.config.model_type:
-        raise ValueError(
-            f"the fine-tuned model is not one of this base; got a {tuned.config.model_type} in "
-            f"{options.finetuned!r}; expected a {base.config.model_type} as {options.base!r}"
-        )
-    head = (*find_head(base), *fresh_modules(base, missing))
-    extraction = extract_adapter(
-        dict(base.named_parameters()),
-        dict(tuned.named_parameters()),
-        modules=linear_modules(base, projections=options.projections, head=head),
-        rank=options.rank,
-        energy=options.energy,
-        head=head,
-        keep_vectors=options.keep_vectors,
-    )
-    revision = options.base_revision or getattr(base.config, "_commit_hash", None)
-    base_model = BaseModel(options.base, revision)
-    info = AdapterInfo(tuple(labels), problem_type, base_model=base_model, projections=options.projections)
-    inject_extraction(base, extraction, info)
-    # A fine-tuned checkpoint without a tokenizer was trained with the base's.
-    source, at = options.base, options.base_revision
-    if (Path(options.finetuned) / "tokenizer_config.json").is_file():
-        source, at = options.finetuned, None
-    save_adapter(base, output, tokenizer=load_tokenizer(source, revision=at))
+    names = ("finetuned_revision", "projections", "rank", "energy", "keep_vectors")
+    chosen = {name: getattr(options, name) for name in names}
+    found = extract_finetuned(options.base, options.finetuned, revision=options.base_revision, **chosen)
+    save_adapter(found.model, output, tokenizer=found.tokenizer)
+    extraction = found.extraction
     report = {**_sizes(output, extraction.adapter), **_extraction_report(extraction)}
     if options.json:
         print(json.dumps(report))
@@ -199,32 +171,10 @@ def _rows(modules: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     return [(name, *values.values()) for name, values in modules.items()]
 
 
-def _finetuned(options: Namespace) -> tuple[PreTrainedModel, list[str], str]:
-    """The fine-tuned classifier, its labels in order, and its problem type."""
-    from hf_lora.models.loading import load_base, load_config
-    from hf_lora.tasks import task_of
-
-    revision = options.finetuned_revision
-    config = load_config(options.finetuned, revision=revision)
-    labels = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    problem_type = task_of(config.problem_type, len(labels)).name
-    model, missing = load_base(options.finetuned, labels, problem_type=problem_type, revision=revision)
-    if missing:
-        raise ValueError(
-            f"{options.finetuned!r} is no fine-tuned classifier; it has no weights for {sorted(missing)[0]!r}; "
-            "expected a checkpoint with its classification head"
-        )
-    return model, labels, problem_type
-
-
 def _extraction_report(extraction: Extraction) -> dict[str, Any]:
-    truncations, covered = extraction.truncations, extraction.covered
-    kept = sum(covered[name].moved ** 2 * entry.kept_energy for name, entry in truncations.items())
-    kept += sum(change.moved**2 for change in extraction.carried.values())
-    groups = (covered, extraction.carried, extraction.left_out)
-    total = sum(change.moved**2 for group in groups for change in group.values())
+    covered = extraction.covered
     return {
-        "kept_energy": kept / total if total else 1.0,
+        "kept_energy": extraction.kept_energy,
         "modules": {
             name: {
                 "rank": entry.new_rank,
@@ -232,7 +182,7 @@ def _extraction_report(extraction: Extraction) -> dict[str, Any]:
                 "relative_error": entry.relative_error,
                 "relative_change": covered[name].relative,
             }
-            for name, entry in truncations.items()
+            for name, entry in extraction.truncations.items()
         },
         "carried": {name: change.relative for name, change in extraction.carried.items()},
         "left_out": {name: change.relative for name, change in extraction.left_out.items()},

@@ -4,13 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_classifier
+from conftest import tiny_batch, tiny_classifier, tiny_tokenizer
+from fake_hub import FakeHub, folder_files
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_lora import load_adapter, save_adapter
-from hf_lora.adapters.extract import Change, extract_adapter, inject_extraction, linear_modules
+from hf_lora.adapters.extract import (
+    Change,
+    extract_adapter,
+    extract_finetuned,
+    inject_extraction,
+    linear_modules,
+)
 from hf_lora.lora.inject import lora_layers
 
 HEAD = ("classifier",)
@@ -189,3 +196,23 @@ def test_a_projection_that_is_no_linear_layer_is_refused():
     model = tiny_classifier("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
     with pytest.raises(ValueError, match=r"cannot be extracted; got 'transformer.h.0.attn.c_attn'"):
         linear_modules(model, projections="qv")
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_checkpoint_of_the_hub_brings_its_tokenizer_or_has_its_bases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bert_dir: Path, has_tokenizer: bool
+):
+    tuned().save_pretrained(tmp_path / "tuned")
+    if has_tokenizer:
+        tokenizer = tiny_tokenizer()
+        tokenizer.model_max_length = 17
+        tokenizer.save_pretrained(tmp_path / "tuned")
+    with FakeHub() as hub:
+        hub.use(monkeypatch, tmp_path, token="")
+        repository = hub.publish("org/tuned", folder_files(tmp_path / "tuned"))
+        hub.publish("org/tuned", {"config.json": b"{}"}).commits.update(repository.commits)
+        commit = repository.refs["main"]
+        found = extract_finetuned(str(tiny_bert_dir), "org/tuned", finetuned_revision=commit, energy=1.0)
+    assert found.tokenizer.model_max_length == (17 if has_tokenizer else 64)
+    for name, tensor in tuned().named_parameters():
+        assert torch.equal(found.checkpoint.get_parameter(name), tensor)
