@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -218,11 +217,9 @@ class AdapterBank:
     def _read(
         self, name: str, source: str, revision: str | None, *, token: str | None, **options: Any
     ) -> tuple[Entry, Loaded]:
-        directory = Path(adapter_directory(source, revision=revision, token=token))
-        if directory.parent.name == "snapshots":
-            revision = (
-                directory.name
-            )  # the commit that a branch is at now: it is the same when it is loaded again
+        if not Path(source).is_dir():
+            # The commit that a branch is at now: it is the same when it is loaded again.
+            revision = adapter_directory(source, revision=revision, token=token).name
 
         def load() -> Loaded:
             place = adapter_directory(source, revision=revision, token=token)
@@ -236,7 +233,8 @@ class AdapterBank:
             loaded = self._loader.take(adapter.model, adapter.info, adapter.tokenizer)
         else:
             loaded = self._loader.take(adapter, adapter_info(adapter))
-        return Entry(name, loaded.info, partial(replace, loaded, model=None)), loaded
+        kept = replace(loaded, model=None)
+        return Entry(name, loaded.info, lambda: kept), loaded
 
     def _known(self, asked: Sequence[Names]) -> list[list[Entry]]:
         with self._slots.changed:
@@ -260,6 +258,10 @@ def split_revision(adapter: str | Path) -> tuple[str, str | None]:
     if Path(text).exists() or "@" not in text:
         return text, None
     source, _, revision = text.rpartition("@")
+    if Path(source).is_dir():
+        raise ValueError(
+            f"a directory has no revisions; got {text!r}; expected {source!r}, or a Hub id that no directory here has"
+        )
     return source, revision
 
 

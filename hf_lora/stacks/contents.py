@@ -130,7 +130,9 @@ def _update(layer: LoRALayer, bias: tuple[Tensor, Tensor] | None, module: nn.Mod
         lora_A = None  # type: ignore[assignment]
     if lora_A is None and scale is None and shift is None:
         return None
-    factors = (None, None) if lora_A is None else (lora_A.detach(), (lora_B * layer.scaling).T.detach())
+    factors = (
+        (None, None) if lora_A is None else (lora_A.detach().clone(), (lora_B * layer.scaling).T.detach())
+    )
     return LinearUpdate(*factors, scale=scale, shift=shift)
 
 
