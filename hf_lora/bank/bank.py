@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lora._choices import unknown
-from hf_lora._text import shortened
 from hf_lora.adapters.directory import adapter_info
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.bank.loading import BankLoader, Loaded
 from hf_lora.bank.passes import Passes
+from hf_lora.bank.saved import SavedBank, split_revision
 from hf_lora.bank.slots import Entry, Slots
 from hf_lora.serving.classifier import TextClassifier
 from hf_lora.serving.encoding import WINDOW, Text, several, shown
@@ -45,7 +45,7 @@ class AdapterBank:
     @classmethod
     def from_pretrained(
         cls,
-        adapters: Sequence[str | Path] | Mapping[str, str | Path],
+        adapters: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
         *,
         base: str | None = None,
         check_base: bool = True,
@@ -56,20 +56,35 @@ class AdapterBank:
     ) -> AdapterBank:
         """A bank of adapter directories and Hub ids, such as "me/mood" or "me/mood@v2"; or of a mapping from names.
 
+        One path is that of a file that `save` wrote, with its base and capacity, but for what is given here.
         Without names an adapter is called like the last part of its path. The first one says what the base model and
         the tokenizer are. base, check_base, device, precision, token: as of `TextClassifier.from_pretrained`.
         Raises ValueError for an adapter of another base or tokenizer, and for anything that does not fit.
         """
-        named = adapters if isinstance(adapters, Mapping) else _named(several(adapters))
-        if not named:
-            raise ValueError("a bank needs an adapter; got none; expected directories or Hub ids")
+        saved = SavedBank.of(adapters)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        source, revision = split_revision(next(iter(named.values())))
-        first = describe(adapter_directory(source, revision=revision, token=token), base=base, token=token)
-        bank = cls(BankLoader(first, device, precision), capacity)
-        for name, place in named.items():
-            bank.add(place, name, check_base=check_base, token=token)
+        source, revision = split_revision(saved.adapters[0].place)
+        directory = adapter_directory(source, revision=revision, token=token)
+        first = describe(directory, base=base or saved.base, token=token)
+        if saved.base and not base:
+            first = replace(first, hub={**first.hub, "revision": saved.revision})
+        bank = cls(BankLoader(first, device, precision), saved.capacity if capacity is None else capacity)
+        for adapter in saved.adapters:
+            check = check_base and adapter.check_base
+            bank.add(adapter.place, adapter.name, labels=adapter.labels, check_base=check, token=token)
         return bank
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file that `from_pretrained` takes; returns its path. It lists the base, and the adapters in order.
+
+        Directories under the file's folder are named as seen from there, others from the root. An adapter of the Hub
+        has the commit that it was loaded at. The file lists capacity, too, and labels that were given.
+        Raises ValueError for adapters that were in memory: write them with `save_adapter`, and add the directories.
+        """
+        with self._slots.changed:
+            entries = list(self._entries.values())
+        folder = Path(path).absolute().parent
+        return SavedBank.of_entries(entries, self._loader, self._slots.capacity, folder).write(Path(path))
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -115,8 +130,10 @@ class AdapterBank:
                     f"the bank has an adapter of that name; got {name!r}; expected another name, or replace=True"
                 )
             if isinstance(adapter, str | Path):
-                options: dict[str, Any] = {"labels": labels, "check_base": check_base, "token": token}
-                entry, loaded = self._read(name, *split_revision(adapter), **options)
+                given = None if labels is None else tuple(labels)
+                source, revision = split_revision(adapter)
+                options: dict[str, Any] = {"labels": given, "check_base": check_base}
+                entry, loaded = self._read(name, source, revision, token=token, **options)
             else:
                 entry, loaded = self._taken(name, adapter)
             self._slots.fill(entry, loaded)
@@ -226,7 +243,7 @@ class AdapterBank:
             return self._loader.load(place, token=token, **options)
 
         loaded = load()
-        return Entry(name, loaded.info, load, source, revision), loaded
+        return Entry(name, loaded.info, load, source, revision, options), loaded
 
     def _taken(self, name: str, adapter: TextClassifier | PreTrainedModel) -> tuple[Entry, Loaded]:
         if isinstance(adapter, TextClassifier):
@@ -250,29 +267,3 @@ class AdapterBank:
         if name not in self._entries:
             raise unknown("adapter", name, self._entries)
         return self._entries[name]
-
-
-def split_revision(adapter: str | Path) -> tuple[str, str | None]:
-    """The directory or Hub id, and the revision behind an "@" if there is one."""
-    text = str(adapter)
-    if Path(text).exists() or "@" not in text:
-        return text, None
-    source, _, revision = text.rpartition("@")
-    if Path(source).is_dir():
-        raise ValueError(
-            f"a directory has no revisions; got {text!r}; expected {source!r}, or a Hub id that no directory here has"
-        )
-    return source, revision
-
-
-def _named(adapters: Iterable[str | Path]) -> dict[str, str | Path]:
-    named: dict[str, str | Path] = {}
-    for place in adapters:
-        name = Path(split_revision(place)[0]).name
-        if name in named:
-            raise ValueError(
-                f"two adapters have one name; got {shortened([str(named[name]), str(place)])}; expected a mapping from "
-                "names to them"
-            )
-        named[name] = place
-    return named

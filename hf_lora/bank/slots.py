@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ _FIRST = 16
 class Entry:
     """An adapter of a bank. source: its directory or Hub id; None: it was in memory.
 
+    revision: of a Hub id, the commit. options: the labels and check_base that it was added with.
     load: gives what is put into a slot. depth: as of `Loaded`. slot: None: in none now. used: when it was used last.
     calls: how many have it now; once it is `removed`, its slot is emptied after the last one.
     """
@@ -32,6 +33,7 @@ class Entry:
     load: Callable[[], Loaded]
     source: str | None = None
     revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     depth: int = 0
     slot: int | None = None
     used: int = 0
