@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lora._choices import unknown
-from hf_lora.adapters.directory import adapter_info
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo
-from hf_lora.bank.loading import BankLoader, Loaded
+from hf_lora.bank.loading import BankLoader
 from hf_lora.bank.passes import Passes
-from hf_lora.bank.saved import SavedBank, split_revision
+from hf_lora.bank.saved import SavedBank
 from hf_lora.bank.slots import Entry, Slots
+from hf_lora.bank.sources import read_entry, split_revision, taken_entry
 from hf_lora.serving.classifier import TextClassifier
 from hf_lora.serving.encoding import WINDOW, Text, several, shown
 from hf_lora.serving.loading import describe
@@ -130,12 +130,10 @@ class AdapterBank:
                     f"the bank has an adapter of that name; got {name!r}; expected another name, or replace=True"
                 )
             if isinstance(adapter, str | Path):
-                given = None if labels is None else tuple(labels)
-                source, revision = split_revision(adapter)
-                options: dict[str, Any] = {"labels": given, "check_base": check_base}
-                entry, loaded = self._read(name, source, revision, token=token, **options)
+                options: dict[str, Any] = {"labels": labels, "check_base": check_base, "token": token}
+                entry, loaded = read_entry(self._loader, name, adapter, **options)
             else:
-                entry, loaded = self._taken(name, adapter)
+                entry, loaded = taken_entry(self._loader, name, adapter)
             self._slots.fill(entry, loaded)
             with self._slots.changed:
                 before = self._entries.get(name)
@@ -230,28 +228,6 @@ class AdapterBank:
                 yield {**told, "adapter": names, **answer[names]}
             else:
                 yield {**told, "answers": {entry.name: answer[entry.name] for entry in own}}
-
-    def _read(
-        self, name: str, source: str, revision: str | None, *, token: str | None, **options: Any
-    ) -> tuple[Entry, Loaded]:
-        if not Path(source).is_dir():
-            # The commit that a branch is at now: it is the same when it is loaded again.
-            revision = adapter_directory(source, revision=revision, token=token).name
-
-        def load() -> Loaded:
-            place = adapter_directory(source, revision=revision, token=token)
-            return self._loader.load(place, token=token, **options)
-
-        loaded = load()
-        return Entry(name, loaded.info, load, source, revision, options), loaded
-
-    def _taken(self, name: str, adapter: TextClassifier | PreTrainedModel) -> tuple[Entry, Loaded]:
-        if isinstance(adapter, TextClassifier):
-            loaded = self._loader.take(adapter.model, adapter.info, adapter.tokenizer)
-        else:
-            loaded = self._loader.take(adapter, adapter_info(adapter))
-        kept = replace(loaded, model=None)
-        return Entry(name, loaded.info, lambda: kept), loaded
 
     def _known(self, asked: Sequence[Names]) -> list[list[Entry]]:
         with self._slots.changed:

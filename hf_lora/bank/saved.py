@@ -13,6 +13,7 @@ from hf_lora._files import MAX_JSON_BYTES, check_types, parse_object, read_bytes
 from hf_lora._text import shortened
 from hf_lora.bank.loading import BankLoader
 from hf_lora.bank.slots import Entry
+from hf_lora.bank.sources import named_by_path, split_revision
 from hf_lora.models._transformers_private import commit_of
 from hf_lora.serving.encoding import several
 
@@ -62,7 +63,7 @@ class SavedBank:
         """
         if isinstance(adapters, str | Path):
             return cls.read(Path(adapters))
-        named = adapters if isinstance(adapters, Mapping) else _named(several(adapters))
+        named = adapters if isinstance(adapters, Mapping) else named_by_path(several(adapters))
         if not named:
             raise ValueError("a bank needs an adapter; got none; expected directories or Hub ids")
         return cls(tuple(SavedAdapter(name, *split_revision(place)) for name, place in named.items()))
@@ -129,32 +130,6 @@ class SavedBank:
         folder = path.absolute().parent
         found = tuple(_adapter(folder, adapter) for adapter in adapters)
         return cls(found, base["name_or_path"], base.get("revision"), values.get("capacity"))
-
-
-def split_revision(adapter: str | Path) -> tuple[str, str | None]:
-    """The directory or Hub id, and the revision behind an "@" if there is one."""
-    text = str(adapter)
-    if Path(text).exists() or "@" not in text:
-        return text, None
-    source, _, revision = text.rpartition("@")
-    if Path(source).is_dir():
-        raise ValueError(
-            f"a directory has no revisions; got {text!r}; expected {source!r}, or a Hub id that no directory here has"
-        )
-    return source, revision
-
-
-def _named(adapters: Iterable[str | Path]) -> dict[str, str | Path]:
-    named: dict[str, str | Path] = {}
-    for place in adapters:
-        name = Path(split_revision(place)[0]).name
-        if name in named:
-            raise ValueError(
-                f"two adapters have one name; got {shortened([str(named[name]), str(place)])}; expected a mapping from "
-                "names to them"
-            )
-        named[name] = place
-    return named
 
 
 def _check(
