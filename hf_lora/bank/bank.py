@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lora._choices import unknown
+from hf_lora.adapters.directory import save_adapter
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo
+from hf_lora.bank.finetuned import FinetunedReport, classifier_of, expected_of, extracted, report_of
 from hf_lora.bank.loading import BankLoader
 from hf_lora.bank.passes import Passes
 from hf_lora.bank.saved import SavedBank
@@ -120,15 +122,8 @@ class AdapterBank:
         replace: an adapter of that name is taken out; calls that have it end with it.
         Raises ValueError, and leaves the bank as it was, for an adapter that does not fit.
         """
-        if isinstance(adapter, str | Path):
-            name = name or Path(split_revision(adapter)[0]).name
-        if not name or name == ALL:
-            raise ValueError(f"an adapter needs a name; got {name!r}; expected a word, but for {ALL!r}")
         with self._slots.loading:
-            if name in self._entries and not replace:
-                raise ValueError(
-                    f"the bank has an adapter of that name; got {name!r}; expected another name, or replace=True"
-                )
+            name = self._free_name(adapter, name, replace)
             if isinstance(adapter, str | Path):
                 options: dict[str, Any] = {"labels": labels, "check_base": check_base, "token": token}
                 entry, loaded = read_entry(self._loader, name, adapter, **options)
@@ -141,6 +136,39 @@ class AdapterBank:
             if before is not None:
                 self._slots.remove(before)
         return name
+
+    def add_finetuned(
+        self,
+        checkpoint: str | Path,
+        name: str | None = None,
+        *,
+        energy: float = 0.95,
+        rank: int | None = None,
+        projections: str | None = None,
+        texts: Sequence[Text] = (),
+        labels: Sequence[Any] | None = None,
+        output_dir: str | Path | None = None,
+        token: str | None = None,
+        replace: bool = False,
+    ) -> FinetunedReport:
+        """Add a full fine-tuned classifier of the base: what it changed becomes an adapter; returns what that costs.
+
+        checkpoint: a directory, or a Hub id with or without "@revision". energy: the share of the squared singular
+        values that each module keeps; rank: the highest rank, in its place. projections: letters of qkvo; None: all
+        linear layers. texts: answered by the checkpoint and by the bank, and compared; labels: the right ones.
+        output_dir: the adapter is written there and added from there, so that `save` can name it.
+        Raises ValueError, and leaves the bank as it was, for a checkpoint that does not fit.
+        """
+        name = self._free_name(checkpoint, name, replace)
+        budget: dict[str, Any] = {"rank": rank, "energy": energy if rank is None else None}
+        found = extracted(self._loader, checkpoint, token=token, projections=projections, **budget)
+        expected = expected_of(found, self._loader, several(texts), labels)
+        if output_dir is None:
+            self.add(classifier_of(found, self._loader), name, replace=replace)
+        else:
+            directory = save_adapter(found.model, output_dir, tokenizer=found.tokenizer)
+            self.add(directory, name, replace=replace)
+        return report_of(found, name, expected, self.logits(texts, name))
 
     def remove(self, name: str) -> None:
         """Take an adapter out; calls that have it end with it. Raises ValueError for an unknown name."""
@@ -238,6 +266,17 @@ class AdapterBank:
                 else [self._entry(name) for name in ([names] if isinstance(names, str) else names)]
                 for names in asked
             ]
+
+    def _free_name(self, adapter: object, name: str | None, replace: bool) -> str:
+        if isinstance(adapter, str | Path):
+            name = name or Path(split_revision(adapter)[0]).name
+        if not name or name == ALL:
+            raise ValueError(f"an adapter needs a name; got {name!r}; expected a word, but for {ALL!r}")
+        if name in self._entries and not replace:
+            raise ValueError(
+                f"the bank has an adapter of that name; got {name!r}; expected another name, or replace=True"
+            )
+        return name
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
