@@ -127,6 +127,8 @@ class AdapterBank:
             if isinstance(adapter, str | Path):
                 options: dict[str, Any] = {"labels": labels, "check_base": check_base, "token": token}
                 entry, loaded = read_entry(self._loader, name, adapter, **options)
+            elif labels is not None:
+                raise ValueError(f"a model in memory has labels; got labels={list(labels)}; expected none")
             else:
                 entry, loaded = taken_entry(self._loader, name, adapter)
             self._slots.fill(entry, loaded)

@@ -21,7 +21,7 @@ from hf_lora.adapters.loading import load_tensors
 from hf_lora.lora.inject import base_parameters
 from hf_lora.lora.quantized import is_quantized
 from hf_lora.models.fingerprint import fingerprint
-from hf_lora.models.loading import cast_frozen, choose_precision, load_base, load_tokenizer
+from hf_lora.models.loading import cast_frozen, check_labels, choose_precision, load_base, load_tokenizer
 from hf_lora.models.pooling import NATIVE
 from hf_lora.models.reconcile import reconcile, usable_length
 from hf_lora.models.tokenizer_files import load_tokenizer_files
@@ -99,6 +99,7 @@ class BankLoader:
 
     def fit(self, adapter: Described, *, check_base: bool = True) -> Loaded:
         """The same for an adapter that was read."""
+        check_labels(adapter.info.labels)
         self._check_base_name(adapter, check_base)
         self._check_tokenizer(adapter)
         files, key = adapter.files, _key(adapter, check_base)

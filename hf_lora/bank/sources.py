@@ -14,6 +14,7 @@ from hf_lora.adapters.directory import adapter_info
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.bank.loading import BankLoader, Loaded
 from hf_lora.bank.slots import Entry
+from hf_lora.models.loading import check_labels
 from hf_lora.serving.classifier import TextClassifier
 
 
@@ -28,6 +29,8 @@ def read_entry(
 ) -> tuple[Entry, Loaded]:
     """The adapter of a directory or Hub id, which is loaded again from there. Raises ValueError if it does not fit."""
     source, revision = split_revision(adapter)
+    if labels is not None:
+        check_labels(labels)
     options: dict[str, Any] = {
         "labels": None if labels is None else tuple(labels),
         "check_base": check_base,

@@ -98,6 +98,13 @@ def labels_of(base: str, **hub: Any) -> tuple[str, ...]:
     return tuple(str(labels[index]) for index in sorted(labels))
 
 
+def check_labels(labels: Sequence[str]) -> None:
+    """Raise ValueError for names of labels that are no list of different strings."""
+    names = [] if isinstance(labels, str) else list(labels)
+    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"labels are not usable; got {labels!r}; expected at least one name, each once")
+
+
 def load_base(
     base: str,
     labels: Sequence[str],
@@ -113,8 +120,7 @@ def load_base(
     hub: options of `from_pretrained`, such as revision.
     """
     labels = [str(label) for label in labels]
-    if not labels or len(set(labels)) != len(labels):
-        raise ValueError(f"labels are not usable; got {labels!r}; expected at least one name, each once")
+    check_labels(labels)
     check_pooling(pooling)
     source = resolve_base(base, **hub)
     model_config = _config(

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lora._text import shortened
 from hf_lora.adapters.directory import AdapterFiles, check_task, load_files, read_adapter
 from hf_lora.adapters.info import AdapterInfo, BaseModel
 from hf_lora.adapters.peft_format import PREFIX
 from hf_lora.lora.inject import injection
-from hf_lora.models.loading import load_base, load_config, load_tokenizer, meta_classifier
+from hf_lora.models.loading import check_labels, load_base, load_config, load_tokenizer, meta_classifier
 from hf_lora.models.reconcile import usable_length
 from hf_lora.models.tokenizer_files import load_tokenizer_files
 
@@ -56,7 +57,15 @@ def describe(
     info = files.info
     if info is None:
         with nullcontext() if given else hint_at_base(files):
-            info = AdapterInfo(tuple(labels or _labels_of(files, base, **hub)), base_model=own)
+            found = _labels_of(files, base, **hub)
+        if labels is not None:
+            check_labels(labels)
+            if len(labels) != len(found):
+                raise ValueError(
+                    f"the adapter in {str(directory)!r} has {len(found)} outputs; got {len(labels)} labels, "
+                    f"{shortened(list(labels))}; expected one for each, in their order"
+                )
+        info = AdapterInfo(tuple(labels or found), base_model=own)
     elif labels is not None and tuple(labels) != info.labels:
         raise ValueError(
             f"the adapter in {str(directory)!r} has names for its labels; got labels={list(labels)}; expected none, or "
