@@ -82,7 +82,7 @@ class StackedLinear(nn.Module):
     sequences: the dimension of its inputs that counts the sequences; it may count each several times.
     """
 
-    base_type: type[nn.Module]
+    plain_type: type[nn.Module]
     factors: Factors
     scale: Vectors
     shift: Vectors
@@ -115,7 +115,7 @@ class StackedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The layer with each sequence's own update, input `(..., in)`, output `(..., out)`."""
         batch, factors = current(), self.factors
-        plain = self.base_type.forward
+        plain = self.plain_type.forward
         if not batch.enabled:
             return cast(Tensor, plain(self, input))
         rank = max([factors.ranks[slot] for slot in batch.slots])
@@ -145,7 +145,7 @@ class StackedLinear(nn.Module):
     def _merges(self, input: Tensor) -> bool:
         """Whether adding one update to the weight is less work than adding it to the outputs: from 384 tokens
         for 384 x 384. Of 1,024 tokens it costs 4 % of the layer's product, and the other 10 %."""
-        if self.base_type is not nn.Linear or type(self.weight) is not nn.Parameter:
+        if self.plain_type is not nn.Linear or type(self.weight) is not nn.Parameter:
             return False
         out, features = self.weight.shape
         return input.numel() // features * (features + out) > 2 * features * out
@@ -213,9 +213,14 @@ class ReplacedModule(nn.Module):
 def replaced_module(module: nn.Module, *, sequences: int = 0) -> ReplacedModule:
     """Let adapters replace a module, which is changed in place; returns it."""
     layer, base_type = cast(ReplacedModule, module), type(module)
+    stacked = isinstance(module, StackedLinear)
+    if stacked:
+        base_type = cast(StackedLinear, module).plain_type
     # Not as a dictionary of torch's, which would make them parts of the model.
     layer.own, layer.plain, layer.sequences = {}, {}, sequences
-    layer.__class__ = _subclass(ReplacedModule, base_type)  # type: ignore[assignment]
+    kind = _subclass(ReplacedModule, base_type)
+    # Updates of others are added to whatever stands in the module's place.
+    layer.__class__ = _subclass(StackedLinear, kind) if stacked else kind  # type: ignore[assignment]
     return layer
 
 
@@ -239,7 +244,8 @@ def _subclass(kind: type[nn.Module], base_type: type[nn.Module]) -> type[nn.Modu
     """The class of a `base_type` that is a `kind` too."""
     key = kind, base_type
     if key not in _SUBCLASSES:
-        values = {"base_type": base_type, "__module__": __name__}
+        name = "plain_type" if kind is StackedLinear else "base_type"
+        values = {name: base_type, "__module__": __name__}
         _SUBCLASSES[key] = type(f"{kind.__name__}Of{base_type.__name__}", (kind, base_type), values)
     return _SUBCLASSES[key]
 

@@ -111,7 +111,8 @@ class StackedModel:
         for key, place in self._replaced.items():
             of_kind, _, name = key.rpartition(":")
             own = contents.modules.get(name) if of_kind in ("", kind) else None
-            place.put(slot, own, contents.plain.get(name, own) if own else None)
+            plain = None if own is None else contents.plain.get(name, own)
+            ReplacedModule.put(place, slot, own, plain)
         self._kinds[slot] = kind
 
     def remove(self, slot: int) -> None:
@@ -119,7 +120,7 @@ class StackedModel:
         for layer in self._linear.values():
             layer.put(slot, None)
         for place in self._replaced.values():
-            place.put(slot, None, None)
+            ReplacedModule.put(place, slot, None, None)
         self._kinds.pop(slot, None)
 
     def pretrained(self, inputs: Mapping[str, Tensor]) -> None:
