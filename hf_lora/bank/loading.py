@@ -62,13 +62,13 @@ class BankLoader:
         self.base, self.hub = first.base, dict(first.hub)
         self.place = str(first.files.directory)
         model, missing = self._load(NATIVE, 2)
-        quantized = any(is_quantized(module) for module in model.modules())
-        if quantized and precision not in (None, "auto"):
+        self.quantized = any(is_quantized(module) for module in model.modules())
+        if self.quantized and precision not in (None, "auto"):
             raise ValueError(
                 f"the base {self.base!r} is quantized and runs in the types it is stored in; got "
                 f"precision={precision!r}; expected 'auto'"
             )
-        self.precision = None if precision is None or quantized else choose_precision(precision, device)
+        self.precision = None if precision is None or self.quantized else choose_precision(precision, device)
         self.tokenizer = self._tokenizer_of(first, model)
         self._tokenizers = {_digest(first.files.tokenizer)}
         self._meaning = _meaning(self.tokenizer)
@@ -149,8 +149,10 @@ class BankLoader:
         ]
         difference = relative_difference(logits[:, : expected.shape[1]].float(), expected.float())
         kind = next(self._encoder.parameters()).dtype
+        # bitsandbytes rounds the inputs of its layers of 8 bits, too.
+        rounded = self.quantized or not kind.is_floating_point
         # Two thirds of the digits of the type computed in.
-        if not difference <= torch.finfo(kind if kind.is_floating_point else torch.float16).eps ** (2 / 3):
+        if not difference <= torch.finfo(torch.float16 if rounded else kind).eps ** (2 / 3):
             raise ValueError(
                 f"the adapter cannot share its model with others; got logits that differ by {difference:.2g} of those "
                 "that it gives alone; expected the same; load it with TextClassifier"
