@@ -24,7 +24,7 @@ from hf_lora._files import (
 )
 from hf_lora._text import shortened
 from hf_lora.adapters import peft_format
-from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel
+from hf_lora.adapters.info import FILE, AdapterInfo, BaseModel, read_info
 from hf_lora.adapters.loading import load_tensors
 from hf_lora.adapters.peft_format import PREFIX, adapted_modules, brought_whole
 from hf_lora.adapters.pooled_format import of_classifier, of_encoder
@@ -194,7 +194,7 @@ def check_task(files: AdapterFiles, expected: str | None) -> None:
 def read_adapter(directory: str | Path) -> AdapterFiles:
     """Read a directory and compare its files with each other. Raises ValueError naming what is wrong."""
     directory = Path(directory)
-    place, info = str(directory), None
+    place = str(directory)
     for name in _REQUIRED:
         if not (directory / name).is_file():
             found = (
@@ -204,9 +204,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     # Each file is read once, so that the bytes that are checked are those that are used.
     contents = {name: read_bytes(directory, name, limit=limit) for name, limit in _REQUIRED.items()}
     contents |= (tokenizer := read_tokenizer(directory))
-    if (directory / FILE).is_file():
-        text = read_bytes(directory, FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
-        info = AdapterInfo.from_json(text, str(directory / FILE))
+    info = read_info(directory)
     for name, digest in info.sha256.items() if info else ():
         if name in contents and sha256(contents[name]).hexdigest() != digest:
             raise ValueError(

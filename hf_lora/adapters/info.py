@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
-from hf_lora._files import check_types, parse_object
+from hf_lora._files import MAX_JSON_BYTES, check_types, parse_object, read_bytes
 from hf_lora._text import one_line, shortened
 from hf_lora.tasks import SINGLE, Task, task_of
 from hf_lora.tasks.calibration import Calibration
@@ -126,3 +127,11 @@ class AdapterInfo:
             return cls(**given, base_model=BaseModel(**base))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source} cannot be read: {one_line(error, 300)}") from None
+
+
+def read_info(directory: Path) -> AdapterInfo | None:
+    """What `hf_lora.json` of a directory says; None without that file. Raises ValueError as `AdapterInfo.from_json`."""
+    if not (directory / FILE).is_file():
+        return None
+    text = read_bytes(directory, FILE, limit=MAX_JSON_BYTES).decode("utf-8", "replace")
+    return AdapterInfo.from_json(text, str(directory / FILE))
