@@ -29,8 +29,21 @@ LABELS = ("no", "yes, sir", 'q"uote')
 MULTI = "multi_label_classification"
 
 
-def some_answers(kind: str) -> tuple[AdapterInfo, list[dict[str, Any]]]:
-    """Answers as `predict` gives them, for each kind of task."""
+# Three adapters on the same texts; a name with a dot is one too.
+SEVERAL = {"news": "single", "mood.v2": MULTI, "stars": "regression"}
+
+
+def some_answers(kind: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Answers as `predict` gives them, for each kind of task, and what is known of their adapter, or of each."""
+    if kind == "several":
+        own = {name: some_answers(one) for name, one in SEVERAL.items()}
+        rows = zip(*(given for _, given in own.values()), strict=True)
+        parts = [
+            [{key: row[key] for key in ("label", "score", "scores")} for row in answers] for answers in rows
+        ]
+        given = [dict(zip(own, part, strict=True)) for part in parts]
+        infos = {name: info for name, (info, _) in own.items()}
+        return infos, [{"text": text, "answers": row} for text, row in zip(HOSTILE, given, strict=True)]
     if kind == "regression":
         numbers = [(-1.5 + row) / 7 for row in range(len(HOSTILE))]
         rows = [("stars", number, {"stars": number}) for number in numbers]
@@ -55,6 +68,12 @@ def some_answers(kind: str) -> tuple[AdapterInfo, list[dict[str, Any]]]:
 
 def flat(answer: dict[str, Any], cells: bool = False) -> dict[str, Any]:
     """What a table holds of an answer."""
+    if "answers" in answer:
+        own = {name: flat({"text": "", **part}, cells) for name, part in answer["answers"].items()}
+        columns = {
+            f"{name}.{key}": cell for name, row in own.items() for key, cell in row.items() if key != "text"
+        }
+        return {"text": answer["text"], **columns}
     texts = [answer["text"]] if isinstance(answer["text"], str) else answer["text"]
     row = dict(zip(("text", "text_pair"), texts, strict=False))
     row |= {"label": answer["label"], "score": answer["score"]}
@@ -66,7 +85,7 @@ def flat(answer: dict[str, Any], cells: bool = False) -> dict[str, Any]:
 def read_delimited(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as stream:
         lines = list(csv.DictReader(stream, delimiter="," if path.suffix.lower() == ".csv" else "\t"))
-    numeric = [name for name in lines[0] if name.startswith("score")]
+    numeric = [name for name in lines[0] if any(part.startswith("score") for part in name.split("."))]
     return [{**line, **{n: line[n] if "[" in line[n] else float(line[n]) for n in numeric}} for line in lines]
 
 
@@ -98,7 +117,7 @@ needs_openpyxl = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("kind", ["single", "pairs", MULTI, "regression"])
+@pytest.mark.parametrize("kind", ["single", "pairs", MULTI, "regression", "several"])
 @pytest.mark.parametrize(
     "suffix", [pytest.param(s, marks=needs_openpyxl) if s == ".xlsx" else s for s in FORMATS]
 )
@@ -129,12 +148,13 @@ def test_our_own_reader_takes_the_texts_from_it(suffix: str, tmp_path: Path) -> 
     assert [text for (text,) in read] == HOSTILE
 
 
+@pytest.mark.parametrize("kind", ["single", "several"])
 @pytest.mark.parametrize("suffix", [s for s in FORMATS if s != ".xlsx"])
-def test_no_answers_make_a_file_without_rows(suffix: str, tmp_path: Path) -> None:
-    info, _ = some_answers("single")
+def test_no_answers_make_a_file_without_rows(suffix: str, kind: str, tmp_path: Path) -> None:
+    info, given = some_answers(kind)
     path = tmp_path / f"out{suffix}"
     write_answers(path, [], info)
-    header = ["text", "label", "score", *(f"scores.{label}" for label in LABELS)]
+    header = list(flat(given[0]))
     if suffix == ".parquet":
         table = pyarrow.parquet.read_table(path)
         assert (table.num_rows, table.column_names) == (0, header)
@@ -171,6 +191,23 @@ def test_excel_without_its_package_says_what_to_install(
         ValueError, match=r"\.xlsx files need a package that is missing; expected openpyxl; try"
     ):
         write_answers(tmp_path / "out.xlsx", [], AdapterInfo(LABELS))
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    own = AdapterInfo(("label", "other"))
+    message = r"2 columns would have one name; got 'a\.scores\.label'"
+    with pytest.raises(ValueError, match=message):
+        write_answers(tmp_path / "out.csv", [], {"a": own, "a.scores": own})
+    assert not list(tmp_path.iterdir())
+
+
+@needs_openpyxl
+def test_more_columns_than_excel_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, given = some_answers("several")
+    monkeypatch.setattr(answers, "_EXCEL_COLUMNS", len(flat(given[0])) - 1)
+    with pytest.raises(ValueError, match="at most 13 columns; got 14; expected another format"):
+        write_answers(tmp_path / "out.xlsx", given, info)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_openpyxl
