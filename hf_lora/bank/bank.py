@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lora._choices import unknown
 from hf_lora.adapters.directory import save_adapter
@@ -101,10 +101,16 @@ class AdapterBank:
             return [name for name, entry in self._entries.items() if entry.slot is not None]
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of all adapters."""
+        return self._loader.tokenizer
+
+    @property
     def setting(self) -> str:
         """How the bank runs, in one line for people."""
         precision = self._loader.precision or "precision: as the model was loaded"
-        return f"{precision}; {len(self._entries)} adapters on one encoder"
+        count = len(self._entries)
+        return f"{precision}; {count} adapter{'s' * (count != 1)} on one encoder"
 
     def add(
         self,

@@ -1,0 +1,65 @@
+"""The adapters that people name in words: paths and Hub ids, with names in front of them, or a folder of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from hf_lora._text import shortened
+from hf_lora.adapters.directory import CONFIG, TENSORS
+from hf_lora.bank.sources import split_revision
+
+# A path or a Hub id, perhaps with a revision and a name: it has a slash, and neither spaces nor most marks of a text.
+_PLACE = re.compile(r"[\w.@=~+-]*(/[\w.@=~+-]*)+")
+
+
+def split_name(word: str) -> tuple[str, str]:
+    """The two parts of NAME=ADAPTER. The name is empty where there is none."""
+    name, _, place = word.partition("=")
+    return (name, place) if name and place and "/" not in name and not os.path.isdir(word) else ("", word)
+
+
+def may_be_adapter(word: str) -> bool:
+    """Whether a word is an adapter directory, or looks like a path or a Hub id."""
+    _, place = split_name(word)
+    return os.path.isfile(os.path.join(place, CONFIG)) or _PLACE.fullmatch(word) is not None
+
+
+def named(words: Iterable[str]) -> dict[str, str]:
+    """Directories and Hub ids by the names in front of them, or else by the last parts of their paths.
+
+    Raises ValueError for two of one name.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, place = split_name(word)
+        name = name or os.path.basename(os.path.abspath(split_revision(place)[0]))
+        if name in found:
+            raise ValueError(
+                f"two adapters have the name {name!r}; got {found[name]!r} and {place!r}; expected another name for "
+                f"one of them, such as {name}_2={place}"
+            )
+        found[name] = place
+    return found
+
+
+def adapters_in(folder: str | Path) -> dict[str, Path]:
+    """The adapter directories directly in a folder, by their names and in their order.
+
+    Raises ValueError if there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no such folder; got {str(folder)!r}; expected one with adapter directories in it")
+    # What is hidden was not written to its end.
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = {path.name: path for path in inside if any((path / name).is_file() for name in (CONFIG, TENSORS))}
+    if not found:
+        own = f"; {str(folder)!r} is an adapter itself" if (folder / CONFIG).is_file() else ""
+        names = shortened([path.name for path in inside])
+        raise ValueError(
+            f"no adapter in {str(folder)!r}; got {names}; expected directories with {CONFIG}{own}"
+        )
+    return found
