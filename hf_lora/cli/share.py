@@ -64,7 +64,7 @@ def merge(options: Namespace) -> None:
     _merge(
         options,
         MERGED,
-        lambda classifier: list(islice(texts_of(options, classifier), COMPARED)) if given else [],
+        lambda classifier: list(islice(texts_of(options, classifier.info), COMPARED)) if given else [],
     )
 
 
@@ -120,7 +120,8 @@ def export(options: Namespace) -> None:
         return
     classifier = classifier_of(options, precision="fp32", device="cpu")
     # Before the work, so that a mistake in the file is told at once.
-    given = labelled_data(options, classifier) if options.test_file or options.dataset_name else None
+    named = options.test_file or options.dataset_name
+    given = labelled_data(options, classifier.info, classifier.tokenizer) if named else None
     done = export_onnx(classifier, options.output_dir, int8=options.int8, texts=given and given.texts)
     metrics = {}
     if given:

@@ -6,7 +6,7 @@ Light, so that `--help` is quick: heavy modules are imported inside the function
 from __future__ import annotations
 
 from argparse import Action, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -15,8 +15,11 @@ from hf_lora.data.config import QUOTINGS
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from hf_lora.adapters.info import AdapterInfo
+    from hf_lora.bank.bank import AdapterBank
     from hf_lora.data import ClassificationData
     from hf_lora.serving.classifier import TextClassifier
     from hf_lora.serving.encoding import Text
@@ -75,6 +78,23 @@ def add_options(parser: Any, *names: str) -> None:
         parser.add_argument(f"--{name}", **OPTIONS[name])
 
 
+def add_adapters(parser: ArgumentParser) -> None:
+    """Add the options that name one adapter, or several of one base."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument(
+        "--adapter",
+        nargs="+",
+        action="append",
+        metavar="ADAPTER",
+        help="adapter directory or Hub id; or several of one base model, such as runs/news me/mood@v2, where each is "
+        "called like the last part of its path, or as in NAME=ADAPTER",
+    )
+    group.add_argument(
+        "--adapters_dir", metavar="DIR", help="folder of adapter directories: all of them, by their names"
+    )
+    add_options(parser, "revision", "base", "skip_base_check")
+
+
 class Parser(ArgumentParser):
     """Tells a mistake in one line, without the usage, and the nearest choice."""
 
@@ -111,6 +131,49 @@ def classifier_of(options: Namespace, **settings: Any) -> TextClassifier:
     )
 
 
+def adapters_of(options: Namespace, advice: str = "") -> dict[str, Path]:
+    """The directories of the adapters that `add_adapters` let name, by their names.
+
+    Empty for a single one without a name, which is then `options.adapter`. advice: what else a word could have been.
+    Raises ValueError for names that are not clear, and for an adapter that is not there.
+    """
+    from hf_lora.adapters.hub import adapter_directory
+    from hf_lora.bank.names import adapters_in, named, split_name
+    from hf_lora.bank.sources import split_revision
+
+    words = [word for group in options.adapter or () for word in group]
+    if len(words) == 1 and not split_name(words[0])[0]:
+        options.adapter = words[0]
+        if options.revision is None:
+            options.adapter, options.revision = split_revision(words[0])
+        return {}
+    if options.revision is not None:
+        raise ValueError(
+            f"--revision is for a single adapter; got {options.revision!r} for several; expected the revision behind "
+            f"the Hub id, such as me/mood@{options.revision}"
+        )
+    if options.adapters_dir is not None:
+        return adapters_in(options.adapters_dir)
+    found = {}
+    for name, place in named(words).items():
+        source, revision = split_revision(place)
+        try:
+            found[name] = adapter_directory(source, revision=revision)
+        except ValueError as error:
+            raise ValueError(f"{error}{advice}") from None
+    return found
+
+
+def bank_of(options: Namespace, adapters: Mapping[str, Path]) -> AdapterBank:
+    """The adapters on one encoder."""
+    from hf_lora.bank.bank import AdapterBank
+
+    check_base = not options.skip_base_check
+    return AdapterBank.from_pretrained(
+        adapters, base=options.base, check_base=check_base, precision=options.precision
+    )
+
+
 def text_columns(options: Namespace, info: AdapterInfo) -> tuple[str | None, str | None]:
     """The columns of the text and of the second one of a pair: as the options name them, or else as in training."""
     text, pair = options.text_column, options.text_pair_column
@@ -118,11 +181,10 @@ def text_columns(options: Namespace, info: AdapterInfo) -> tuple[str | None, str
     return (text, pair) if text else (trained_on[0], pair or trained_on[1])
 
 
-def labelled_data(options: Namespace, classifier: TextClassifier) -> Labelled:
-    """The labelled texts that the options name, with the classifier's length, and labels in its order."""
+def labelled_data(options: Namespace, info: AdapterInfo, tokenizer: PreTrainedTokenizerBase) -> Labelled:
+    """The labelled texts that the options name, with the adapter's length, and labels in its order."""
     from hf_lora.data import DataConfig, prepare_test
 
-    info = classifier.info
     text, pair = text_columns(options, info)
     config = DataConfig(
         dataset_name=options.dataset_name,
@@ -131,14 +193,14 @@ def labelled_data(options: Namespace, classifier: TextClassifier) -> Labelled:
         text_column=text,
         text_pair_column=pair,
         label_column=options.label_column,
-        max_length=info.max_length or min(DataConfig.max_length, classifier.tokenizer.model_max_length),
+        max_length=info.max_length or min(DataConfig.max_length, tokenizer.model_max_length),
         encoding=options.encoding,
         delimiter=options.delimiter,
         quoting=options.quoting,
         max_test_samples=options.max_test_samples,
     )
     known: dict[str, Any] = {"label_columns": info.label_columns, "label_layout": info.label_layout}
-    data = prepare_test(config, classifier.tokenizer, info.labels, info.problem_type, **known)
+    data = prepare_test(config, tokenizer, info.labels, info.problem_type, **known)
     rows = zip(*(data.texts["test"][name] for name in data.text_columns), strict=True)
     texts = [row[0] if len(row) == 1 else row for row in rows]
     return Labelled(data, texts, data.splits["test"].with_format("numpy")["labels"][:])
@@ -149,17 +211,24 @@ def evaluated(
 ) -> tuple[TextClassifier, ClassificationData, Evaluation]:
     """The classifier and labelled data that the options name, and its results with the adapter and without it."""
     from hf_lora.lora.inject import lora_disabled
-    from hf_lora.tasks.mistakes import evaluate
 
     classifier = classifier_of(options, precision=options.precision)
-    info = classifier.info
-    data, texts, references = labelled_data(options, classifier)
-    enabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
+    labelled = labelled_data(options, classifier.info, classifier.tokenizer)
+    enabled = classifier.logits(labelled.texts, batch_size=options.batch_size)
     with lora_disabled(classifier.model):
-        disabled = classifier.logits(texts, batch_size=options.batch_size).numpy()
-    shown = [text if isinstance(text, str) else " / ".join(text) for text in texts]
-    known = (info.task, info.labels, info.calibration)
-    return classifier, data, evaluate(*known, shown, references, enabled, disabled, mistakes=mistakes)
+        disabled = classifier.logits(labelled.texts, batch_size=options.batch_size)
+    return classifier, labelled.data, judged(classifier.info, labelled, enabled, disabled, mistakes=mistakes)
+
+
+def judged(
+    info: AdapterInfo, labelled: Labelled, enabled: Tensor, disabled: Tensor, *, mistakes: int = 0
+) -> Evaluation:
+    """The results of logits, with the adapter and without it."""
+    from hf_lora.tasks.mistakes import evaluate
+
+    shown = [text if isinstance(text, str) else " / ".join(text) for text in labelled.texts]
+    outputs = (labelled.references, enabled.numpy(), disabled.numpy())
+    return evaluate(info.task, info.labels, info.calibration, shown, *outputs, mistakes=mistakes)
 
 
 def new_directory(path: str) -> Path:

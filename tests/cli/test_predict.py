@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from conftest import LABELS
 from helpers_cli import head_on_base, read_texts, scored
 from helpers_commands import FP32, Captured, call, mistake, run, table
-from helpers_serving import PAIRS, TEXTS, peft_logits, plain_logits
+from helpers_serving import PAIRS, TEXTS, make_adapter, peft_logits, plain_logits
 
 
 def calibration_by_hand(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -283,3 +284,281 @@ def test_evaluate_counts_what_predict_predicts(
     _, truth = read_texts(tiny_csv)
     right = [json.loads(line)["label"] == label for line, label in zip(lines, truth, strict=True)]
     assert report["metrics"]["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+MULTI = "multi_label_classification"
+# Adapters of one base, by name: labels and other options.
+SEVERAL: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "mood": (["sad", "glad", "mad"], {"problem_type": MULTI, "max_length": 6}),
+    "news": (["negative", "positive"], {"max_length": 32}),
+    "short": (["positive", "negative"], {"max_length": 5}),
+    "stars": (["stars"], {"problem_type": "regression", "max_length": 32}),
+}
+
+
+@pytest.fixture(scope="module")
+def several(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `SEVERAL`, a base model beside them, and something else."""
+    folder = tmp_path_factory.mktemp("several")
+    for name, (labels, options) in SEVERAL.items():
+        make_adapter(tiny_bert_dir, folder / name, labels, text_columns=("text",), **options)
+    (folder / "logs").mkdir()
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def lines(capsys: Captured, *argv: object) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run(capsys, "predict", *FP32, *argv).splitlines()]
+
+
+def check_answers(got: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Assert that an answer is that of the adapter alone."""
+    assert list(got) == ["label", "score", "scores"]
+    assert got["label"] == alone["label"]
+    assert got["score"] == pytest.approx(alone["score"], abs=1e-5)
+    assert got["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+
+
+WAYS: dict[str, tuple[list[str], list[str]]] = {
+    "adapter": (["--adapter", "stars", "news"], ["stars", "news"]),
+    "twice": (["--adapter", "stars", "--adapter", "news"], ["stars", "news"]),
+    "named": (["--adapter", "news", "second=stars", "third=news"], ["news", "second", "third"]),
+    "one named": (["--adapter", "second=stars"], ["second"]),
+    "folder": (["--adapters_dir", "."], list(SEVERAL)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", ["words", "stdin", "file"])
+def test_several_adapters_answer_as_each_of_them_alone(
+    way: str, source: str, capsys: Captured, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(several)
+    given, names = WAYS[way]
+    texts = [text for text in TEXTS if "/" not in text]
+    places = {"second": "stars", "third": "news"}
+    alone = {name: lines(capsys, "--adapter", places.get(name, name), "--", *texts) for name in names}
+    more: list[Any] = ["--", *texts]
+    if source == "stdin":
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
+        more = []
+    elif source == "file":
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        more = ["--input_file", path, "--batch_size", 3]
+    got = lines(capsys, *given, *more)
+    assert [answer["text"] for answer in got] == texts
+    for row, answer in enumerate(got):
+        assert list(answer) == ["text", "answers"] and list(answer["answers"]) == names
+        for name, own in answer["answers"].items():
+            check_answers(own, alone[name][row])
+
+
+@pytest.mark.parametrize(
+    ("given", "adapters", "texts"),
+    [
+        (["--adapter", "news", "good"], [], ["good"]),
+        (["--adapter", "news", "a good day", "mood"], [], ["a good day", "mood"]),
+        (["--adapter", "news", "--", "and/or", "mood"], [], ["and/or", "mood"]),
+        (["and/or", "--adapter", "news"], [], ["and/or"]),
+        (["--adapter", "news", "mood", "good", "mood"], ["news", "mood"], ["good", "mood"]),
+        (["--adapter", "news", "good", "--adapter", "mood"], ["news", "mood"], ["good"]),
+        (["first", "--adapter", "news", "mood", "second"], ["news", "mood"], ["first", "second"]),
+        (["--adapters_dir", ".", "good", "mood"], list(SEVERAL), ["good", "mood"]),
+    ],
+)
+def test_words_behind_an_adapter_are_adapters_or_texts(
+    given: list[str],
+    adapters: list[str],
+    texts: list[str],
+    capsys: Captured,
+    several: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(several)
+    got = lines(capsys, *given)
+    assert [answer["text"] for answer in got] == texts
+    assert [list(answer.get("answers", {})) for answer in got] == [adapters] * len(texts)
+
+
+needs_openpyxl = pytest.mark.skipif(
+    importlib.util.find_spec("openpyxl") is None,
+    reason="openpyxl, which writes Excel files, is not installed",
+)
+TABLES: dict[str, Callable[[Path], pandas.DataFrame]] = {
+    ".csv": lambda path: pandas.read_csv(path, keep_default_na=False),
+    ".tsv": lambda path: pandas.read_csv(path, sep="\t", keep_default_na=False),
+    ".parquet": pandas.read_parquet,
+    ".xlsx": lambda path: pandas.read_excel(path, keep_default_na=False),
+}
+
+
+@pytest.mark.parametrize(
+    "suffix", [pytest.param(s, marks=needs_openpyxl) if s == ".xlsx" else s for s in TABLES]
+)
+def test_a_table_has_the_columns_of_every_adapter(
+    suffix: str, capsys: Captured, several: Path, tmp_path: Path
+) -> None:
+    texts, output = ["good", "a very bad day"], tmp_path / f"out{suffix}"
+    argv = ["--adapters_dir", several, *texts]
+    answers = lines(capsys, *argv)
+    assert run(capsys, "predict", *FP32, *argv, "--output_file", output) == ""
+    table = TABLES[suffix](output)
+    expected = ["text"]
+    for name, (labels, _) in SEVERAL.items():
+        expected += [f"{name}.label", f"{name}.score", *(f"{name}.scores.{label}" for label in labels)]
+    assert list(table.columns) == expected and list(table["text"]) == texts
+    for name, (labels, _) in SEVERAL.items():
+        own = [answer["answers"][name] for answer in answers]
+        as_cells = json.loads if name == "mood" and suffix != ".parquet" else lambda cell: cell
+        for column in ("label", "score"):
+            cells = [as_cells(cell) for cell in table[f"{name}.{column}"]]
+            cells = [list(cell) for cell in cells] if name == "mood" else cells
+            expected = [answer[column] for answer in own]
+            numbers = name != "mood" and column == "score"
+            assert cells == (pytest.approx(expected, rel=1e-14) if numbers else expected)
+        for label in labels:
+            scores = [answer["scores"][label] for answer in own]
+            # Numbers in Excel files have 16 digits.
+            assert list(table[f"{name}.scores.{label}"]) == pytest.approx(scores, rel=1e-14)
+
+
+def test_several_adapters_of_pairs_read_the_columns_of_the_first(
+    capsys: Captured, tiny_bert_dir: Path, of_pairs: Path, tmp_path: Path
+) -> None:
+    labels = ["no", "yes", "perhaps"]
+    other = make_adapter(tiny_bert_dir, tmp_path / "other", labels, max_length=32, text_columns=("a", "b"))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(json.dumps(dict(zip(("one", "two"), pair, strict=True))) + "\n" for pair in PAIRS)
+    )
+    got = lines(capsys, "--adapter", of_pairs, other, "--input_file", path)
+    assert [answer["text"] for answer in got] == [list(pair) for pair in PAIRS]
+    for name, adapter in {"of_pairs": of_pairs, "other": other}.items():
+        for answer, row in zip(got, peft_logits(tiny_bert_dir, adapter, PAIRS).softmax(-1), strict=True):
+            assert list(answer["answers"][name]["scores"].values()) == pytest.approx(row.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("predict good", "one of the arguments --adapter --adapters_dir is required"),
+        ("predict good --adapter news --adapters_dir .", "--adapters_dir: not allowed with argument --adapter"),
+        ("predict good --adapters_dir logs", "no adapter in 'logs'; got []"),
+        ("predict good --adapters_dir nowhere", "no such folder; got 'nowhere'"),
+        ("predict good --adapters_dir news", "'news' is an adapter itself"),
+        ("predict good --adapters_dir . --revision v2", "expected the revision behind the Hub id, such as me/mood@v2"),
+        ("predict good --adapter news mood --revision v2", "--revision is for a single adapter; got 'v2'"),
+        ("predict good --adapter news ./news", "two adapters have the name 'news'; got 'news' and './news'"),
+        ("predict --adapter news me/mood@v2", "no such adapter; got 'me/mood' at revision 'v2'"),
+        ("predict good --adapter me/mood@v2", "no such adapter; got 'me/mood' at revision 'v2'"),
+        ("predict --adapter news and/or", "got 'and/or'"),
+        ("predict --adapter news and/or", "if it is a text, put it in front of --adapter"),
+        ("predict --adapter news good --input_file x.csv", "got 'good' and --input_file 'x.csv'"),
+        ("predict --adapter news mood --input_file x.cvs", "x.cvs"),
+        ("predict good --adapter news mood --output_file x.doc", "expected one of .jsonl, .json, .csv"),
+        ("predict good --adapter news @pairs", "got 'news' for single texts and 'of_pairs' for pairs"),
+        ("evaluate --adapter news mood --test_file @csv", "for the adapter 'mood': label 'negative'"),
+        ("evaluate --adapter news stars --test_file no.csv", "no.csv does not exist"),
+        ("evaluate --adapter news moood --test_file @csv", "no such adapter; got 'moood'"),
+        ("evaluate --test_file @csv", "one of the arguments --adapter --adapters_dir is required"),
+    ],
+)  # fmt: skip
+def test_several_adapters_that_cannot_be_used_are_told_in_one_line(
+    line: str,
+    words: str,
+    capsys: Captured,
+    several: Path,
+    of_pairs: Path,
+    tiny_csv: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(several)
+    places = {"@pairs": of_pairs, "@csv": tiny_csv}
+    assert call(*(places.get(word, word) for word in line.split())) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (message,) = captured.err.splitlines()
+    assert message.startswith("hf-lora: ") and words in message
+
+
+def test_adapters_of_pairs_beside_single_texts_are_refused_before_a_base_is_loaded(
+    capsys: Captured, several: Path, of_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("hf_lora.bank.loading.load_base")
+    argv = ["--adapter", several / "news", of_pairs, "good"]
+    assert "cannot answer the same texts" in mistake(capsys, "predict", *argv)
+
+
+@pytest.fixture
+def evaluated_alone(capsys: Captured, several: Path, tiny_csv: Path) -> list[dict[str, Any]]:
+    """What `evaluate --json` says of two adapters, one after the other; they differ in length and labels' order."""
+    command = ["evaluate", "--test_file", tiny_csv, *FP32, "--json"]
+    reports = [json.loads(run(capsys, *command, "--adapter", several / name)) for name in ("short", "news")]
+    assert reports[0]["truncated"] != reports[1]["truncated"]
+    assert reports[0]["metrics"] != reports[1]["metrics"]
+    return reports
+
+
+@pytest.mark.parametrize("way", ["adapter", "folder"])
+def test_evaluate_measures_several_adapters_as_each_of_them_alone(
+    way: str,
+    capsys: Captured,
+    several: Path,
+    tiny_csv: Path,
+    tmp_path: Path,
+    evaluated_alone: list[dict[str, Any]],
+) -> None:
+    given: list[Any] = ["--adapter", several / "short", several / "news"]
+    if way == "folder":
+        for number, name in enumerate(("short", "news")):
+            shutil.copytree(several / name, tmp_path / "two" / f"{number}{name}")
+        given = ["--adapters_dir", tmp_path / "two"]
+    got = json.loads(run(capsys, "evaluate", *given, "--test_file", tiny_csv, *FP32, "--json"))
+    names = ["short", "news"] if way == "adapter" else ["0short", "1news"]
+    for name, report, alone in zip(names, got, evaluated_alone, strict=True):
+        for side in ("metrics", "metrics_disabled"):
+            assert report[side] == pytest.approx(alone[side], abs=1e-5)
+        same = {"metrics": report["metrics"], "metrics_disabled": report["metrics_disabled"]}
+        assert report == {**alone, "adapter": name, **same}
+
+
+def test_evaluate_prints_a_row_for_each_of_several_adapters(
+    capsys: Captured, several: Path, tiny_csv: Path, evaluated_alone: list[dict[str, Any]]
+) -> None:
+    given = ["--adapter", several / "short", "second=" + str(several / "news")]
+    out = run(capsys, "evaluate", *given, "--test_file", tiny_csv, *FP32)
+    found = table(out)
+    for name, report in zip(("short", "second"), evaluated_alone, strict=True):
+        sides = (report["metrics"], report["metrics_disabled"])
+        numbers = [f"{side[metric]:.4f}" for metric in ("accuracy", "f1_macro") for side in sides]
+        assert found[name] == ["48", *numbers]
+    assert "in the output of --json" in out
+
+
+def test_metrics_that_another_adapter_does_not_have_are_empty(
+    capsys: Captured, several: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "numbers.csv"
+    path.write_text(
+        "text,stars,label\n" + "".join(f"good,{row / 2},positive\nbad,{row},negative\n" for row in range(4))
+    )
+    for name, column in (("news", "label"), ("stars", "stars")):
+        values = json.loads((several / name / "hf_lora.json").read_text())
+        adapter = Path(shutil.copytree(several / name, tmp_path / "two" / name))
+        (adapter / "hf_lora.json").write_text(json.dumps({**values, "label_columns": [column]}))
+    out = run(capsys, "evaluate", "--adapters_dir", tmp_path / "two", "--test_file", path, *FP32)
+    found = table(out)
+    assert [cell != "" for cell in found["news"]] == [True] * 5 + [False] * 4
+    assert [cell != "" for cell in found["stars"]] == [True] + [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_the_setting_of_several_adapters_is_told_on_standard_error(
+    command: str, capsys: Captured, several: Path, tiny_csv: Path
+) -> None:
+    given = ["good"] if command == "predict" else ["--test_file", tiny_csv, "--json"]
+    assert call(command, *given, "--adapter", several / "news", several / "short", *FP32) == 0
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == "precision: fp32 (as asked for); 2 adapters on one encoder"
+    assert json.loads(captured.out)
