@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext"), str(ROOT / "scripts" / "benchmarks")]
 
 from hf_lora.version import __version__  # noqa: E402
 

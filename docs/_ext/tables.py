@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import bank_report
+
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results"
 Row = tuple[str, ...]
 
@@ -211,6 +213,17 @@ def machine() -> Iterator[str]:
     )
 
 
+def bank_table(name: str) -> Iterator[str]:
+    """One table of the bank's benchmark, as its script prints it."""
+    table = bank_report.TABLES[name](results("bank"))
+    yield from markdown(table.columns, table.rows)
+
+
+def bank_settings() -> Iterator[str]:
+    """What was on in the bank's benchmark."""
+    yield bank_report.told(results("bank"))
+
+
 TABLES = {
     "quality": quality,
     "summary": summary,
@@ -222,6 +235,8 @@ TABLES = {
     "mnist": mnist,
     "checks": checks,
     "machine": machine,
+    "bank_settings": bank_settings,
+    **{f"bank_{name}": partial(bank_table, name) for name in bank_report.TABLES},
     **{
         name: partial(settings_table, name)
         for name in (
