@@ -95,7 +95,7 @@ API = {
         "start_head",
         "start_lora",
     ),
-    "Predict": ("TextClassifier",),
+    "Predict": ("TextClassifier", "AdapterBank", "bank.finetuned.FinetunedReport"),
     "LoRA in a model": (
         "LoRAConfig",
         "inject_lora",

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ RUNNER = Path(__file__).parent / "document_runner.py"
 # Documents whose blocks go on from each other, as their text says; elsewhere each block stands for itself.
 CONTINUED = {
     "docs/guides/from_peft.md",
+    "docs/guides/many_classifiers.md",
     "docs/guides/multi_label.md",
     "docs/guides/regression.md",
     "docs/guides/sentence_pairs.md",
@@ -63,6 +65,9 @@ _SIZES = {
 # Placeholders in Python blocks, and what stands for them.
 PYTHON_PLACEHOLDERS = {
     '"<this repository or directory>"': '"runs/demo"',
+    '"me/mood@v2"': '"runs/other"',
+    '"org/peft-adapter"': '"runs/bare"',
+    '"org/finetuned"': '"merged_base"',
     "train_dataset=...": "train_dataset=small_dataset(tokenizer)",
 }
 # Words of command lines, and what stands for them; None: the word is left out.
@@ -311,6 +316,9 @@ def adapters(workplace: Path) -> Path:
     tasks = [{"id": name, "kind": "hf-lora", "argv": line.split()} for name, line in commands.items()]
     found = run_tasks(workplace, "setup", [*tasks, *PROBES])
     assert [found[name] for name in commands] == [""] * len(commands)
+    # As peft would have written it.
+    shutil.copytree(workplace / "runs" / "native", workplace / "runs" / "bare")
+    (workplace / "runs" / "bare" / "hf_lora.json").unlink()
     return workplace
 
 
