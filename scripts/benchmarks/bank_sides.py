@@ -8,7 +8,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from data_sets import BASE
 from torch import Tensor, nn
@@ -137,6 +136,8 @@ def peft_side(
     places: Sequence[Path], inputs: Mapping[str, Tensor], rows: Sequence[int]
 ) -> Callable[[], Tensor]:
     """peft's mixed batch: `adapter_names` says the adapter of each row."""
+    import peft  # not in the processes whose memory is measured
+
     model = peft.PeftModel.from_pretrained(plain_model("fp32", NATIVE), places[0], adapter_name="0")
     for index, place in enumerate(places[1:], 1):
         model.load_adapter(place, str(index))
