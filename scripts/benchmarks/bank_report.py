@@ -247,10 +247,11 @@ def told(result: Result) -> str:
     """What was on, in a few sentences."""
     of, machine = result["settings"], result["machine"]
     rounds = ", ".join(f"{count} at {tokens}" for tokens, count in of["rounds"].items())
+    rough = "A quick run: the figures are rough. " if of["quick"] else ""
     return (
-        f"{of['model']}, rank {of['rank']} on {of['projections']}, {of['labels']} labels, heads: {of['heads']}. "
-        f"{of['sequences']} sequences a pass, {of['threads']} threads. Medians of rounds in which the sides take turns "
-        f"({rounds} tokens). {machine['cpu']}, {machine['cores']} cores, "
+        f"{rough}{of['model']}, rank {of['rank']} on {of['projections']}, {of['labels']} labels, heads: {of['heads']}. "
+        f"{of['sequences']} sequences a pass, threads: {of['threads']}. Medians of rounds in which the sides take "
+        f"turns ({rounds} tokens). {machine['cpu']}, {machine['cores']} cores, "
         f"{', '.join(machine['bf16_instructions']) or 'no bf16'}; torch {machine['torch'].split('+')[0]}, "
         f"transformers {machine['transformers']}, peft {machine['peft']}."
     )
@@ -284,8 +285,11 @@ def plot(result: Result, path: str) -> None:
         panel.grid(color=GRID)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, labelcolor=INK, loc="upper right")
+        panel.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")
     panels[0].set_ylabel("CPU time / encoder without adapters", color=INK)
     panels[0].set_ylim(bottom=0.9)
-    figure.suptitle(f"A pass of {result['settings']['sequences']} sequences of random adapters", color=INK)
+    figure.suptitle(
+        f"{result['settings']['sequences']} sequences, each with a random adapter of the bank",
+        color=INK,
+    )
     figure.savefig(path, dpi=150)

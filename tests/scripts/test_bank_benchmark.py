@@ -205,6 +205,21 @@ def test_tables_have_the_figures() -> None:
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
+def test_a_quick_run_is_told_as_such() -> None:
+    settings = dict.fromkeys(("model", "projections", "labels", "heads"), "x") | {
+        "rounds": {"16": 11, "32": 9}
+    }
+    settings |= {"rank": 8, "sequences": 32, "threads": 1}
+    machine = {"cpu": "a CPU", "cores": 2, "bf16_instructions": [], "torch": "2.13.0+cpu"}
+    machine |= {"transformers": "5", "peft": "0"}
+    quick, whole = (
+        bank_report.told({"settings": {**settings, "quick": quick}, "machine": machine})
+        for quick in (True, False)
+    )
+    assert quick == f"A quick run: the figures are rough. {whole}"
+    assert "(11 at 16, 9 at 32 tokens)" in whole and "a CPU, 2 cores, no bf16; torch 2.13.0, " in whole
+
+
 def test_the_published_results_have_the_targets_of_their_figures() -> None:
     place = Path(bank.__file__).parent / "results" / "bank.json"
     result = json.loads(place.read_text(encoding="utf-8"))
