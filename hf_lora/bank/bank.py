@@ -18,7 +18,7 @@ from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.bank.finetuned import FinetunedReport, classifier_of, expected_of, extracted, report_of
 from hf_lora.bank.loading import BankLoader
-from hf_lora.bank.passes import Passes
+from hf_lora.bank.passes import Passes, answers_of
 from hf_lora.bank.saved import SavedBank
 from hf_lora.bank.slots import Entry, Slots
 from hf_lora.bank.sources import read_entry, split_revision, taken_entry
@@ -200,29 +200,16 @@ class AdapterBank:
         """
         one = isinstance(texts, str | Mapping | tuple)
         listed = [cast(Text, texts)] if one else list(several(texts))
-        asked: list[Any] = [adapter] if one else list(adapter)
-        if isinstance(adapter, str):
-            asked = [adapter] * len(listed)
-        if len(asked) != len(listed):
-            raise ValueError(
-                f"expected a name for each text; got {len(asked)} names for {len(listed)} texts; for several adapters "
-                "on every text pass a list of names for each"
-            )
-        self._known(asked)
-        parts = (slice(start, start + WINDOW) for start in range(0, len(listed), WINDOW))
-        answers = [
-            answer for part in parts for answer in self._answers(listed[part], asked[part], batch_size)
-        ]
+        asked = [cast(Names, adapter)] if one else self._asked(adapter, len(listed))
+        answers = list(self._windows(iter(zip(listed, asked, strict=True)), self._most(asked), batch_size))
         return answers[0] if one else answers
 
     def predict_stream(
         self, texts: Iterable[Text], adapter: Names, *, batch_size: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """As `predict` for any number of texts, holding 2,048 of them at a time; adapter: those of every text."""
-        self._known([adapter])
-        stream = iter(several(texts))
-        while window := list(islice(stream, WINDOW)):
-            yield from self._answers(window, [adapter] * len(window), batch_size)
+        """As `predict` for any number of texts, holding 2,048 answers at a time; adapter: those of every text."""
+        pairs = ((text, adapter) for text in several(texts))
+        return self._windows(pairs, self._most([adapter]), batch_size)
 
     def logits(
         self, texts: Sequence[Text], adapter: Names, *, batch_size: int | None = None, enabled: bool = True
@@ -231,7 +218,11 @@ class AdapterBank:
 
         adapter: a name for all texts, or one for each. enabled: False for the encoder without the updates.
         """
-        names = [adapter] * len(texts) if isinstance(adapter, str) else list(adapter)
+        names = self._asked(adapter, len(texts))
+        if several_each := [name for name in names if not isinstance(name, str) or name == ALL]:
+            raise ValueError(
+                f"logits are of one adapter for a text; got {several_each[0]!r}; expected a name"
+            )
         results: list[Tensor] = []
         for start in range(0, len(texts), WINDOW):
             part = slice(start, start + WINDOW)
@@ -242,22 +233,35 @@ class AdapterBank:
                 ]
         return results
 
+    def _asked(self, adapter: Names | Sequence[Names], count: int) -> list[Names]:
+        """The adapters of each text."""
+        asked: list[Any] = [adapter] * count if isinstance(adapter, str) else list(adapter)
+        if len(asked) != count:
+            raise ValueError(
+                f"expected a name for each text; got {len(asked)} names for {count} texts; for several adapters "
+                "on every text pass a list of names for each"
+            )
+        return asked
+
+    def _most(self, asked: Sequence[Names]) -> int:
+        """How many adapters a text has at most. Raises ValueError for an unknown name."""
+        return max(map(len, self._known(asked)), default=1)
+
+    def _windows(
+        self, texts: Iterator[tuple[Text, Names]], most: int, batch_size: int | None
+    ) -> Iterator[dict[str, Any]]:
+        """The answers, so many texts at a time that about 2,048 are given."""
+        while window := list(islice(texts, max(1, WINDOW // max(1, most)))):
+            listed, asked = zip(*window, strict=True)
+            yield from self._answers(list(listed), asked, batch_size)
+
     def _answers(
         self, texts: list[Text], asked: Sequence[Names], batch_size: int | None
     ) -> Iterator[dict[str, Any]]:
         entries = self._known(asked)
         with self._slots.call({entry for own in entries for entry in own}):
             rows = self._passes.logits(texts, entries, batch_size)
-        outputs: dict[Entry, dict[int, Tensor]] = {}
-        for index, own in enumerate(entries):
-            for entry, output in zip(own, rows[index], strict=True):
-                outputs.setdefault(entry, {})[index] = output
-        answers: list[dict[str, Any]] = [{} for _ in texts]
-        for entry, given in outputs.items():
-            info = entry.info
-            found = info.task.predictions(torch.stack(list(given.values())), info.labels, info.calibration)
-            for index, answer in zip(given, found, strict=True):
-                answers[index][entry.name] = answer
+        answers = answers_of(entries, rows)
         for text, names, own, answer in zip(texts, asked, entries, answers, strict=True):
             told = {"text": shown(text, own[0].info.text_columns if own else ())}
             if isinstance(names, str) and names != ALL:

@@ -36,7 +36,7 @@ _ROWS = 7
 # How far the difference of two roundings may be from that of two others.
 _ROUNDING = 10
 # Models with an adapter in them that are kept, for the next one with the same configuration.
-_KEPT = 8
+_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class BankLoader:
     Raises ValueError or OSError if the base cannot be loaded.
     """
 
+    # What is kept is written again, by callers in inference mode and by others.
+    @torch.inference_mode(False)
     def __init__(self, first: Described, device: torch.device, precision: str | None) -> None:
         self.base, self.hub = first.base, dict(first.hub)
         self.place = str(first.files.directory)
@@ -99,6 +101,7 @@ class BankLoader:
             describe(directory, base=self.base, labels=labels, token=token), check_base=check_base
         )
 
+    @torch.inference_mode(False)
     def fit(self, adapter: Described, *, check_base: bool = True) -> Loaded:
         """The same for an adapter that was read."""
         check_labels(adapter.info.labels)
@@ -107,7 +110,7 @@ class BankLoader:
         files, key = adapter.files, _key(adapter, check_base)
         if key in self._filled:
             # Everything that the last one wrote is written again.
-            model = self._filled[key]
+            model = self._filled[key] = self._filled.pop(key)
             load_tensors(model, files.tensors, source=str(files.directory / TENSORS))
             info = replace(adapter.info, max_length=usable_length(adapter.info.max_length, model))
             return self._taken(model, info)
@@ -123,6 +126,7 @@ class BankLoader:
                 del self._filled[next(iter(self._filled))]
         return loaded
 
+    @torch.inference_mode(False)
     def take(self, model: PreTrainedModel, info: AdapterInfo, tokenizer: Any = None) -> Loaded:
         """The adapter of an injected model in memory, which stays as it is. tokenizer: compared where it is given."""
         own = {f"{self.model.prefix}.{name}": p for name, p in self._encoder.named_parameters()}

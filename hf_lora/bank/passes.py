@@ -101,8 +101,9 @@ class Passes:
             slots, inputs = [taken[row.entry] for row in rows], {name: t[which] for name, t in texts.items()}
             depth = min(row.entry.depth for row in rows)
             begun: AbstractContextManager[None] = nullcontext()
-            if depth and 2 * len(units) <= len(rows):
-                shared = self._shared(tuple(units), texts, depth, memo)
+            if depth and 2 * len(units) <= len(rows) and loader.model.alike(slots):
+                key = tuple(units), depth, rows[0].entry.info.pooling, texts["input_ids"].shape
+                shared = self._shared(key, texts, depth, slots[0], memo)
                 below = [layer - 1 for layer in loader.model.read_below(slots)]
                 begun = cast(SharedPrefix, loader.prefix).replaying(depth, shared, which, below)
             with begun:
@@ -113,13 +114,29 @@ class Passes:
                 yield row, output[: len(row.entry.info.labels)]
 
     def _shared(
-        self, units: tuple[int, ...], texts: Mapping[str, Tensor], depth: int, memo: dict[Any, Any]
+        self, key: Any, texts: Mapping[str, Tensor], depth: int, slot: int, memo: dict[Any, Any]
     ) -> Mapping[int, Tensor]:
         """The states of texts behind the blocks that no adapter of the batch changes, or those of the batch before."""
-        key = units, depth, texts["input_ids"].shape
         if key not in memo:
             memo.clear()
             with cast(SharedPrefix, self.loader.prefix).recording(depth) as states:
-                self.loader.model.pretrained(texts)
+                self.loader.model.pretrained(texts, slot)
             memo[key] = states
         return cast(Mapping[int, Tensor], memo[key])
+
+
+def answers_of(
+    asked: Sequence[Sequence[Entry]], rows: Sequence[Sequence[Tensor]]
+) -> list[dict[str, dict[str, Any]]]:
+    """For each text the answers by name of the adapters that were asked; rows: their outputs."""
+    outputs: dict[Entry, dict[int, Tensor]] = {}
+    for index, entries in enumerate(asked):
+        for entry, output in zip(entries, rows[index], strict=True):
+            outputs.setdefault(entry, {})[index] = output
+    answers: list[dict[str, dict[str, Any]]] = [{} for _ in asked]
+    for entry, given in outputs.items():
+        info = entry.info
+        found = info.task.predictions(torch.stack(list(given.values())), info.labels, info.calibration)
+        for index, answer in zip(given, found, strict=True):
+            answers[index][entry.name] = answer
+    return answers

@@ -12,8 +12,9 @@ from typing import Any
 from hf_lora._files import MAX_JSON_BYTES, check_types, parse_object, read_bytes, write_text
 from hf_lora._text import shortened
 from hf_lora.bank.loading import BankLoader
+from hf_lora.bank.names import named
 from hf_lora.bank.slots import Entry
-from hf_lora.bank.sources import named_by_path, split_revision
+from hf_lora.bank.sources import split_revision
 from hf_lora.models._transformers_private import commit_of
 from hf_lora.serving.encoding import several
 
@@ -63,10 +64,10 @@ class SavedBank:
         """
         if isinstance(adapters, str | Path):
             return cls.read(Path(adapters))
-        named = adapters if isinstance(adapters, Mapping) else named_by_path(several(adapters))
-        if not named:
+        found = adapters if isinstance(adapters, Mapping) else named(map(str, several(adapters)))
+        if not found:
             raise ValueError("a bank needs an adapter; got none; expected directories or Hub ids")
-        return cls(tuple(SavedAdapter(name, *split_revision(place)) for name, place in named.items()))
+        return cls(tuple(SavedAdapter(name, *split_revision(place)) for name, place in found.items()))
 
     @classmethod
     def of_entries(

@@ -98,6 +98,7 @@ class Slots:
                     self._running[cast(int, entry.slot)] -= 1
                 self.changed.notify_all()
 
+    @torch.inference_mode(False)
     def fill(self, entry: Entry, loaded: Loaded) -> None:
         """Put an adapter into a free slot. Raises ValueError, with all others as they were, if it does not fit."""
         with self.loading:
@@ -114,6 +115,7 @@ class Slots:
                 entry.slot, entry.used = slot, next(self._clock)
                 self._entries[slot] = entry
 
+    @torch.inference_mode(False)
     def remove(self, entry: Entry) -> None:
         """Empty the slot of an adapter when the calls that have it have ended."""
         with self.loading:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_lora._text import shortened
 from hf_lora.adapters.directory import adapter_info
 from hf_lora.adapters.hub import adapter_directory
 from hf_lora.bank.loading import BankLoader, Loaded
@@ -35,7 +34,10 @@ def read_entry(
         "labels": None if labels is None else tuple(labels),
         "check_base": check_base,
     }
-    if not Path(source).is_dir():
+    if Path(source).is_dir():
+        # The same one from wherever the program works later.
+        source = str(Path(source).absolute())
+    else:
         # The commit that a branch is at now: it is the same when it is loaded again.
         revision = adapter_directory(source, revision=revision, token=token).name
 
@@ -70,17 +72,3 @@ def split_revision(adapter: str | Path) -> tuple[str, str | None]:
             f"a directory has no revisions; got {text!r}; expected {source!r}, or a Hub id that no directory here has"
         )
     return source, revision
-
-
-def named_by_path(adapters: Iterable[str | Path]) -> dict[str, str | Path]:
-    """Each adapter under the last part of its path. Raises ValueError for two of one name."""
-    named: dict[str, str | Path] = {}
-    for place in adapters:
-        name = Path(split_revision(place)[0]).name
-        if name in named:
-            raise ValueError(
-                f"two adapters have one name; got {shortened([str(named[name]), str(place)])}; expected a mapping from "
-                "names to them"
-            )
-        named[name] = place
-    return named

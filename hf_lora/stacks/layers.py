@@ -8,6 +8,8 @@ A layer is changed where it stands, as `inject_lora` does it: its class becomes 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -225,9 +227,17 @@ def replaced_module(module: nn.Module, *, sequences: int = 0) -> ReplacedModule:
 
 
 def blank_factors(slots: int, rank: int, features: int, out: int, like: Tensor) -> Factors:
-    """Factors of zeros in the type and on the device of `like`. The system gives their pages as they are written."""
-    A, B = (like.new_zeros(slots, rank, size) for size in (features, out))
+    """Factors of zeros in the type and on the device of `like`. A CPU's memory is taken as it is written."""
+    A, B = (_zeros((slots, rank, size), like) for size in (features, out))
     return Factors(A, B, [0] * slots)
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or not size:
+        return like.new_zeros(shape)
+    # torch's own zeros are written at once: a bank with room for 1,000 adapters would hold all of it for the first.
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
 
 
 def _features(module: Any) -> Sequence[int]:

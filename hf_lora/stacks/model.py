@@ -73,6 +73,14 @@ class StackedModel:
                 f"sequences to sequences in every call, first {unusable[0]!r}; expected such that do; "
                 "load it with TextClassifier"
             )
+        both = (
+            self._linear.keys() & contents.modules.keys() or self._replaced.keys() & contents.updates.keys()
+        )
+        if both:
+            raise ValueError(
+                f"the adapter cannot share its model with others; got {min(both)!r}, which one of them adapts and one "
+                "replaces; expected one of the two; load it with TextClassifier"
+            )
 
     def bytes_of(self, slots: int, contents: Contents | None = None) -> int:
         """The bytes of the stacks with so many slots, once an adapter with these contents has one."""
@@ -123,14 +131,16 @@ class StackedModel:
             ReplacedModule.put(place, slot, None, None)
         self._kinds.pop(slot, None)
 
-    def pretrained(self, inputs: Mapping[str, Tensor]) -> None:
-        """Run the encoder without any adapter, for whoever watches its modules."""
-        head = next(iter(self.heads.values()))
-        with (
-            running(Batch.of([NONE] * len(next(iter(inputs.values()))), self.device, enabled=False)),
-            _pass(),
-        ):
-            head(**inputs)
+    def pretrained(self, inputs: Mapping[str, Tensor], slot: int) -> None:
+        """Run the encoder as the head of a slot does, but without any adapter: for whoever watches its modules."""
+        nothing = Batch.of([NONE] * len(next(iter(inputs.values()))), self.device, enabled=False)
+        with running(nothing), _pass():
+            self.heads[self._kinds[slot]](**inputs)
+
+    def alike(self, slots: Iterable[int]) -> bool:
+        """Whether the heads of some slots give the same to the encoder."""
+        first, *others = {self._kinds[slot] for slot in slots}
+        return all(_equal(self._given[first], self._given[other]) for other in others)
 
     def read_below(self, slots: Iterable[int]) -> set[int]:
         """The layers below the last one, from 1, whose states the heads of some slots read."""
@@ -155,16 +165,24 @@ class StackedModel:
             raise ValueError("no row has an adapter; expected one at least")
         # The first one's head gets all rows, and the others what the encoder gave to it, if they call it alike.
         lead, *others = places
-        with running(batch), _pass(hidden_states=len(others) > 0) as kept:
+        with running(batch), self._own_types(), _pass(hidden_states=len(others) > 0) as kept:
             logits, outputs = self.heads[lead](**inputs).logits, kept.outputs
         yield places[lead], logits[places[lead]]
         for kind in others:
             rows = places[kind]
             part = Batch.of(slots[rows], self.device, enabled=enabled)
             alike = _equal(self._given[kind], self._given[lead])
-            with running(part), _pass(_rows_of(outputs, rows, len(batch)) if alike else None):
+            with (
+                running(part),
+                self._own_types(),
+                _pass(_rows_of(outputs, rows, len(batch)) if alike else None),
+            ):
                 own = {name: value[rows] for name, value in inputs.items()}
                 yield rows, self.heads[kind](**own).logits
+
+    def _own_types(self) -> torch.autocast:
+        """The types of the model, whatever the caller's autocast says: those of a stack and its layer must agree."""
+        return torch.autocast(self.device.type, enabled=False)
 
 
 class _Pass(threading.local):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,30 @@ def test_an_unknown_name_is_an_error_with_the_nearest_one(bank: AdapterBank) -> 
     ):
         with pytest.raises(ValueError, match=r"unknown adapter; got 'plian'; .*did you mean 'plain'"):
             call()
-    with pytest.raises(ValueError, match="a name for each text; got 1 names for 2 texts"):
-        bank.predict(["good", "bad"], ["plain"])
+    for call in (bank.predict, bank.logits):
+        with pytest.raises(ValueError, match="a name for each text; got 1 names for 2 texts"):
+            call(["good", "bad"], ["plain"])
+    with pytest.raises(ValueError, match=r"logits are of one adapter for a text; got '\*'; expected a name"):
+        bank.logits(["good"], "*")
+
+
+def test_a_stream_holds_as_many_answers_as_one_of_one_adapter(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_lora.bank.bank.WINDOW", 6)
+    taken: list[str] = []
+
+    def stream() -> Iterator[str]:
+        for text in TEXTS:
+            taken.append(text)
+            yield text
+
+    answers = bank.predict_stream(stream(), ["plain", "cls", "mean"])
+    assert next(answers)["answers"].keys() == {"plain", "cls", "mean"} and len(taken) == 2
+    assert [answer["text"] for answer in answers] == TEXTS[1:]
+    monkeypatch.undo()
+    again = bank.predict(TEXTS, [["plain", "cls", "mean"]] * len(TEXTS))
+    assert [answer["text"] for answer in again] == TEXTS
 
 
 def test_without_the_updates_the_encoder_is_the_pretrained_one(
