@@ -73,14 +73,6 @@ class StackedModel:
                 f"sequences to sequences in every call, first {unusable[0]!r}; expected such that do; "
                 "load it with TextClassifier"
             )
-        both = (
-            self._linear.keys() & contents.modules.keys() or self._replaced.keys() & contents.updates.keys()
-        )
-        if both:
-            raise ValueError(
-                f"the adapter cannot share its model with others; got {min(both)!r}, which one of them adapts and one "
-                "replaces; expected one of the two; load it with TextClassifier"
-            )
 
     def bytes_of(self, slots: int, contents: Contents | None = None) -> int:
         """The bytes of the stacks with so many slots, once an adapter with these contents has one."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, tiny_tokenizer
 from helpers_serving import LONG, PAIRS, TEXTS
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from hf_lora import (
     inject_lora,
     load_classifier,
     lora_disabled,
+    lora_parameters,
     merge_lora,
     save_adapter,
 )
@@ -253,13 +254,21 @@ def test_what_a_call_loads_again_can_be_written_by_the_next_one(
     assert_alone(bank, alone, list(places))
 
 
-def test_a_layer_that_one_adapts_and_one_replaces_is_refused_by_name(
-    adapters: dict[str, Path], alone: dict[str, TextClassifier], tiny_bert_dir: Path
+@pytest.mark.parametrize("order", [("full", "whole"), ("whole", "full")])
+def test_a_layer_may_be_adapted_by_one_and_replaced_by_another(
+    adapters: dict[str, Path], alone: dict[str, TextClassifier], tiny_bert_dir: Path, order: tuple[str, str]
 ) -> None:
     layer = "bert.encoder.layer.0.intermediate.dense"
     model = in_memory(tiny_bert_dir, LoRAConfig(rank=2), ("classifier", layer))
-    bank = AdapterBank.from_pretrained({"full": adapters["full"]}, precision="fp32")
-    with pytest.raises(ValueError, match=f"'{layer}', which one of them adapts and one replaces"):
-        bank.add(model, "x")
-    assert list(bank.adapters) == bank.loaded == ["full"]
-    assert_alone(bank, alone, ["full"])
+    assert f"{layer}.lora_A" in lora_parameters(alone["full"].model)
+    with torch.no_grad():
+        model.get_submodule(layer).weight.mul_(1.5)
+        expected = [
+            model.eval()(**tiny_tokenizer()(text, return_tensors="pt")).logits[0] for text in TEXTS[:1]
+        ]
+    bank = AdapterBank.from_pretrained({"bare": adapters["bare"]}, precision="fp32")
+    for name in order:
+        bank.add(model if name == "whole" else adapters[name], name)
+    assert_alone(bank, alone, ["full", "bare"])
+    got = bank.logits([TEXTS[0], TEXTS[1], TEXTS[1]], ["whole", "full", "bare"])
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
