@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 import bank_report
+import calibration as calibration_runs
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results"
 Row = tuple[str, ...]
@@ -224,7 +225,13 @@ def bank_settings() -> Iterator[str]:
     yield bank_report.told(results("bank"))
 
 
+def calibration() -> Iterator[str]:
+    """The test loss without and with the fitted temperature, as its script prints it."""
+    yield from markdown(calibration_runs.HEADER, calibration_runs.rows(results("calibration")["runs"]))
+
+
 TABLES = {
+    "calibration": calibration,
     "quality": quality,
     "summary": summary,
     "cost": cost,
