@@ -41,7 +41,7 @@ def measure(data: QualitySet, examples: int, seed: int, options: argparse.Namesp
         result = hf_lora.finetune(
             BASE, train=train, output_dir=output, seed=seed, max_seq_length=options.max_seq_length
         )
-    classifier = result.classifier
+        classifier = result.classifier  # read from there
     answers = [classifier.info.labels.index(str(label)) for label in test["label"]]
     logits = classifier.logits(list(test["text"])).numpy().astype(np.float64)
     return losses(logits, np.array(answers), classifier.info.temperature or 1.0)
