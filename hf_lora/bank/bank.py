@@ -18,17 +18,14 @@ from hf_lora.adapters.hub import adapter_directory
 from hf_lora.adapters.info import AdapterInfo
 from hf_lora.bank.finetuned import FinetunedReport, classifier_of, expected_of, extracted, report_of
 from hf_lora.bank.loading import BankLoader
+from hf_lora.bank.names import ALL, Names, names_of, names_of_each
 from hf_lora.bank.passes import Passes, answers_of
 from hf_lora.bank.saved import SavedBank
-from hf_lora.bank.slots import Entry, Slots
+from hf_lora.bank.slots import Entry, Slots, check_capacity
 from hf_lora.bank.sources import read_entry, split_revision, taken_entry
 from hf_lora.serving.classifier import TextClassifier
 from hf_lora.serving.encoding import WINDOW, Text, several, shown
 from hf_lora.serving.loading import describe
-
-ALL = "*"
-Names = str | Sequence[str]
-"""The name of an adapter, "*" for all of them, or several names."""
 
 
 class AdapterBank:
@@ -63,6 +60,7 @@ class AdapterBank:
         the tokenizer are. base, check_base, device, precision, token: as of `TextClassifier.from_pretrained`.
         Raises ValueError for an adapter of another base or tokenizer, and for anything that does not fit.
         """
+        check_capacity(capacity)
         saved = SavedBank.of(adapters)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         source, revision = split_revision(saved.adapters[0].place)
@@ -194,84 +192,79 @@ class AdapterBank:
         """The answers of adapters to texts, in order; all texts share the passes of the encoder.
 
         adapter: a name for all texts, or one for each; "*" for all adapters, or a list of names for each text, or for
-        the only one. An answer is that of `TextClassifier.predict` with "adapter", the name, besides. Of several
-        adapters it is `{"text", "answers"}`, with the answers by name.
+        the only one. A tuple of strings is one text, a pair.
+        An answer is that of `TextClassifier.predict` with "adapter", the name, besides. Of several adapters it is
+        `{"text", "answers"}`, with the answers by name.
         Raises ValueError for a name that the bank does not have, before anything is computed.
         """
         one = isinstance(texts, str | Mapping | tuple)
         listed = [cast(Text, texts)] if one else list(several(texts))
-        asked = [cast(Names, adapter)] if one else self._asked(adapter, len(listed))
-        answers = list(self._windows(iter(zip(listed, asked, strict=True)), self._most(asked), batch_size))
+        asked = [names_of(adapter)] if one else names_of_each(adapter, len(listed))
+        known = self._known([adapter] if isinstance(adapter, str) else asked)
+        entries = known * len(listed) if isinstance(adapter, str) else known
+        answers = list(self._answers(zip(listed, asked, entries, strict=True), known, batch_size))
         return answers[0] if one else answers
 
     def predict_stream(
         self, texts: Iterable[Text], adapter: Names, *, batch_size: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """As `predict` for any number of texts, holding 2,048 answers at a time; adapter: those of every text."""
-        pairs = ((text, adapter) for text in several(texts))
-        return self._windows(pairs, self._most([adapter]), batch_size)
+        """As `predict` for any number of texts, holding 2,048 answers at a time.
+
+        adapter: a name, a list of names or "*": those of every text. They are the ones that the bank has now.
+        """
+        asked = names_of(adapter)
+        known = self._known([asked])
+        return self._answers(((text, asked, known[0]) for text in several(texts)), known, batch_size)
 
     def logits(
-        self, texts: Sequence[Text], adapter: Names, *, batch_size: int | None = None, enabled: bool = True
+        self,
+        texts: Sequence[Text],
+        adapter: str | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        enabled: bool = True,
     ) -> list[Tensor]:
         """The outputs of each text's adapter, each `(labels,)`, fp32 on the CPU, not calibrated.
 
         adapter: a name for all texts, or one for each. enabled: False for the encoder without the updates.
         """
-        names = self._asked(adapter, len(texts))
-        if several_each := [name for name in names if not isinstance(name, str) or name == ALL]:
-            raise ValueError(
-                f"logits are of one adapter for a text; got {several_each[0]!r}; expected a name"
-            )
-        results: list[Tensor] = []
-        for start in range(0, len(texts), WINDOW):
-            part = slice(start, start + WINDOW)
-            asked = self._known(names[part])
-            with self._slots.call({entry for own in asked for entry in own}):
-                results += [
-                    row for [row] in self._passes.logits(list(texts[part]), asked, batch_size, enabled)
-                ]
+        listed = list(several(texts))
+        asked = names_of_each(adapter, len(listed))
+        if wrong := [names for names in asked if not isinstance(names, str) or names == ALL]:
+            raise ValueError(f"logits are of one adapter for a text; got {wrong[0]!r}; expected a name")
+        entries, results = self._known(asked), list[Tensor]()
+        with self._slots.call({entry for [entry] in entries}):
+            for start in range(0, len(listed), WINDOW):
+                part = slice(start, start + WINDOW)
+                rows = self._passes.logits(listed[part], entries[part], batch_size, enabled)
+                results += [row for [row] in rows]
         return results
 
-    def _asked(self, adapter: Names | Sequence[Names], count: int) -> list[Names]:
-        """The adapters of each text."""
-        asked: list[Any] = [adapter] * count if isinstance(adapter, str) else list(adapter)
-        if len(asked) != count:
-            raise ValueError(
-                f"expected a name for each text; got {len(asked)} names for {count} texts; for several adapters "
-                "on every text pass a list of names for each"
-            )
-        return asked
-
-    def _most(self, asked: Sequence[Names]) -> int:
-        """How many adapters a text has at most. Raises ValueError for an unknown name."""
-        return max(map(len, self._known(asked)), default=1)
-
-    def _windows(
-        self, texts: Iterator[tuple[Text, Names]], most: int, batch_size: int | None
-    ) -> Iterator[dict[str, Any]]:
-        """The answers, so many texts at a time that about 2,048 are given."""
-        while window := list(islice(texts, max(1, WINDOW // max(1, most)))):
-            listed, asked = zip(*window, strict=True)
-            yield from self._answers(list(listed), asked, batch_size)
-
     def _answers(
-        self, texts: list[Text], asked: Sequence[Names], batch_size: int | None
+        self,
+        asked: Iterator[tuple[Text, Names, list[Entry]]],
+        known: Sequence[list[Entry]],
+        batch_size: int | None,
     ) -> Iterator[dict[str, Any]]:
-        entries = self._known(asked)
-        with self._slots.call({entry for own in entries for entry in own}):
-            rows = self._passes.logits(texts, entries, batch_size)
-        answers = answers_of(entries, rows)
-        for text, names, own, answer in zip(texts, asked, entries, answers, strict=True):
-            told = {"text": shown(text, own[0].info.text_columns if own else ())}
-            if isinstance(names, str) and names != ALL:
-                yield {**told, "adapter": names, **answer[names]}
-            else:
-                yield {**told, "answers": {entry.name: answer[entry.name] for entry in own}}
+        """The answers to texts, so many at a time that about 2,048 are given. known: all adapters that are asked."""
+        most = max(map(len, known), default=1)
+        with self._slots.call({entry for entries in known for entry in entries}):
+            while window := list(islice(asked, max(1, WINDOW // most))):
+                texts, names, entries = zip(*window, strict=True)
+                answers = answers_of(entries, self._passes.logits(list(texts), entries, batch_size))
+                for text, name, own, answer in zip(texts, names, entries, answers, strict=True):
+                    told = {"text": shown(text, own[0].info.text_columns)}
+                    if isinstance(name, str) and name != ALL:
+                        yield {**told, "adapter": name, **answer[name]}
+                    else:
+                        yield {**told, "answers": {entry.name: answer[entry.name] for entry in own}}
 
     def _known(self, asked: Sequence[Names]) -> list[list[Entry]]:
+        """The adapters by their names, of one moment. Raises ValueError for one that is not there."""
         with self._slots.changed:
             everything = list(self._entries.values())
+            if asked and not everything:
+                raise ValueError(f"the bank has no adapters; got {asked[0]!r}; expected one that was added")
             return [
                 everything
                 if names == ALL
@@ -280,10 +273,13 @@ class AdapterBank:
             ]
 
     def _free_name(self, adapter: object, name: str | None, replace: bool) -> str:
-        if isinstance(adapter, str | Path):
-            name = name or Path(split_revision(adapter)[0]).name
-        if not name or name == ALL:
-            raise ValueError(f"an adapter needs a name; got {name!r}; expected a word, but for {ALL!r}")
+        if isinstance(adapter, str | Path) and name is None:
+            name = Path(split_revision(adapter)[0]).name
+        if not isinstance(name, str) or not name or name == ALL:
+            raise ValueError(
+                f"an adapter needs a name; got {name!r}; expected a word, but for {ALL!r}; one from memory is given "
+                "it: bank.add(model, name)"
+            )
         if name in self._entries and not replace:
             raise ValueError(
                 f"the bank has an adapter of that name; got {name!r}; expected another name, or replace=True"
@@ -291,6 +287,6 @@ class AdapterBank:
         return name
 
     def _entry(self, name: str) -> Entry:
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise unknown("adapter", name, self._entries)
         return self._entries[name]

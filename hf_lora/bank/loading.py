@@ -44,13 +44,14 @@ class Loaded:
     """An adapter that fits a bank, not yet in a slot.
 
     depth: how many blocks of the encoder run before the first that it changes; 0: they cannot be shared.
-    model: what it was taken from, where it is of a new kind.
+    model: what it was taken from, where it is of a new kind. digest: of the files that it was read from.
     """
 
     info: AdapterInfo
     contents: Contents
     depth: int
     model: PreTrainedModel | None = None
+    digest: str = ""
 
 
 class BankLoader:
@@ -97,9 +98,8 @@ class BankLoader:
         token: str | None = None,
     ) -> Loaded:
         """The adapter of a directory. Raises ValueError for anything that does not fit."""
-        return self.fit(
-            describe(directory, base=self.base, labels=labels, token=token), check_base=check_base
-        )
+        adapter = describe(directory, base=self.base, labels=labels, token=token)
+        return replace(self.fit(adapter, check_base=check_base), digest=_digest_of(adapter))
 
     @torch.inference_mode(False)
     def fit(self, adapter: Described, *, check_base: bool = True) -> Loaded:
@@ -260,6 +260,15 @@ def _probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[s
     batch = probe_batch(model, tokenizer)
     rows = torch.arange(_ROWS) % len(batch["input_ids"])
     return {name: batch[name][rows.to(model.device)] for name in ("input_ids", "attention_mask")}
+
+
+def _digest_of(adapter: Described) -> str:
+    """A digest of all that an adapter's files say."""
+    digest = sha256(f"{adapter.info}{adapter.files.config}".encode())
+    for name, tensor in sorted(adapter.files.tensors.items()):
+        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(files: Mapping[str, bytes]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_lora._text import shortened
 from hf_lora.adapters.directory import CONFIG, TENSORS
@@ -13,6 +14,44 @@ from hf_lora.bank.sources import split_revision
 
 # A path or a Hub id, perhaps with a revision and a name: it has a slash, and neither spaces nor most marks of a text.
 _PLACE = re.compile(r"[\w.@=~+-]*(/[\w.@=~+-]*)+")
+
+
+ALL = "*"
+Names = str | Sequence[str]
+"""The name of an adapter, "*" for all of them, or several names."""
+
+
+def names_of(adapter: Any) -> Names:
+    """The adapters of one text, checked. Raises ValueError for anything but a name, "*" or a list of names."""
+    if isinstance(adapter, str):
+        return adapter
+    names = adapter.tolist() if hasattr(adapter, "tolist") else adapter
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"not the name of an adapter; got {shortened(adapter)}; expected a name, {ALL!r} for all of them, or a "
+            "list of names"
+        )
+    if not names or ALL in names:
+        got = f"{ALL!r} in a list" if names else "an empty list"
+        raise ValueError(
+            f"no adapters are named; got {got}; expected names, or {ALL!r} by itself for all of them"
+        )
+    return list(names)
+
+
+def names_of_each(adapter: Any, count: int) -> list[Names]:
+    """The adapters of each of so many texts: one name for all, or a list with an entry for each."""
+    if isinstance(adapter, str):
+        return [adapter] * count
+    entries = adapter.tolist() if hasattr(adapter, "tolist") else adapter
+    if not isinstance(entries, list | tuple):
+        return [names_of(adapter)]
+    if len(entries) != count:
+        raise ValueError(
+            f"expected a name for each text; got {len(entries)} names for {count} texts; for several adapters on every "
+            "text pass a list of names for each"
+        )
+    return [names_of(entry) for entry in entries]
 
 
 def split_name(word: str) -> tuple[str, str]:

@@ -16,7 +16,6 @@ from hf_lora.bank.names import named
 from hf_lora.bank.slots import Entry
 from hf_lora.bank.sources import split_revision
 from hf_lora.models._transformers_private import commit_of
-from hf_lora.serving.encoding import several
 
 FORMAT_VERSION = 1
 # The types of the keys of each object.
@@ -64,7 +63,18 @@ class SavedBank:
         """
         if isinstance(adapters, str | Path):
             return cls.read(Path(adapters))
-        found = adapters if isinstance(adapters, Mapping) else named(map(str, several(adapters)))
+        if not isinstance(adapters, Iterable):
+            raise ValueError(
+                f"no adapters; got {adapters!r}; expected a list, a mapping from names, or a saved file"
+            )
+        found = adapters if isinstance(adapters, Mapping) else dict[Any, Any]()
+        places = list(found.values() if found else adapters)
+        if wrong := [place for place in places if not isinstance(place, str | Path)]:
+            raise ValueError(
+                f"not an adapter; got {shortened(wrong[0])}; expected a directory or Hub id; a model in memory joins "
+                "with bank.add(model, name)"
+            )
+        found = found or named(map(str, places))
         if not found:
             raise ValueError("a bank needs an adapter; got none; expected directories or Hub ids")
         return cls(tuple(SavedAdapter(name, *split_revision(place)) for name, place in found.items()))

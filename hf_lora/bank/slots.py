@@ -41,6 +41,12 @@ class Entry:
     removed: bool = False
 
 
+def check_capacity(capacity: object) -> None:
+    """Raise ValueError for anything but a whole number above 0, or None."""
+    if capacity is not None and (type(capacity) is not int or capacity < 1):
+        raise ValueError(f"capacity is not usable; got {capacity!r}; expected at least 1 adapter")
+
+
 class Slots:
     """The slots of a bank's model. One changes only while no batch runs with it; other batches go on meanwhile.
 
@@ -49,8 +55,7 @@ class Slots:
     """
 
     def __init__(self, loader: BankLoader, capacity: int | None) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity is not usable; got {capacity}; expected at least 1 adapter")
+        check_capacity(capacity)
         self.capacity = capacity
         self._loader, self._model = loader, loader.model
         # By slot: the adapter in it, and how many batches run with it.

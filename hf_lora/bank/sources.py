@@ -41,12 +41,22 @@ def read_entry(
         # The commit that a branch is at now: it is the same when it is loaded again.
         revision = adapter_directory(source, revision=revision, token=token).name
 
-    def load() -> Loaded:
+    def read() -> Loaded:
         place = adapter_directory(source, revision=revision, token=token)
         return loader.load(place, token=token, **options)
 
-    loaded = load()
-    return Entry(name, loaded.info, load, source, revision, options), loaded
+    def again() -> Loaded:
+        found = read()
+        if found.digest != digest:
+            raise ValueError(
+                f"the adapter {name!r} has changed in {source!r} since it was added; got other files; expected the "
+                "same; add it again with replace=True"
+            )
+        return found
+
+    loaded = read()
+    digest = loaded.digest
+    return Entry(name, loaded.info, again, source, revision, options), loaded
 
 
 def taken_entry(

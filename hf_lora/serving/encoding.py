@@ -114,8 +114,8 @@ def batches(lengths: Sequence[int], batch_size: int | None, budget: int) -> Iter
 
     Raises ValueError for a size below 1.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is not usable; got {batch_size}; expected at least 1")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size is not usable; got {batch_size!r}; expected at least 1")
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
         size = batch_size or max(1, budget // max(1, rounded(lengths[order[0]])))

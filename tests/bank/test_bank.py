@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import without_pooler
@@ -220,3 +223,98 @@ def test_the_least_recently_used_adapter_makes_room(
     for text, name, got in zip(texts, names, bank.logits(texts, names), strict=True):
         torch.testing.assert_close(got, alone[name].logits([text])[0], atol=1e-5, rtol=1e-5)
     assert len(bank.loaded) == 2
+
+
+def test_a_call_ends_with_the_adapters_that_it_began_with(
+    adapters: Mapping[str, Path], alone: dict[str, TextClassifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = AdapterBank.from_pretrained({"x": adapters["plain"], "y": adapters["cls"]}, precision="fp32")
+    monkeypatch.setattr("hf_lora.bank.bank.WINDOW", 2)
+    changed = iter([lambda: bank.add(adapters["mean"], "x", replace=True), lambda: bank.remove("x")])
+
+    def texts() -> Iterator[str]:
+        for number, text in enumerate(TEXTS):
+            if number in (2, 4):
+                next(changed)()
+            yield text
+
+    answers = list(bank.predict_stream(texts(), "x"))
+    for answer, text in zip(answers, TEXTS, strict=True):
+        assert answer["scores"] == pytest.approx(alone["plain"].predict(text)["scores"], abs=1e-5)
+    assert list(bank.adapters) == bank.loaded == ["y"]
+    bank.remove("y")
+    with pytest.raises(ValueError, match=r"the bank has no adapters; got '\*'; expected one that was added"):
+        bank.predict("good", "*")
+
+
+def test_a_directory_that_has_changed_is_not_loaded_again(
+    adapters: Mapping[str, Path], alone: dict[str, TextClassifier], tmp_path: Path
+) -> None:
+    place = tmp_path / "x"
+    shutil.copytree(adapters["plain"], place)
+    bank = AdapterBank.from_pretrained({"x": place, "y": adapters["cls"]}, precision="fp32", capacity=1)
+    shutil.rmtree(place)
+    shutil.copytree(adapters["short"], place)
+    with pytest.raises(
+        ValueError, match=r"the adapter 'x' has changed in .* since it was added; got other files"
+    ):
+        bank.predict(TEXTS[3], "x")
+    assert bank.adapters["x"].labels == alone["plain"].info.labels
+    bank.add(place, "x", replace=True)
+    for _ in range(2):
+        got = bank.logits([TEXTS[3]], "x")[0]
+        torch.testing.assert_close(got, alone["short"].logits([TEXTS[3]])[0], atol=1e-5, rtol=1e-5)
+        bank.predict("good", "y")
+
+
+NOT_NAMES: list[Any] = [None, 3, b"plain", {"plain", "cls"}, {"plain": 1}, (name for name in ("plain",))]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        *((value, "not the name of an adapter; got ") for value in NOT_NAMES),
+        (["plain", None], "not the name of an adapter; got "),
+        (["*", "plain"], "no adapters are named; got '\\*' in a list; expected names, or '\\*' by itself"),
+        ([], "no adapters are named; got an empty list"),
+    ],
+)
+def test_what_names_no_adapter_is_refused(bank: AdapterBank, adapter: Any, message: str) -> None:
+    for call in (
+        lambda: bank.predict("good", adapter),
+        lambda: bank.predict(["good"], [adapter]),
+        lambda: bank.predict_stream(["good"], adapter),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_names_may_be_a_column_of_a_table(bank: AdapterBank) -> None:
+    names = ["plain", "cls"]
+    expected = bank.predict(TEXTS[:2], names)
+    assert bank.predict(pandas.Series(TEXTS[:2]), pandas.Series(names)) == expected
+    assert bank.predict(TEXTS[:2], np.array(names)) == expected
+    assert [type(answer["adapter"]) for answer in expected] == [str, str]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bank: bank.logits("abc", "plain"), "not texts; got 'abc'"),
+        (lambda bank: bank.predict([], "plian"), "unknown adapter; got 'plian'"),
+        (lambda bank: bank.predict("good", "plain", batch_size=2.5), "batch_size is not usable; got 2.5"),
+        (lambda bank: bank.predict("good", "plain", batch_size=True), "batch_size is not usable; got True"),
+        (lambda bank: bank.remove(["plain"]), "unknown adapter; got"),
+        (lambda bank: bank.add(None), "an adapter needs a name; got None; .*bank.add"),
+        (lambda bank: bank.add("x", 3), "an adapter needs a name; got 3"),
+        (lambda bank: bank.add("x", ""), "an adapter needs a name; got ''"),
+        (lambda bank: AdapterBank.from_pretrained(3), "no adapters; got 3; expected a list"),  # type: ignore[arg-type]
+        (lambda bank: AdapterBank.from_pretrained([None]), "not an adapter; got None"),  # type: ignore[list-item]
+        (lambda bank: AdapterBank.from_pretrained({"a": 1}), "not an adapter; got 1; .*bank.add"),  # type: ignore[dict-item]
+        (lambda bank: AdapterBank.from_pretrained(["x"], capacity="2"), "capacity is not usable; got '2'"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_input_is_one_clear_line(bank: AdapterBank, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        call(bank)
+    assert "\n" not in str(error.value)
