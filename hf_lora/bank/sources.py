@@ -34,19 +34,17 @@ def read_entry(
         "labels": None if labels is None else tuple(labels),
         "check_base": check_base,
     }
+    place = adapter_directory(source, revision=revision, token=token)
     if Path(source).is_dir():
         # The same one from wherever the program works later.
         source = str(Path(source).absolute())
     else:
         # The commit that a branch is at now: it is the same when it is loaded again.
-        revision = adapter_directory(source, revision=revision, token=token).name
-
-    def read() -> Loaded:
-        place = adapter_directory(source, revision=revision, token=token)
-        return loader.load(place, token=token, **options)
+        revision = place.name
 
     def again() -> Loaded:
-        found = read()
+        directory = adapter_directory(source, revision=revision, token=token)
+        found = loader.load(directory, token=token, **options)
         if found.digest != digest:
             raise ValueError(
                 f"the adapter {name!r} has changed in {source!r} since it was added; got other files; expected the "
@@ -54,7 +52,7 @@ def read_entry(
             )
         return found
 
-    loaded = read()
+    loaded = loader.load(place, token=token, **options)
     digest = loaded.digest
     return Entry(name, loaded.info, again, source, revision, options), loaded
 
