@@ -28,7 +28,7 @@ from hf_lora.models.tokenizer_files import load_tokenizer_files
 from hf_lora.models.verify import probe_batch, relative_difference
 from hf_lora.prefix.shared import SharedPrefix
 from hf_lora.serving.loading import Described, describe, fill
-from hf_lora.stacks.contents import Contents, contents_of
+from hf_lora.stacks.contents import Contents, contents_of, not_sharable
 from hf_lora.stacks.model import NONE, StackedModel
 
 # Rows of the batch that modules are looked at with: no size of a model is a multiple of it.
@@ -163,9 +163,8 @@ class BankLoader:
             single = torch.cat([loaded.model(**part).logits for part in parts]).float()
             allowed = max(allowed, _ROUNDING * relative_difference(single, expected))
         if not difference <= allowed:
-            raise ValueError(
-                f"the adapter cannot share its model with others; got logits that differ by {difference:.2g} of those "
-                "that it gives alone; expected the same; load it with TextClassifier"
+            raise not_sharable(
+                f"logits that differ by {difference:.2g} of those that it gives alone", "the same"
             )
 
     def _taken(self, model: PreTrainedModel, info: AdapterInfo) -> Loaded:

@@ -34,12 +34,6 @@ class Contents:
         """The highest rank."""
         return max((update.rank for update in self.updates.values()), default=0)
 
-    @property
-    def size(self) -> int:
-        """The bytes of the modules, without the updates."""
-        tensors = (p for module in self.modules.values() for p in module.parameters())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
 
 @torch.no_grad()
 def contents_of(model: nn.Module) -> Contents:
@@ -48,7 +42,7 @@ def contents_of(model: nn.Module) -> Contents:
     layers = lora_layers(model)
     modules = {target.module: model.get_submodule(target.module) for target in state.targets}
     if refused := [target.name for target in state.targets if not _stackable(target, modules[target.module])]:
-        raise _unusable(
+        raise not_sharable(
             f"{len(refused)} updates of other weights than linear layers have, first {refused[0]!r}"
         )
     biases, prefix = _biases(model, state), base_prefix(model)
@@ -84,10 +78,10 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-def _unusable(got: str) -> ValueError:
+def not_sharable(got: str, expected: str = "updates of linear layers, and a head of modules") -> ValueError:
+    """The error of an adapter that only a model of its own can have."""
     return ValueError(
-        f"the adapter cannot share its model with others; got {got}; expected updates of linear layers, and a head of "
-        "modules; load it with TextClassifier"
+        f"the adapter cannot share its model with others; got {got}; expected {expected}; load it with TextClassifier"
     )
 
 
@@ -148,5 +142,5 @@ def _leaves(model: nn.Module, names: Iterable[str]) -> list[str]:
             found.append(name)
     bare: Any = [name for name, _ in model.named_parameters(recurse=False) if belongs_to(name, names)]
     if bare:
-        raise _unusable(f"a head with the bare parameter {bare[0]!r}")
+        raise not_sharable(f"a head with the bare parameter {bare[0]!r}")
     return found

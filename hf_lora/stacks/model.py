@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_lora.lora.head import base_prefix, belongs_to
 from hf_lora.stacks.batch import Batch, running
-from hf_lora.stacks.contents import Contents
+from hf_lora.stacks.contents import Contents, not_sharable
 from hf_lora.stacks.layers import ReplacedModule, StackedLinear, replaced_module, stacked_linear
 
 # The slot of no adapter: rows with it have the encoder as it was pretrained.
@@ -37,13 +37,12 @@ class StackedModel:
         self._linear: dict[str, StackedLinear] = {}
         self._replaced: dict[str, ReplacedModule] = {}
         self._kinds: dict[int, str] = {}
-        # Of each kind, what its classifier gives to the encoder.
+        # Of each kind, what its classifier gives to the encoder, and the first kind that gives the same.
         self._given: dict[str, dict[str, Tensor]] = {}
+        self._first: dict[str, str] = {}
         with torch.no_grad(), _calls(model) as shapes:
             model(**inputs)
         count = len(inputs["input_ids"])
-        self.called = list(shapes)
-        """The modules of the encoder, and those of the head, in the order of their first calls."""
         self._dimensions = {name: _dimension(found, count) for name, found in shapes.items()}
 
     @property
@@ -62,17 +61,15 @@ class StackedModel:
             if not belongs_to(name, [self.prefix]):
                 self._dimensions.setdefault(name, _dimension(found, len(inputs["input_ids"])))
         self.heads[kind], self._given[kind] = head, given
+        self._first[kind] = next(first for first, own in self._given.items() if _equal(own, given))
 
     def check(self, contents: Contents) -> None:
         """Raise ValueError, by name, for modules that the model calls with anything but one input a sequence."""
         names = [*contents.updates, *contents.modules]
         unusable = [name for name in names if self._dimensions.get(name) is None]
         if unusable:
-            raise ValueError(
-                f"the adapter cannot share its model with others; got {len(unusable)} modules that do not map "
-                f"sequences to sequences in every call, first {unusable[0]!r}; expected such that do; "
-                "load it with TextClassifier"
-            )
+            got = f"{len(unusable)} modules that do not map sequences to sequences in every call"
+            raise not_sharable(f"{got}, first {unusable[0]!r}", "such that do")
 
     def bytes_of(self, slots: int, contents: Contents | None = None) -> int:
         """The bytes of the stacks with so many slots, once an adapter with these contents has one."""
@@ -99,9 +96,9 @@ class StackedModel:
             dimension = self._dimensions[name] or 0
             self._linear[name] = stacked_linear(module, self.slots, self.rank, sequences=dimension)
         for name in contents.modules:
-            key = name if belongs_to(name, [self.prefix]) else f"{kind}:{name}"
+            inside = belongs_to(name, [self.prefix])
+            key = name if inside else f"{kind}:{name}"
             if key not in self._replaced:
-                inside = belongs_to(name, [self.prefix])
                 owner = self.encoder if inside else self.heads[kind]
                 module = owner.get_submodule(name.removeprefix(f"{self.prefix}.") if inside else name)
                 self._replaced[key] = replaced_module(module, sequences=self._dimensions[name] or 0)
@@ -126,13 +123,12 @@ class StackedModel:
     def pretrained(self, inputs: Mapping[str, Tensor], slot: int) -> None:
         """Run the encoder as the head of a slot does, but without any adapter: for whoever watches its modules."""
         nothing = Batch.of([NONE] * len(next(iter(inputs.values()))), self.device, enabled=False)
-        with running(nothing), _pass():
+        with self._running(nothing), _pass():
             self.heads[self._kinds[slot]](**inputs)
 
     def alike(self, slots: Iterable[int]) -> bool:
         """Whether the heads of some slots give the same to the encoder."""
-        first, *others = {self._kinds[slot] for slot in slots}
-        return all(_equal(self._given[first], self._given[other]) for other in others)
+        return len({self._first[self._kinds[slot]] for slot in slots}) == 1
 
     def read_below(self, slots: Iterable[int]) -> set[int]:
         """The layers below the last one, from 1, whose states the heads of some slots read."""
@@ -157,24 +153,22 @@ class StackedModel:
             raise ValueError("no row has an adapter; expected one at least")
         # The first one's head gets all rows, and the others what the encoder gave to it, if they call it alike.
         lead, *others = places
-        with running(batch), self._own_types(), _pass(hidden_states=len(others) > 0) as kept:
+        with self._running(batch), _pass(hidden_states=len(others) > 0) as kept:
             logits, outputs = self.heads[lead](**inputs).logits, kept.outputs
         yield places[lead], logits[places[lead]]
         for kind in others:
             rows = places[kind]
             part = Batch.of(slots[rows], self.device, enabled=enabled)
-            alike = _equal(self._given[kind], self._given[lead])
-            with (
-                running(part),
-                self._own_types(),
-                _pass(_rows_of(outputs, rows, len(batch)) if alike else None),
-            ):
+            alike = self._first[kind] == self._first[lead]
+            with self._running(part), _pass(_rows_of(outputs, rows, len(batch)) if alike else None):
                 own = {name: value[rows] for name, value in inputs.items()}
                 yield rows, self.heads[kind](**own).logits
 
-    def _own_types(self) -> torch.autocast:
-        """The types of the model, whatever the caller's autocast says: those of a stack and its layer must agree."""
-        return torch.autocast(self.device.type, enabled=False)
+    @contextmanager
+    def _running(self, batch: Batch) -> Iterator[None]:
+        """`running` in the types of the model, whatever the caller's autocast says: stacks and layers agree."""
+        with running(batch), torch.autocast(self.device.type, enabled=False):
+            yield
 
 
 class _Pass(threading.local):

@@ -140,6 +140,8 @@ def test_blocks_that_no_adapter_changes_run_once_for_a_text(
     for text, answer in zip(TEXTS, answers, strict=False):
         for name, given in answer["answers"].items():
             assert given["scores"] == pytest.approx(alone[name].predict(text)["scores"], abs=1e-5), name
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bank.predict(TEXTS[:3], [names, names[::-1], names[1:]], batch_size=11) == answers
     # The same where each text is in a batch of its own, or one text in several.
     for size in (1, 2, 4):
         assert [a["answers"].keys() for a in bank.predict(TEXTS[:3], [names] * 3, batch_size=size)] == [
