@@ -56,3 +56,16 @@ def make_adapter(base: Path, directory: Path, labels: Sequence[str], **options: 
     randomize(model, 0.3)
     model.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(6))
     return save_adapter(model, directory, tokenizer=tokenizer)
+
+
+def random_adapter(
+    base: Path | str, directory: Path, labels: Sequence[str], seed: int, lora: dict[str, Any], **options: Any
+) -> Path:
+    """An adapter all of whose trained parameters are far from where they started."""
+    torch.manual_seed(seed)
+    model, tokenizer = load_classifier(str(base), labels, LoRAConfig(**{"rank": 2, **lora}), **options)
+    randomize(model, 0.3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    return save_adapter(model, directory, tokenizer=tokenizer)

@@ -12,24 +12,18 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import randomize, tiny_tokenizer
-from helpers_serving import TEXTS
+from conftest import tiny_tokenizer
+from helpers_serving import TEXTS, random_adapter
 from transformers import AutoConfig, AutoModel
 
-from hf_lora import AdapterBank, LoRAConfig, TextClassifier, load_classifier, save_adapter
+from hf_lora import AdapterBank, TextClassifier
 
 TENSORS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "hf_lora.json"
 
 
 def make(base: Path | str, directory: Path, labels: int = 3, seed: int = 0, **lora: Any) -> Path:
-    torch.manual_seed(seed)
     names = [f"label {number}" for number in range(labels)]
-    model, tokenizer = load_classifier(str(base), names, LoRAConfig(**{"rank": 2, **lora}), max_length=32)
-    randomize(model, 0.3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    return save_adapter(model, directory, tokenizer=tokenizer)
+    return random_adapter(base, directory, names, seed, lora, max_length=32)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize
-from helpers_serving import TEXTS
+from helpers_serving import TEXTS, random_adapter
 from torch import Tensor
 
-from hf_lora import AdapterBank, LoRAConfig, TextClassifier, load_classifier, save_adapter
+from hf_lora import AdapterBank, TextClassifier
 
 # All that an adapter can leave behind in a slot: factors, magnitudes, biases, norms, heads of several kinds.
 KINDS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
@@ -31,14 +30,8 @@ SECONDS = 120.0  # for a test that hangs
 
 def make(base: Path, directory: Path, number: int) -> Path:
     count, lora, options = KINDS[number % len(KINDS)]
-    torch.manual_seed(number)
     labels = [f"{number} {label}" for label in range(count)]
-    model, tokenizer = load_classifier(str(base), labels, LoRAConfig(**{"rank": 2, **lora}), **options)
-    randomize(model, 0.3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    return save_adapter(model, directory, tokenizer=tokenizer)
+    return random_adapter(base, directory, labels, number, lora, **options)
 
 
 @pytest.fixture(scope="module")
